@@ -1,0 +1,1 @@
+"""megadistill: on-policy distillation on Slurm with Megatron-Core and vLLM."""

@@ -1,0 +1,121 @@
+"""YAML files, includes and `key.path=value` overrides to one validated `RunConfig`."""
+
+import copy
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megadistill.config.schema import RunConfig
+
+_ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
+
+
+class ConfigError(ValueError):
+    """A configuration a user must change; the message lists every problem with its key."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `path`, merge what it includes, apply `key.path=value` overrides, and validate.
+
+    Raises `ConfigError` with all problems at once.
+    """
+    tree = _read_tree(Path(path), seen=())
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
+    """Validate a plain mapping; unknown keys and wrong types are errors."""
+    try:
+        return _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        lines = [f"{source}: {error.error_count()} problem(s)"]
+        lines += [_describe(problem) for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, itself a valid input."""
+    tree = _ADAPTER.dump_python(config, mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON schema of a run's configuration."""
+    return _ADAPTER.json_schema()
+
+
+def cache_dir() -> Path:
+    """Where prepared models are kept: `$MEGADISTILL_CACHE`, or `~/.cache/megadistill`."""
+    return Path(os.environ.get("MEGADISTILL_CACHE", "~/.cache/megadistill")).expanduser()
+
+
+def resolve_path(path: str) -> str:
+    """`cache:NAME` below the cache, `~` and `$VARIABLES` expanded; hub names stay as they are."""
+    if path.startswith("cache:"):
+        return str(cache_dir() / path.removeprefix("cache:"))
+    return os.path.expandvars(str(Path(path).expanduser())) if path[:1] in "~/.$" else path
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: includes itself")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: found {type(tree).__name__}, expected a mapping of settings")
+    includes = tree.pop("include", [])
+    merged: dict[str, Any] = {}
+    for name in [includes] if isinstance(includes, str) else includes:
+        merged = _merge(merged, _read_tree(path.parent / name, (*seen, path.resolve())))
+    return _merge(merged, tree)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key; a mapping whose `kind` differs, and everything else, replaces."""
+    result = copy.deepcopy(base)
+    for key, value in top.items():
+        old = result.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and _same_kind(old, value):
+            result[key] = _merge(old, value)
+        else:
+            result[key] = copy.deepcopy(value)
+    return result
+
+
+def _same_kind(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return "kind" not in new or new["kind"] == old.get("kind")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: expected key.path=value")
+    node = tree
+    *parents, leaf = key.split(".")
+    for name in parents:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {name!r} is not a section")
+        node = child
+    node[leaf] = yaml.safe_load(text)
+
+
+def _describe(problem: Any) -> str:
+    """One line a problem: the dotted key, the value found, and what was expected."""
+    key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+    message = problem["msg"].removeprefix("Value error, ")
+    found = problem.get("input")
+    if isinstance(found, dict | list) or problem["type"] == "missing" or not problem["loc"]:
+        return f"  {key}: {message}"
+    return f"  {key}: found {json.dumps(found, default=str)}: {message}"

@@ -1,0 +1,373 @@
+"""The configuration tree: every setting a run has, with its default, its meaning and its unit."""
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+Precision = Literal["fp32", "bf16", "fp8_current", "fp8_blockwise"]
+PositiveInt = Annotated[int, Field(ge=1)]
+NaturalInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    path: str
+    """Hugging Face directory, hub name (`org/name`), or `cache:NAME` below the megadistill cache."""
+    precision: Precision | None = None
+    """Overrides the run's precision for this model, e.g. an FP8 teacher; absent: the run's."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ParallelConfig:
+    """Megatron-Core's parallel sizes; student and teachers share them."""
+
+    tp: PositiveInt = 1
+    """Tensor-parallel size."""
+    pp: PositiveInt = 1
+    """Pipeline-parallel size."""
+    cp: PositiveInt = 1
+    """Context-parallel size; above 1 a micro-batch holds one sequence."""
+    dp: PositiveInt | None = None
+    """Data-parallel size; absent: all trainer GPUs divided by tp x pp x cp (1 on a CPU)."""
+    sequence_parallel: bool = False
+    """Shard layer-norm activations over the tensor-parallel group; needs tp > 1."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Which activations are recomputed in backward instead of kept."""
+    threads: PositiveInt = 1
+    """CPU threads of one trainer process (only used without a GPU)."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel: found true with tp = 1, expected tp > 1")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerConfig:
+    """Adam with decoupled weight decay; fp32 master weights and moments."""
+
+    lr: PositiveFloat = 2e-6
+    """Peak learning rate (CaMOPD A.7)."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Global gradient-norm clip; 0 switches it off."""
+    warmup_steps: NaturalInt = 0
+    """Steps of linear warm-up from 0 to lr."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape of the learning rate after warm-up, down to 0 at the last step."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BatchConfig:
+    size: PositiveInt = 512
+    """Prompts (or SFT examples) in one optimizer step, over all data-parallel ranks."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Most tokens packed into one micro-batch; one longer sequence still fits alone."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScheduleConfig:
+    """CaMOPD Eq. (5): `general` steps of the general branch, then `domain` of the domain one."""
+
+    general: PositiveInt = 3
+    domain: PositiveInt = 1
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BranchConfig:
+    """One branch of (Ca)MOPD: where its prompts come from and how its signal is used."""
+
+    pool: str
+    """Name of the prompt pool in `data.pools`."""
+    teacher: str
+    """Name of the teacher in `teachers`."""
+    mass: Fraction = 0.8
+    """rho_b of Eq. (8): the share of gap mass that the kept samples must hold; 1 keeps all."""
+    scale: PositiveFloat = 1.0
+    """r_b of Eq. (9): factor on the advantage."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImportanceConfig:
+    """Bounds of the training/rollout probability ratio outside which a token is masked."""
+
+    low: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    high: Annotated[float, Field(gt=1)] = 2.0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SftConfig:
+    """Supervised fine-tuning on the answers of one pool."""
+
+    kind: Literal["sft"] = "sft"
+    pool: str
+    """Name of the pool in `data.pools`; its records must have answers."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MopdConfig:
+    """Vanilla MOPD, Eq. (2)-(3): every step mixes both branches, nothing is selected or scaled."""
+
+    kind: Literal["mopd"] = "mopd"
+    general: BranchConfig
+    domain: BranchConfig
+    general_share: Fraction = 0.5
+    """Share of the batch drawn from the general branch."""
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+
+    def __post_init__(self) -> None:
+        for name, branch in (("general", self.general), ("domain", self.domain)):
+            if branch.scale != 1 or branch.mass not in (0.8, 1):
+                raise ValueError(
+                    f"{name}: found mass {branch.mass} and scale {branch.scale}; "
+                    "vanilla MOPD neither selects nor scales, use kind: camopd"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CamopdConfig:
+    """CaMOPD, Eq. (5)-(9): alternating branches, gap-mass selection, scaled recovery."""
+
+    kind: Literal["camopd"] = "camopd"
+    general: BranchConfig
+    domain: BranchConfig
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+
+
+AlgorithmConfig = Annotated[SftConfig | MopdConfig | CamopdConfig, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RolloutConfig:
+    """vLLM engines that sample the student's responses."""
+
+    engines: PositiveInt = 1
+    """Number of engines; prompts are dealt to them in turn."""
+    tp: PositiveInt = 1
+    """Tensor-parallel size of one engine."""
+    placement: Literal["dedicated", "split", "colocated"] = "dedicated"
+    """Own nodes, own GPUs on the trainers' nodes, or the trainers' GPUs with sleep and wake."""
+    max_tokens: PositiveInt = 32768
+    """Cap on response tokens."""
+    temperature: PositiveFloat = 1.0
+    top_p: Fraction = 1.0
+    top_k: NaturalInt = 0
+    """0 switches top-k sampling off."""
+    max_model_len: PositiveInt | None = None
+    """Context length of the engine in tokens; absent: prompt cap + response cap."""
+    max_num_seqs: PositiveInt = 256
+    """Most sequences an engine decodes at once."""
+    memory_fraction: Fraction = 0.85
+    """Share of a GPU's memory the engine may take."""
+    kv_cache_gib: PositiveInt = 1
+    """Size of the key/value cache in GiB, on a CPU only."""
+    threads: PositiveInt = 1
+    """CPU threads of one engine (only used without a GPU)."""
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """0: strictly on-policy; 1: the next batch is sampled while the trainer steps."""
+    publish: Literal["files", "nccl"] = "files"
+    """How new weights reach the engines: safetensors on a shared path, or NCCL broadcast."""
+    start_timeout_s: PositiveInt = 900
+    """Seconds an engine may take to load before the run gives up."""
+    timeout_s: PositiveInt = 3600
+    """Seconds one batch of rollouts or one weight update may take."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PackagedSource:
+    """A set that ships with megadistill: authored medical questions or general prompts."""
+
+    kind: Literal["packaged"] = "packaged"
+    name: Literal["medical", "general"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ReasoningGymSource:
+    """Procedural reasoning tasks of the `reasoning-gym` package."""
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    tasks: list[str] = field(default_factory=list)
+    """Task names; empty: every task the package has."""
+    size: PositiveInt = 1000
+    """Number of prompts, divided evenly over the tasks."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FileSource:
+    """Prompts from a user's JSONL or Parquet file."""
+
+    kind: Literal["file"] = "file"
+    path: str
+    prompt: str = "prompt"
+    """Field with the user's text, or with chat messages ([{role, content}, ...])."""
+    answer: str | None = None
+    """Field with the reference answer; absent: prompts only."""
+    options: str | None = None
+    """Field with answer options, a mapping letter -> text, for the medical template."""
+    limit: PositiveInt | None = None
+    """Use only the first `limit` records."""
+
+
+Source = Annotated[PackagedSource | ReasoningGymSource | FileSource, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PoolConfig:
+    sources: list[Source]
+    """Concatenated in this order."""
+    template: Literal["plain", "medical"] = "plain"
+    """`medical` wraps the question in CaMOPD's medical prompt (Fig. 7)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    pools: dict[str, PoolConfig]
+    """Named prompt pools."""
+    max_prompt_tokens: PositiveInt = 4096
+    """Longer prompts lose their oldest turns; what still does not fit is dropped and counted."""
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of each pool, chosen by a hash of the id, that is never trained on."""
+    enable_thinking: bool | None = None
+    """Passed to the chat template where it knows the switch; absent: the template's default."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HeldoutConfig:
+    """Full-vocabulary KL between the student and one teacher on held-out prompts."""
+
+    pool: str
+    teacher: str
+    prompts: PositiveInt = 32
+    """Number of held-out prompts."""
+    max_tokens: PositiveInt = 64
+    """Length of the teacher's sampled continuation on which the KL is measured."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluateConfig:
+    every: NaturalInt = 10
+    """Steps between evaluations, also before the first and after the last; 0: never."""
+    heldout: dict[str, HeldoutConfig] = field(default_factory=dict)
+    """Named held-out measurements."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    every: PositiveInt = 10
+    """Steps between checkpoints; the last step is always saved."""
+    keep: PositiveInt = 2
+    """Whole checkpoints kept; older ones are deleted."""
+    export: bool = True
+    """Write the final student in Hugging Face format to `RUN/export`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LogConfig:
+    wandb: Literal["off", "offline", "online"] = "offline"
+    project: str = "megadistill"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ClusterConfig:
+    """What the job asks of Slurm, and what each node has."""
+
+    nodes: PositiveInt = 1
+    gpus_per_node: NaturalInt = 0
+    """0 is a CPU run."""
+    rollout_nodes: NaturalInt = 0
+    """Nodes set aside for engines (placement: dedicated); 0 on one node shares it."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time_minutes: PositiveInt = 720
+    cpus_per_node: PositiveInt | None = None
+    exclusive: bool = True
+    signal_seconds: PositiveInt = 300
+    """Seconds before the time limit at which Slurm warns the run."""
+    max_attempts: PositiveInt = 20
+    """Requeues after which the run gives up."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines run on each node before the job, e.g. `module load cuda`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ChecksConfig:
+    """Limits of the start-up checks (ALGORITHMS: requirement 1 and section 4)."""
+
+    max_mean_log_ratio: PositiveFloat = 0.02
+    """Largest mean |log pi - log mu| on the first batch."""
+    max_masked_fraction: Fraction = 0.005
+    """Largest share of tokens masked by the importance bounds on the first batch."""
+    min_free_gib: Annotated[float, Field(ge=0)] = 1.0
+    """Disk space that must be free where the run directory lies."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig:
+    """One training run; `megadistill train` takes exactly this."""
+
+    name: str
+    """Names the run directory and the Slurm job."""
+    runs_dir: str = "runs"
+    """The run directory is `runs_dir/name`."""
+    seed: int = 0
+    steps: PositiveInt
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes GPUs where `cluster.gpus_per_node` > 0 and torch sees them."""
+    precision: Precision = "bf16"
+    """Compute precision; master weights and log-softmax are fp32 in every case."""
+    student: ModelConfig
+    teachers: dict[str, ModelConfig] = field(default_factory=dict)
+    algorithm: AlgorithmConfig
+    data: DataConfig
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig | None = None
+    """Absent for sft, required otherwise."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checks: ChecksConfig = field(default_factory=ChecksConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        problems = [*self._unknown_references(), *self._layout_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _unknown_references(self) -> list[str]:
+        """Names of pools and teachers that are used but not defined."""
+        used: list[tuple[str, str, dict[str, Any]]] = []
+        if isinstance(self.algorithm, SftConfig):
+            used.append(("algorithm.pool", self.algorithm.pool, self.data.pools))
+        else:
+            for key, branch in (("general", self.algorithm.general), ("domain", self.algorithm.domain)):
+                used.append((f"algorithm.{key}.pool", branch.pool, self.data.pools))
+                used.append((f"algorithm.{key}.teacher", branch.teacher, self.teachers))
+        for name, heldout in self.evaluate.heldout.items():
+            used.append((f"evaluate.heldout.{name}.pool", heldout.pool, self.data.pools))
+            used.append((f"evaluate.heldout.{name}.teacher", heldout.teacher, self.teachers))
+        return [
+            f"{key}: found {name!r}, expected one of {sorted(known)}"
+            for key, name, known in used
+            if name not in known
+        ]
+
+    def _layout_problems(self) -> list[str]:
+        if not isinstance(self.algorithm, SftConfig) and self.rollout is None:
+            return [f"rollout: missing, {self.algorithm.kind} needs one"]
+        if isinstance(self.algorithm, SftConfig) and self.rollout is not None:
+            return ["rollout: found one, expected none for sft"]
+        return []

@@ -1,0 +1,190 @@
+"""The run directory: the bus on which the processes of a run meet, and what a resume reads.
+
+    config.yaml        the resolved configuration, itself a valid input
+    control/           token, engine addresses, stop request; renewed by every attempt
+    state/             progress.json (for people and for the launcher)
+    checkpoints/       step-000010/ ..., each whole or absent
+    rollouts/          step-000010.parquet ..., every rollout with its scores
+    weights/           what the trainer publishes to the engines
+    metrics.jsonl      one line a step
+    logs/  report/  export/
+"""
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megadistill.config import RunConfig, dump_config, load_config
+
+WHOLE = "WHOLE"
+"""Marker file written last into a checkpoint: a directory without it is torn."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths of one run. Creating it touches nothing; `create` and the writers do."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunDir":
+        return cls((Path(config.runs_dir) / config.name).absolute())
+
+    def create(self, config: RunConfig) -> None:
+        """Make the directories (mode 0700) and write the resolved configuration.
+
+        Raises `ValueError` when the directory belongs to a run with other settings.
+        """
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("control", "state", "checkpoints", "rollouts", "weights", "logs", "report"):
+            (self.path / name).mkdir(mode=0o700, exist_ok=True)
+        text = dump_config(config)
+        if self.config_file.exists() and (found := self.config_file.read_text()) != text:
+            changed = changed_settings(found, text)
+            raise ValueError(
+                f"{self.path} holds a run with other settings ({', '.join(changed)}); "
+                "change `name` to start a new run, or delete that directory"
+            )
+        write_atomic(self.config_file, text)
+
+    def load_config(self) -> RunConfig:
+        return load_config(self.config_file)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def progress_file(self) -> Path:
+        """JSON: step, steps, done, phase, updated (seconds since the epoch), message."""
+        return self.path / "state" / "progress.json"
+
+    @property
+    def stop_file(self) -> Path:
+        """Exists when somebody asked the run to save at the next edge and end."""
+        return self.path / "control" / "stop"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def log_file(self, role: str, attempt: int) -> Path:
+        return self.path / "logs" / f"{role}.{attempt}.log"
+
+    def engine_file(self, index: int) -> Path:
+        """JSON with the address of engine `index`, written by the engine once it listens."""
+        return self.path / "control" / f"engine-{index}.json"
+
+    def rollout_file(self, step: int) -> Path:
+        return self.path / "rollouts" / f"step-{step:06d}.parquet"
+
+    def token(self) -> str:
+        """The run's secret, made on first use; engines refuse requests without it."""
+        file = self.path / "control" / "token"
+        try:
+            handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return file.read_text()
+        with os.fdopen(handle, "w") as stream:
+            stream.write(token := secrets.token_urlsafe(32))
+        return token
+
+    def begin_attempt(self) -> int:
+        """Clear what the last attempt left in `control/` and count this one, from 0."""
+        for file in (self.path / "control").glob("engine-*.json"):
+            file.unlink()
+        self.stop_file.unlink(missing_ok=True)
+        self.token()
+        counter = self.path / "state" / "attempts.json"
+        attempt = json.loads(counter.read_text())["attempts"] if counter.exists() else 0
+        write_atomic(counter, json.dumps({"attempts": attempt + 1}))
+        return attempt
+
+    def request_stop(self, reason: str) -> None:
+        write_atomic(self.stop_file, reason)
+
+    def write_progress(self, values: Mapping[str, Any]) -> None:
+        write_atomic(self.progress_file, json.dumps({**values, "updated": time.time()}))
+
+    def read_progress(self) -> dict[str, Any]:
+        """The last progress; empty before the first step."""
+        if not self.progress_file.exists():
+            return {}
+        progress: dict[str, Any] = json.loads(self.progress_file.read_text())
+        return progress
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:06d}"
+
+    def whole_checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, directory) of every whole checkpoint, oldest first."""
+        found = [
+            (int(directory.name.removeprefix("step-")), directory)
+            for directory in (self.path / "checkpoints").glob("step-*")
+            if (directory / WHOLE).exists()
+        ]
+        return sorted(found)
+
+    @contextmanager
+    def writing_checkpoint(self, step: int) -> Iterator[Path]:
+        """Rank 0 only: a fresh directory that becomes whole when the block ends well."""
+        directory = self.checkpoint(step)
+        if directory.exists():
+            shutil.rmtree(directory)
+        directory.mkdir(mode=0o700, parents=True)
+        yield directory
+        sync_tree(directory)
+        write_atomic(directory / WHOLE, json.dumps({"step": step, "time": time.time()}))
+
+    def drop_old_checkpoints(self, keep: int) -> None:
+        """Delete all but the newest `keep` whole checkpoints, and torn ones older than those."""
+        whole = self.whole_checkpoints()
+        kept = {directory for _, directory in whole[-keep:]}
+        newest = whole[-1][0] if whole else -1
+        for directory in (self.path / "checkpoints").glob("step-*"):
+            if directory not in kept and int(directory.name.removeprefix("step-")) <= newest:
+                shutil.rmtree(directory)
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """Write so that a reader sees the old content or the new, never a part; survives a crash."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush every file below `directory` to disk."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def changed_settings(old_text: str, new_text: str) -> list[str]:
+    """Top-level lines that differ between two dumped configurations, at most five of them."""
+    old, new = old_text.splitlines(), new_text.splitlines()
+    differing = [line.strip() for line in new if line not in old]
+    return differing[:5] or ["settings removed"]
