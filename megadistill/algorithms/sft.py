@@ -1,0 +1,40 @@
+"""Supervised fine-tuning: cross-entropy on the answers, mean per sequence, then over the batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megadistill.algorithms.protocol import Selection
+from megadistill.types import Phase, Prompt, Sample, TokenSpan
+
+
+@dataclass(frozen=True)
+class Sft:
+    """L = (1/N) sum_i (1/T_i) sum_t -log pi(y_t); answer tokens and the end token count."""
+
+    batch_size: int
+
+    def phase(self, step: int) -> Phase:
+        """One branch, always."""
+        return Phase(step=step, draws={"sft": self.batch_size})
+
+    def samples(self, answers: Sequence[tuple[Prompt, Sequence[int]]]) -> Selection:
+        """Weights 1 / (N T_i) on the answer tokens."""
+        made = [self._sample(prompt, ids, len(answers)) for prompt, ids in answers]
+        lengths = [len(ids) for _, ids in answers]
+        return Selection(
+            samples=made,
+            selected=range(len(made)),
+            scores={},
+            metrics={"sft/response_tokens": float(np.mean(lengths))},
+        )
+
+    def _sample(self, prompt: Prompt, answer_ids: Sequence[int], num_samples: int) -> Sample:
+        ids = np.asarray([*prompt.token_ids, *answer_ids], dtype=np.int32)
+        weight = 1.0 / (num_samples * len(answer_ids))
+        return Sample(
+            span=TokenSpan(token_ids_N=ids, num_scored=len(answer_ids)),
+            weights_R=np.full(len(answer_ids), weight, dtype=np.float32),
+            component="sft",
+        )

@@ -1,0 +1,1 @@
+"""Prompts and sequences: sources, pools, templates, packing."""

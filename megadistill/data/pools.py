@@ -1,0 +1,152 @@
+"""Prompt pools: rendered, tokenized, split, and drawn in an order that is a pure function.
+
+A draw is (pool, position): position counts every prompt ever drawn from the pool, so a resumed
+run needs one integer a pool to continue exactly where it was.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megadistill.config.schema import DataConfig
+from megadistill.data.sources import Record, read_pool
+from megadistill.types import Message, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptPool:
+    """The prompts of one pool; `train` and `heldout` share no id."""
+
+    name: str
+    train: Sequence[Prompt]
+    heldout: Sequence[Prompt]
+    num_dropped: int
+    """Records that did not fit `data.max_prompt_tokens` even with one turn."""
+    seed: int
+
+    def draw(self, position: int, count: int) -> list[Prompt]:
+        """Prompts number `position` to `position + count` of an endless stream.
+
+        Without replacement inside a pass over the pool; every pass has its own order.
+        """
+        size = len(self.train)
+        orders = {
+            index: self._order(index)
+            for index in range(position // size, (position + count - 1) // size + 1)
+        }
+        return [
+            self.train[orders[number // size][number % size]]
+            for number in range(position, position + count)
+        ]
+
+    def _order(self, pass_index: int) -> Sequence[int]:
+        key = [self.seed, stable_hash(self.name) % 2**32, pass_index]
+        order: Sequence[int] = np.random.default_rng(key).permutation(len(self.train)).tolist()
+        return order
+
+
+def make_pools(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, names: Iterable[str]
+) -> dict[str, PromptPool]:
+    """Read, render and split the pools `names`.
+
+    Raises `ValueError` when a pool is empty or two of its records share an id.
+    """
+    return {name: _make_pool(name, config, tokenizer, seed) for name in names}
+
+
+def _make_pool(
+    name: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PromptPool:
+    train: list[Prompt] = []
+    heldout: list[Prompt] = []
+    seen: set[str] = set()
+    num_dropped = 0
+    for record in read_pool(config.pools[name]):
+        if record.id in seen:
+            raise ValueError(f"data.pools.{name}: two records have the id {record.id!r}")
+        seen.add(record.id)
+        prompt = _render(record, name, config, tokenizer)
+        if prompt is None:
+            num_dropped += 1
+        elif is_heldout(record.id, config.heldout_fraction):
+            heldout.append(prompt)
+        else:
+            train.append(prompt)
+    if not train:
+        raise ValueError(
+            f"data.pools.{name}: no prompt is left to train on ({num_dropped} of {len(seen)} were "
+            f"longer than data.max_prompt_tokens = {config.max_prompt_tokens})"
+        )
+    return PromptPool(name=name, train=train, heldout=heldout, num_dropped=num_dropped, seed=seed)
+
+
+def is_heldout(record_id: str, fraction: float) -> bool:
+    """Whether a record is never trained on: a hash of its id, so it stays so as a set grows."""
+    return stable_hash(record_id) % 10_000 < fraction * 10_000
+
+
+def stable_hash(text: str) -> int:
+    """The same 63-bit number in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def answer_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The reference answer as the student would write it: its tokens and the end token.
+
+    Raises `ValueError` when the prompt has no answer.
+    """
+    if prompt.answer is None:
+        raise ValueError(
+            f"data.pools.{prompt.pool}: record {prompt.id!r} has no answer, which sft needs; "
+            "set `answer` of its source"
+        )
+    ids: list[int] = tokenizer.encode(prompt.answer, add_special_tokens=False)
+    return [*ids, end_token(tokenizer)]
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that ends a response. Raises `ValueError` if the tokenizer has none."""
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ValueError(f"student: its tokenizer has no end token (found {tokenizer.eos_token_id})")
+    return tokenizer.eos_token_id
+
+
+def _render(
+    record: Record, pool: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> Prompt | None:
+    """Token ids by the chat template; drops the oldest turns that do not fit, None if one is too long."""
+    messages = list(record.messages)
+    first = 1 if messages[0]["role"] == "system" else 0
+    while True:
+        token_ids = _token_ids(messages, config, tokenizer)
+        if len(token_ids) <= config.max_prompt_tokens:
+            return Prompt(
+                id=record.id,
+                pool=pool,
+                messages=tuple(messages),
+                token_ids=tuple(token_ids),
+                answer=record.answer,
+            )
+        if len(messages) - first <= 1:
+            return None
+        del messages[first]
+
+
+def _token_ids(
+    messages: Sequence[Message], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    switches: Mapping[str, bool] = (
+        {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+    )
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tokenize=False,
+        add_generation_prompt=True,
+        **switches,
+    )
+    ids: list[int] = tokenizer.encode(str(text), add_special_tokens=False)
+    return ids

@@ -1,0 +1,160 @@
+"""Where prompts come from: packaged sets, procedural tasks, a user's files. One record a prompt."""
+
+import importlib.resources
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from megadistill.config import resolve_path
+from megadistill.config.schema import FileSource, PackagedSource, PoolConfig, ReasoningGymSource
+from megadistill.types import Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """A prompt before any tokenizer has seen it."""
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: str | None = None
+
+
+MEDICAL_SYSTEM = (
+    "You are a careful medical reasoning assistant. You give educational information, say what is "
+    "uncertain, and recommend professional care when it is needed."
+)
+"""System message of CaMOPD's medical prompt (Fig. 7), in our words."""
+
+MEDICAL_CHOICE = "Please reason step by step and give the final answer choice at the end."
+MEDICAL_OPEN = (
+    "Please reason step by step and answer clearly. Do not present the answer as a substitute for "
+    "professional medical advice."
+)
+
+
+def read_pool(config: PoolConfig) -> Iterator[Record]:
+    """All records of a pool, source by source, in a fixed order.
+
+    Raises `ValueError` naming the file and row of a bad record.
+    """
+    for source in config.sources:
+        for row in _READERS[type(source)](source):
+            yield _to_record(row, config.template)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """What every source can be reduced to."""
+
+    id: str
+    prompt: str | tuple[Message, ...]
+    answer: str | None = None
+    options: Mapping[str, str] | None = None
+
+
+def _to_record(row: _Row, template: str) -> Record:
+    if not isinstance(row.prompt, str):
+        return Record(id=row.id, messages=row.prompt, answer=row.answer)
+    if template == "medical":
+        return Record(id=row.id, messages=medical_messages(row.prompt, row.options), answer=row.answer)
+    lines = [row.prompt, *(f"{letter}. {text}" for letter, text in (row.options or {}).items())]
+    messages = ({"role": "user", "content": "\n".join(lines)},)
+    return Record(id=row.id, messages=messages, answer=row.answer)
+
+
+def medical_messages(question: str, options: Mapping[str, str] | None) -> tuple[Message, ...]:
+    """CaMOPD's medical prompt: with options a choice question, without them the open variant."""
+    lines = [question, *(f"{letter}. {text}" for letter, text in (options or {}).items())]
+    lines.append(MEDICAL_CHOICE if options else MEDICAL_OPEN)
+    return (
+        {"role": "system", "content": MEDICAL_SYSTEM},
+        {"role": "user", "content": "\n".join(lines)},
+    )
+
+
+def _read_packaged(source: PackagedSource) -> Iterator[_Row]:
+    folder = importlib.resources.files("megadistill.data") / "sets"
+    if source.name == "general":
+        for line in (folder / "general_prompts.jsonl").read_text("utf-8").splitlines():
+            row = json.loads(line)
+            yield _Row(id=row["id"], prompt=row["prompt"])
+        return
+    for line in (folder / "medical_questions.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        letter = row["answer"]
+        answer = f"{row['explanation']}\n\nFinal answer: {letter}. {row['options'][letter]}"
+        yield _Row(id=row["id"], prompt=row["question"], answer=answer, options=row["options"])
+
+
+def _read_reasoning_gym(source: ReasoningGymSource) -> Iterator[_Row]:
+    import reasoning_gym  # noqa: PLC0415 - optional, and slow to import
+    from reasoning_gym.factory import DATASETS  # noqa: PLC0415
+
+    tasks = source.tasks or sorted(DATASETS)
+    unknown = [task for task in tasks if task not in DATASETS]
+    if unknown:
+        raise ValueError(f"tasks: found {unknown}, which reasoning-gym does not have")
+    per_task = -(-source.size // len(tasks))
+    for task in tasks:
+        data = reasoning_gym.create_dataset(task, size=per_task, seed=source.seed)
+        for index in range(per_task):
+            entry = data[index]
+            answer = entry["answer"]
+            yield _Row(
+                id=f"{task}-{source.seed}-{index}",
+                prompt=entry["question"],
+                answer=None if answer is None else str(answer),
+            )
+
+
+def _read_file(source: FileSource) -> Iterator[_Row]:
+    path = Path(resolve_path(source.path))
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; set the `path` of this source to a .jsonl or .parquet")
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+    for number, row in enumerate(islice(rows, source.limit), start=1):
+        yield _file_row(source, path, number, row)
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: row {number} is not JSON: {error}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet  # noqa: PLC0415 - slow to import, rarely needed
+
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        yield from batch.to_pylist()
+
+
+def _file_row(source: FileSource, path: Path, number: int, row: Mapping[str, Any]) -> _Row:
+    for name in (source.prompt, source.answer, source.options):
+        if name is not None and name not in row:
+            found = sorted(row)
+            raise ValueError(f"{path}: row {number} has no field {name!r}; it has {found}")
+    prompt = row[source.prompt]
+    if isinstance(prompt, list):
+        prompt = tuple({"role": turn["role"], "content": turn["content"]} for turn in prompt)
+    elif not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{path}: row {number}: {source.prompt!r} is empty or not text")
+    return _Row(
+        id=str(row.get("id", f"{path.stem}-{number}")),
+        prompt=prompt,
+        answer=str(row[source.answer]) if source.answer else None,
+        options=row[source.options] if source.options else None,
+    )
+
+
+_READERS: Mapping[type, Callable[[Any], Iterator[_Row]]] = {
+    PackagedSource: _read_packaged,
+    ReasoningGymSource: _read_reasoning_gym,
+    FileSource: _read_file,
+}
