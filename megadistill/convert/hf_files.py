@@ -1,0 +1,251 @@
+"""Hugging Face model directories: find one, read its tensors one by one, write one in shards."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a model directory needs beside its weights and `config.json`."""
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The directory of `model`: a path, or a hub name `org/name` that is downloaded or cached.
+
+    With `HF_HUB_OFFLINE=1` only the cache is asked. Raises `ValueError` saying what to run.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
+        raise ValueError(f"{model}: no such directory, and not a hub name of the form org/name")
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=list(_DOWNLOADED)))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+        raise ValueError(
+            f"{model}: not a directory, not in the Hugging Face cache, and not downloadable here "
+            f"({type(error).__name__}); run `hf download {model}` where there is a network and "
+            "share its HF_HOME, or give a local directory"
+        ) from error
+
+
+class SafetensorsReader:
+    """Reads tensors of a model directory by name; one weights file is mapped at a time.
+
+    A tensor is a view of the mapped file: copy it to keep it past the next call.
+    Calling the reader is the same as `read`, so that it serves as `mapping.Read`.
+    """
+
+    def __init__(self, model: str | Path) -> None:
+        """`model` as in `resolve_model`. Raises `ValueError` when it holds no safetensors."""
+        self.directory = resolve_model(model)
+        self._files = weight_map(self.directory)
+        self._open_name: str | None = None
+        self._open: Any = None  # a `safe_open`, which has no type annotations
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._files)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor called `name`. Raises `ValueError` when the model has none."""
+        tensor: torch.Tensor = self._file_of(name).get_tensor(name)
+        return tensor
+
+    __call__ = read
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, without reading its data."""
+        return tuple(self._file_of(name).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its dtype, without reading its data."""
+        piece = self._file_of(name).get_slice(name)
+        sample: torch.Tensor = piece[...] if not piece.get_shape() else piece[:0]
+        return sample.dtype
+
+    def num_bytes(self) -> int:
+        """Size of all weights files."""
+        return sum((self.directory / file).stat().st_size for file in set(self._files.values()))
+
+    def _file_of(self, name: str) -> Any:
+        if name not in self._files:
+            raise ValueError(f"{self.directory}: no tensor {name!r} among {len(self._files)}")
+        file = self._files[name]
+        if self._open is None or file != self._open_name:
+            self._open = safe_open(self.directory / file, framework="pt")
+            self._open_name = file
+        return self._open
+
+
+def weight_map(directory: Path) -> dict[str, str]:
+    """Tensor name to file name, from the index or from the single weights file.
+
+    Raises `ValueError` when there is neither, or when the index names a file that is missing.
+    """
+    index = directory / INDEX_FILE
+    if index.exists():
+        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        missing = sorted({file for file in files.values() if not (directory / file).exists()})
+        if missing:
+            raise ValueError(f"{index}: names missing files {missing}; download the model again")
+        if strange := sorted({file for file in files.values() if Path(file).name != file}):
+            raise ValueError(f"{index}: found {strange}, expected plain file names")
+        return files
+    if not (directory / SINGLE_FILE).exists():
+        raise ValueError(
+            f"{directory}: found neither {INDEX_FILE} nor {SINGLE_FILE}; "
+            "only safetensors weights are read"
+        )
+    with safe_open(directory / SINGLE_FILE, framework="pt") as file:
+        return dict.fromkeys(file.keys(), SINGLE_FILE)
+
+
+class SafetensorsWriter:
+    """Streams tensors into a new Hugging Face model directory; whole or absent.
+
+    Use as a context manager: files go to a hidden directory beside `out_dir`, which is renamed
+    when the block ends well and deleted when it does not. At most `max_shard_bytes` (or one
+    larger tensor) are held in memory.
+    """
+
+    def __init__(self, out_dir: str | Path, max_shard_bytes: float = 5e9) -> None:
+        """Raises `ValueError` when `out_dir` exists and is not an empty directory."""
+        self.out_dir = Path(out_dir).absolute()
+        self.max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._total_bytes = 0
+        self._shards: list[tuple[str, ...]] = []
+        self._dtypes: dict[torch.dtype, int] = {}
+        self._directory = new_directory_beside(self.out_dir)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Add one tensor; it is copied, so a view is fine."""
+        num_bytes = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + num_bytes > self.max_shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self._pending_bytes += num_bytes
+        self._total_bytes += num_bytes
+        self._dtypes[tensor.dtype] = self._dtypes.get(tensor.dtype, 0) + tensor.numel()
+
+    def copy_metadata(self, source: str | Path) -> None:
+        """Copy `config.json`, tokenizer and generation settings of the model directory `source`.
+
+        Call it after the last `write`: the dtype in `config.json` becomes that of most elements.
+        """
+        source = Path(source)
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        if self._dtypes:
+            set_dtype(config, max(self._dtypes, key=lambda dtype: self._dtypes[dtype]))
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (self._directory / "config.json").write_text(text, encoding="utf-8")
+        copy_companions(source, self._directory)
+
+    def _flush(self) -> None:
+        save_file(
+            self._pending,
+            self._directory / f"shard-{len(self._shards)}",
+            metadata={"format": "pt"},
+        )
+        self._shards.append(tuple(self._pending))
+        self._pending = {}
+        self._pending_bytes = 0
+
+    def _finish(self) -> None:
+        """Write what is pending, give the shards their final names, and publish the directory."""
+        if self._pending:
+            self._flush()
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            file = SINGLE_FILE if count == 1 else file
+            (self._directory / f"shard-{number}").rename(self._directory / file)
+            weight_map.update(dict.fromkeys(names, file))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (self._directory / INDEX_FILE).write_text(text, encoding="utf-8")
+        publish_directory(self._directory, self.out_dir)
+
+
+def set_dtype(config: dict[str, object], dtype: torch.dtype) -> None:
+    """Record `dtype` under the key the configuration already uses, `dtype` or `torch_dtype`."""
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    config[key] = str(dtype).removeprefix("torch.")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template and generation settings, those that exist."""
+    for name in _COPIED:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def new_directory_beside(out_dir: Path) -> Path:
+    """A fresh hidden directory on the same filesystem as `out_dir`, to be renamed to it.
+
+    Raises `ValueError` when `out_dir` exists and is not an empty directory.
+    """
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise ValueError(f"{out_dir}: already exists; delete it or choose another directory")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".tmp", dir=out_dir.parent))
+    made.chmod(0o777 & ~_umask())
+    return made
+
+
+def publish_directory(made: Path, out_dir: Path) -> None:
+    """Flush the files of `made` to disk and rename it to `out_dir`."""
+    for file in made.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    made.replace(out_dir)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,292 @@
+"""The table between Megatron parameters and Hugging Face tensors, and how each is sharded.
+
+A row names one Megatron parameter, the tensors it is made of, and a `Layout` that merges, splits
+and shards. Everything is bit-exact and keeps the dtype. The "full" Megatron tensor of a row is what
+one rank without tensor parallelism holds; `{i}` stands for the layer number.
+
+Shape legend: V vocabulary, H hidden, Q = heads x head_dim, K = kv_heads x head_dim, F feed-forward.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from megadistill.convert.families import ModelSpec, check_tp
+
+Read = Callable[[str], torch.Tensor]
+"""Returns the Hugging Face tensor of that name."""
+
+
+class Layout(Protocol):
+    """How the tensors of one row become a full Megatron tensor, and that one becomes shards."""
+
+    def merge(self, spec: ModelSpec, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Hugging Face tensors to the full Megatron tensor."""
+
+    def split(self, spec: ModelSpec, full: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Inverse of `merge`; drops the rows that pad the vocabulary."""
+
+    def shard(self, full: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
+        """What tensor-parallel rank `rank` of `tp` holds; may be a view."""
+
+    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Inverse of `shard` over all ranks in order; rows that pad the vocabulary remain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """One tensor, the same on every rank."""
+
+    def merge(self, spec: ModelSpec, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return parts[0]
+
+    def split(self, spec: ModelSpec, full: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (full,)
+
+    def shard(self, full: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
+        return full
+
+    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        return shards[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """One tensor, cut in equal pieces along `dim`."""
+
+    dim: int
+
+    def merge(self, spec: ModelSpec, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return parts[0]
+
+    def split(self, spec: ModelSpec, full: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (full,)
+
+    def shard(self, full: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
+        return _piece(full, tp, rank, self.dim)
+
+    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(tuple(shards), self.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """[V, H], cut along V after zero rows made its length a multiple of the ranks."""
+
+    def merge(self, spec: ModelSpec, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return parts[0]
+
+    def split(self, spec: ModelSpec, full: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (full[: spec.vocab_size],)
+
+    def shard(self, full: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
+        rows = -(-full.shape[0] // tp)
+        piece = full[rank * rows : (rank + 1) * rows]
+        if missing := rows - piece.shape[0]:
+            piece = torch.cat([piece, piece.new_zeros(missing, full.shape[1])])
+        return piece
+
+    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(tuple(shards))
+
+
+@dataclass(frozen=True, slots=True)
+class QueryKeyValue:
+    """[Q, ...], [K, ...], [K, ...] interleaved: each kv head's queries, then its key and value."""
+
+    def merge(self, spec: ModelSpec, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        groups = [part.reshape(spec.num_kv_heads, -1, *part.shape[1:]) for part in parts]
+        return torch.cat(groups, 1).flatten(0, 1)
+
+    def split(self, spec: ModelSpec, full: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        queries = spec.num_heads // spec.num_kv_heads * spec.head_dim
+        groups = full.reshape(spec.num_kv_heads, -1, *full.shape[1:])
+        borders = (queries, queries + spec.head_dim)
+        return tuple(piece.flatten(0, 1) for piece in groups.tensor_split(borders, 1))
+
+    def shard(self, full: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
+        return _piece(full, tp, rank, 0)
+
+    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(tuple(shards))
+
+
+@dataclass(frozen=True, slots=True)
+class GateUp:
+    """Gate [F, H] above up [F, H]; a rank holds its piece of the gate above its piece of up."""
+
+    def merge(self, spec: ModelSpec, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(tuple(parts))
+
+    def split(self, spec: ModelSpec, full: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return full.chunk(2)
+
+    def shard(self, full: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
+        if tp == 1:
+            return full
+        return torch.cat([_piece(half, tp, rank, 0) for half in full.chunk(2)])
+
+    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        return torch.cat([*gates, *ups])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One row: a Megatron parameter, the Hugging Face tensors it holds, and their layout."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    layout: Layout
+
+    def at(self, layer: int) -> "Entry":
+        """The row of one layer, its pattern filled in."""
+        names = tuple(name.format(i=layer) for name in self.hf)
+        return replace(self, megatron=self.megatron.format(i=layer), hf=names)
+
+
+_EMBEDDING = Entry(
+    megatron="embedding.word_embeddings.weight",
+    hf=("model.embed_tokens.weight",),
+    layout=Vocabulary(),
+)
+_FINAL_NORM = Entry(
+    megatron="decoder.final_layernorm.weight", hf=("model.norm.weight",), layout=Replicated()
+)
+_OUTPUT = Entry(megatron="output_layer.weight", hf=("lm_head.weight",), layout=Vocabulary())
+
+
+def _layer(megatron: str, hf: tuple[str, ...], layout: Layout) -> Entry:
+    return Entry(
+        megatron=f"decoder.layers.{{i}}.{megatron}",
+        hf=tuple(f"model.layers.{{i}}.{name}" for name in hf),
+        layout=layout,
+    )
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LAYER = (
+    _layer(
+        "self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",), Replicated()
+    ),
+    _layer(
+        "self_attention.linear_qkv.weight",
+        tuple(f"{name}.weight" for name in _QKV),
+        QueryKeyValue(),
+    ),
+    _layer("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Sharded(1)),
+    _layer("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), Replicated()),
+    _layer("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), GateUp()),
+    _layer("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Sharded(1)),
+)
+_QKV_BIAS = (
+    _layer(
+        "self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), QueryKeyValue()
+    ),
+)
+_QK_NORM = (
+    _layer("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), Replicated()),
+    _layer("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), Replicated()),
+)
+
+
+def layer_entries(spec: ModelSpec) -> tuple[Entry, ...]:
+    """The rows of one transformer layer, with `{i}` in their names."""
+    bias = _QKV_BIAS if spec.qkv_bias else ()
+    norm = _QK_NORM if spec.qk_norm else ()
+    return (*_LAYER, *bias, *norm)
+
+
+def outer_entries(spec: ModelSpec) -> tuple[Entry, ...]:
+    """The rows outside the layers; with tied embeddings there is no output layer of its own."""
+    return (_EMBEDDING, _FINAL_NORM) if spec.tied_embeddings else (_EMBEDDING, _FINAL_NORM, _OUTPUT)
+
+
+def entries(spec: ModelSpec) -> Iterator[Entry]:
+    """Every row of the model, with global layer numbers, in the order of the forward pass."""
+    yield _EMBEDDING
+    for layer in range(spec.num_layers):
+        for entry in layer_entries(spec):
+            yield entry.at(layer)
+    yield from outer_entries(spec)[1:]
+
+
+def hf_names(spec: ModelSpec) -> tuple[str, ...]:
+    """Names of all tensors of the Hugging Face model."""
+    return tuple(name for entry in entries(spec) for name in entry.hf)
+
+
+def load_shard(  # noqa: PLR0913 - a rank's place takes five values
+    spec: ModelSpec,
+    read: Read,
+    *,
+    tp: int,
+    tp_rank: int,
+    layers: range,
+    first: bool,
+    last: bool,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of one rank, one at a time: (local Megatron name, this rank's tensor).
+
+    `layers` are the global numbers of this pipeline stage's layers; local names count from 0.
+    `first` and `last` tell whether the stage holds the embedding and the output layer. With tied
+    embeddings a last stage that is not the first gets its output layer from the embedding.
+    Raises `ValueError` when `tp` does not divide the model.
+    """
+    check_tp(spec, tp)
+    for entry, name in _stage_entries(spec, layers, first=first, last=last):
+        full = entry.layout.merge(spec, [read(source) for source in entry.hf])
+        yield name, entry.layout.shard(full, tp, tp_rank)
+
+
+def to_hf(
+    spec: ModelSpec, megatron_name: str, full: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hugging Face names and tensors held by one full Megatron tensor (global layer number).
+
+    Drops vocabulary padding. A tied model's `output_layer.weight` yields nothing, its embedding
+    says it all. Raises `ValueError` for a name that is not in the table.
+    """
+    if spec.tied_embeddings and megatron_name == _OUTPUT.megatron:
+        return
+    entry = find_entry(spec, megatron_name)
+    yield from zip(entry.hf, entry.layout.split(spec, full), strict=True)
+
+
+def find_entry(spec: ModelSpec, megatron_name: str) -> Entry:
+    """The row of a Megatron parameter with its global layer number.
+
+    Raises `ValueError` for a name that the model does not have.
+    """
+    pattern, layer = megatron_name, 0
+    if megatron_name.startswith("decoder.layers."):
+        _, _, number, rest = megatron_name.split(".", 3)
+        pattern, layer = f"decoder.layers.{{i}}.{rest}", int(number)
+    for entry in (*layer_entries(spec), *outer_entries(spec)):
+        if entry.megatron == pattern and layer < spec.num_layers:
+            return entry.at(layer)
+    raise ValueError(
+        f"{megatron_name}: no such parameter in a {spec.family} model of {spec.num_layers} layers"
+    )
+
+
+def _stage_entries(
+    spec: ModelSpec, layers: range, *, first: bool, last: bool
+) -> Iterator[tuple[Entry, str]]:
+    """The rows of one pipeline stage, each with its local Megatron name."""
+    if first:
+        yield _EMBEDDING, _EMBEDDING.megatron
+    for local, layer in enumerate(layers):
+        for entry in layer_entries(spec):
+            yield entry.at(layer), entry.megatron.format(i=local)
+    if last:
+        yield _FINAL_NORM, _FINAL_NORM.megatron
+    if last and not (spec.tied_embeddings and first):
+        yield _EMBEDDING if spec.tied_embeddings else _OUTPUT, _OUTPUT.megatron
+
+
+def _piece(full: torch.Tensor, tp: int, rank: int, dim: int) -> torch.Tensor:
+    size = full.shape[dim] // tp
+    return full.narrow(dim, rank * size, size)
