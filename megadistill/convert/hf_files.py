@@ -3,8 +3,8 @@
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -231,21 +231,17 @@ def new_directory_beside(out_dir: Path) -> Path:
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise ValueError(f"{out_dir}: already exists; delete it or choose another directory")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".tmp", dir=out_dir.parent))
-    made.chmod(0o777 & ~_umask())
+    made = out_dir.with_name(f".{out_dir.name}.{secrets.token_hex(4)}.tmp")
+    made.mkdir()
     return made
 
 
 def publish_directory(made: Path, out_dir: Path) -> None:
-    """Flush the files of `made` to disk and rename it to `out_dir`."""
+    """Flush the files of `made` to disk, open them to its readers, and rename it to `out_dir`."""
+    mode = made.stat().st_mode & 0o666
     for file in made.rglob("*"):
         if file.is_file():
+            file.chmod(mode)
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
     made.replace(out_dir)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
