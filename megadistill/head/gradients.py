@@ -1,0 +1,103 @@
+"""Gradient sums of a sweep, and how backward hands them out."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megadistill.head.projection import add_weight_gradient, hidden_gradient, is_narrow
+from megadistill.head.vocabulary import VocabularyHead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientSums:
+    """Hidden gradient in hidden's type, weight gradient in fp32; None where nobody asked."""
+
+    hidden_TD: Tensor | None
+    weight_VD: Tensor | None
+
+    @classmethod
+    def start(
+        cls, head: VocabularyHead, hidden_TD: Tensor, *, for_hidden: bool, for_weight: bool
+    ) -> "GradientSums":
+        """Allocate the sums of one sweep."""
+        weight_VD = head.weight_VD
+        return cls(
+            hidden_TD=torch.empty_like(hidden_TD) if for_hidden else None,
+            weight_VD=(
+                torch.zeros(weight_VD.shape, dtype=head.compute_dtype, device=weight_VD.device)
+                if for_weight
+                else None
+            ),
+        )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any gradient was asked for."""
+        return self.hidden_TD is not None or self.weight_VD is not None
+
+    def tile(self, logits_CV: Tensor, head: VocabularyHead) -> Tensor:
+        """What the gradient products read: the logits' own memory, or a copy as bf16 as the head."""
+        if self.wanted and is_narrow(head.weight_VD):
+            return torch.empty_like(logits_CV, dtype=head.weight_VD.dtype)
+        return logits_CV
+
+    def add(
+        self,
+        head: VocabularyHead,
+        hidden_TD: Tensor,
+        rows: slice,
+        tile_CV: Tensor,
+        scale_C: Tensor,
+    ) -> None:
+        """Take the gradient `scale * tile` on one chunk's logits to hidden and weight.
+
+        The row factor goes on the small operands, never on the tile.
+        """
+        scale_C1 = scale_C[:, None]
+        if self.hidden_TD is not None:
+            partial_CD = hidden_gradient(tile_CV, head.true_weight)
+            torch.mul(partial_CD, scale_C1, out=partial_CD)
+            self.hidden_TD[rows] = partial_CD
+        if self.weight_VD is not None:
+            scaled_CD = (hidden_TD[rows] * scale_C1).to(tile_CV.dtype)
+            add_weight_gradient(self.weight_VD[: head.num_true_rows], tile_CV, scaled_CD)
+
+
+def hand_out_hidden(head: VocabularyHead, sums: GradientSums, upstream: Tensor) -> Tensor | None:
+    """Hidden gradient times the upstream scalar: this rank's partial sum unless asked otherwise."""
+    if sums.hidden_TD is None:
+        return None
+    gradient_TD = sums.hidden_TD * upstream.to(sums.hidden_TD.dtype)
+    if head.reduce_hidden_gradient and head.group is not None:
+        dist.all_reduce(gradient_TD, group=head.group)
+    return gradient_TD
+
+
+def hand_out_weight(
+    head: VocabularyHead, weight_VD: Tensor, sums: GradientSums, upstream: Tensor
+) -> Tensor | None:
+    """Weight gradient times the upstream scalar: returned, or added to Megatron's main_grad."""
+    if sums.weight_VD is None:
+        return None
+    if not head.accumulate_into_main_grad:
+        return (sums.weight_VD * upstream).to(weight_VD.dtype)
+    weight_VD.main_grad.addcmul_(sums.weight_VD, upstream.expand_as(sums.weight_VD))  # type: ignore[attr-defined]
+    return announce_main_grad(weight_VD)
+
+
+def announce_main_grad(weight_VD: Tensor) -> Tensor | None:
+    """Tell Megatron's data parallelism that main_grad already holds this gradient.
+
+    Its hook runs only if some gradient arrives, and ignores the value when the parameter's
+    `grad_added_to_main_grad` is set; `zero_out_wgrad` (tied embeddings) asks for zeros because
+    that hook then adds the value all the same. A bare parameter with a main_grad needs neither.
+    """
+    attributes = vars(weight_VD)
+    if "grad_added_to_main_grad" not in attributes:
+        return None
+    weight_VD.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    if attributes.get("zero_out_wgrad", False):
+        return torch.zeros_like(weight_VD)
+    return torch.empty_like(weight_VD)

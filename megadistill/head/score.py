@@ -1,0 +1,143 @@
+"""Scoring without gradient: log-probs at ids, log-sum-exp, entropy, top-K, probability mass."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megadistill.head.checks import check_hidden, check_ids, check_top_k
+from megadistill.head.projection import project
+from megadistill.head.rows import (
+    RowStatistics,
+    combine,
+    exponentiate,
+    gather_ranks,
+    pick,
+    sum_ranks,
+)
+from megadistill.head.vocabulary import VocabularyHead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadScores:
+    """What a head says about each row, in fp32 and equal on every rank; nothing has a gradient."""
+
+    logprobs_TK: Tensor
+    """Log-probabilities at the ids that were asked for."""
+    logsumexp_T: Tensor
+    """Of the logits divided by the temperature."""
+    entropy_T: Tensor | None
+    """In nats; None unless asked for."""
+    top_ids_TK: Tensor | None
+    """Most probable ids, descending (ties in any order); column 0 is the arg-max."""
+    top_logprobs_TK: Tensor | None
+
+
+@torch.no_grad()
+def score(
+    head: VocabularyHead,
+    hidden_TD: Tensor,
+    ids_TK: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    with_entropy: bool = False,
+) -> HeadScores:
+    """Log-probabilities of `softmax(hidden @ weight.T / temperature)` at `ids_TK`, and more.
+
+    One product and one pass; over a group one exchange of 3 + K (+ 2 top_k) numbers per row.
+    """
+    check_hidden(head, hidden_TD, temperature)
+    check_ids(head, hidden_TD, ids_TK)
+    check_top_k(head, top_k)
+    sweep = sweep_statistics(
+        head, hidden_TD, ids_TK, temperature=temperature, top_k=top_k, with_entropy=with_entropy
+    )
+    total, maximum_T1 = sweep.total, sweep.total.maximum_C[:, None]
+    log_sum_T1 = total.log_sum[:, None]
+    top_ids_TK = top_logprobs_TK = None
+    if sweep.top is not None:
+        top_logits_TK, top_ids_TK = _merge_top(head, *sweep.top, top_k)
+        top_logprobs_TK = top_logits_TK - maximum_T1 - log_sum_T1
+    return HeadScores(
+        logprobs_TK=sweep.picked_TK - maximum_T1 - log_sum_T1,
+        logsumexp_T=total.logsumexp,
+        entropy_T=total.entropy if with_entropy else None,
+        top_ids_TK=top_ids_TK,
+        top_logprobs_TK=top_logprobs_TK,
+    )
+
+
+def mass(
+    head: VocabularyHead, hidden_TD: Tensor, ids_TK: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """Probability mass `[T]` inside each row's id set; the ids of a row must differ."""
+    logprobs_TK = score(head, hidden_TD, ids_TK, temperature=temperature).logprobs_TK
+    return logprobs_TK.exp().sum(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """One pass over all rows: statistics over all ranks, logits at the ids, this rank's top-K."""
+
+    total: RowStatistics
+    picked_TK: Tensor
+    top: tuple[Tensor, Tensor] | None
+    """Logits and global ids of the largest min(K, rows of this shard) logits."""
+
+
+def sweep_statistics(
+    head: VocabularyHead,
+    hidden_TD: Tensor,
+    ids_TK: Tensor,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    with_entropy: bool = False,
+) -> Sweep:
+    """Run the forward sweep that scoring and the two-pass log-probs share; checks nothing."""
+    hidden_TD = hidden_TD.detach()
+    weight_VD = head.true_weight
+    chunks = head.chunks(hidden_TD.shape[0])
+    logits = hidden_TD.new_empty(chunks[0].stop, weight_VD.shape[0], dtype=head.compute_dtype)
+    parts: list[RowStatistics] = []
+    picked: list[Tensor] = []
+    tops: list[tuple[Tensor, Tensor]] = []
+    for rows in chunks:
+        z_CV = logits[: rows.stop - rows.start]
+        project(hidden_TD[rows], weight_VD, temperature, z_CV)
+        picked.append(pick(head, z_CV, ids_TK[rows]))
+        if top_k:
+            values_CK, columns_CK = z_CV.topk(min(top_k, z_CV.shape[1]), -1)
+            tops.append((values_CK, columns_CK + head.offset))
+        parts.append(exponentiate(z_CV, with_entropy=with_entropy))
+    local = RowStatistics(
+        maximum_C=torch.cat([part.maximum_C for part in parts]),
+        sum_exp_C=torch.cat([part.sum_exp_C for part in parts]),
+        sum_shifted_C=(
+            torch.cat([p.sum_shifted_C for p in parts if p.sum_shifted_C is not None])
+            if with_entropy
+            else None
+        ),
+    )
+    return Sweep(
+        total=combine(local, head.group),
+        picked_TK=sum_ranks(torch.cat(picked), head.group),
+        top=(torch.cat([v for v, _ in tops]), torch.cat([i for _, i in tops])) if top_k else None,
+    )
+
+
+def _merge_top(
+    head: VocabularyHead, values_TK: Tensor, ids_TK: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """Exact global top-K from every rank's own."""
+    if head.group is None:
+        return values_TK, ids_TK
+    # Ranks may own fewer than K true rows: fill up with logits that never win.
+    missing = top_k - values_TK.shape[1]
+    values_TK = torch.nn.functional.pad(values_TK, (0, missing), value=-torch.inf)
+    ids_TK = torch.nn.functional.pad(ids_TK, (0, missing), value=-1)
+    all_values_TK = torch.cat(list(gather_ranks(values_TK, head.group)), -1)
+    all_ids_TK = torch.cat(list(gather_ranks(ids_TK, head.group)), -1)
+    top_TK, places_TK = all_values_TK.topk(top_k, -1)
+    return top_TK, all_ids_TK.gather(1, places_TK)
