@@ -1,13 +1,13 @@
 """The run directory: the bus on which the processes of a run meet, and what a resume reads.
 
-    config.yaml        the resolved configuration, itself a valid input
-    control/           token, engine addresses, stop request; renewed by every attempt
-    state/             progress.json (for people and for the launcher)
-    checkpoints/       step-000010/ ..., each whole or absent
-    rollouts/          step-000010.parquet ..., every rollout with its scores
-    weights/           what the trainer publishes to the engines
-    metrics.jsonl      one line a step
-    logs/  report/  export/
+config.yaml        the resolved configuration, itself a valid input
+control/           token, engine addresses, stop request; renewed by every attempt
+state/             progress.json (for people and for the launcher)
+checkpoints/       step-000010/ ..., each whole or absent
+rollouts/          step-000010.parquet ..., every rollout with its scores
+weights/           what the trainer publishes to the engines
+metrics.jsonl      one line a step
+logs/  report/  export/
 """
 
 import json
@@ -24,7 +24,7 @@ from typing import Any
 from megadistill.config import RunConfig, dump_config, load_config
 
 WHOLE = "WHOLE"
-"""Marker file written last into a checkpoint: a directory without it is torn."""
+"""Written last into a checkpoint, with the size of every file: without it, it is torn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,7 @@ class RunDir:
         return self.path / "control" / f"engine-{index}.json"
 
     def rollout_file(self, step: int) -> Path:
+        """The rollouts that made optimizer step number `step`, counted from 1."""
         return self.path / "rollouts" / f"step-{step:06d}.parquet"
 
     def token(self) -> str:
@@ -140,7 +141,7 @@ class RunDir:
         found = [
             (int(directory.name.removeprefix("step-")), directory)
             for directory in (self.path / "checkpoints").glob("step-*")
-            if (directory / WHOLE).exists()
+            if is_whole(directory)
         ]
         return sorted(found)
 
@@ -152,8 +153,7 @@ class RunDir:
             shutil.rmtree(directory)
         directory.mkdir(mode=0o700, parents=True)
         yield directory
-        sync_tree(directory)
-        write_atomic(directory / WHOLE, json.dumps({"step": step, "time": time.time()}))
+        write_atomic(directory / WHOLE, json.dumps(sync_tree(directory)))
 
     def drop_old_checkpoints(self, keep: int) -> None:
         """Delete all but the newest `keep` whole checkpoints, and torn ones older than those."""
@@ -175,12 +175,24 @@ def write_atomic(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
-def sync_tree(directory: Path) -> None:
-    """Flush every file below `directory` to disk."""
-    for file in directory.rglob("*"):
+def sync_tree(directory: Path) -> dict[str, int]:
+    """Flush every file below `directory` to disk; relative name -> size in bytes."""
+    sizes: dict[str, int] = {}
+    for file in sorted(directory.rglob("*")):
         if file.is_file():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
+            sizes[str(file.relative_to(directory))] = file.stat().st_size
+    return sizes
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether a checkpoint was finished and none of its files has been lost or cut since."""
+    try:
+        sizes: dict[str, int] = json.loads((directory / WHOLE).read_text())
+        return all((directory / name).stat().st_size == size for name, size in sizes.items())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
 
 
 def changed_settings(old_text: str, new_text: str) -> list[str]:

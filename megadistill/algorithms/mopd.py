@@ -133,9 +133,7 @@ class Camopd(Mopd):
 
     def phase(self, step: int) -> Phase:
         """Eq. (5): the branch at this place of the period, alone."""
-        return Phase(
-            step=step, draws={self.schedule[step % len(self.schedule)]: self.batch_size}
-        )
+        return Phase(step=step, draws={self.schedule[step % len(self.schedule)]: self.batch_size})
 
     def keep(self, branch: str, scores: Sequence[float]) -> list[int]:
         """Eq. (8): the samples that hold rho_b of the branch's gap mass."""

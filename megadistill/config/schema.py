@@ -268,7 +268,9 @@ class CheckpointConfig:
     keep: PositiveInt = 2
     """Whole checkpoints kept; older ones are deleted."""
     export: bool = True
-    """Write the final student in Hugging Face format to `RUN/export`."""
+    """Write the final student in Hugging Face format."""
+    export_dir: str | None = None
+    """Where to (paths as in `student.path`); absent: `RUN/export`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -353,7 +355,10 @@ class RunConfig:
         if isinstance(self.algorithm, SftConfig):
             used.append(("algorithm.pool", self.algorithm.pool, self.data.pools))
         else:
-            for key, branch in (("general", self.algorithm.general), ("domain", self.algorithm.domain)):
+            for key, branch in (
+                ("general", self.algorithm.general),
+                ("domain", self.algorithm.domain),
+            ):
                 used.append((f"algorithm.{key}.pool", branch.pool, self.data.pools))
                 used.append((f"algorithm.{key}.teacher", branch.teacher, self.teachers))
         for name, heldout in self.evaluate.heldout.items():
@@ -370,4 +375,6 @@ class RunConfig:
             return [f"rollout: missing, {self.algorithm.kind} needs one"]
         if isinstance(self.algorithm, SftConfig) and self.rollout is not None:
             return ["rollout: found one, expected none for sft"]
+        if self.rollout is None and self.evaluate.heldout:
+            return ["evaluate.heldout: needs rollout engines to sample the teachers' answers"]
         return []

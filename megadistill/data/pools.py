@@ -5,8 +5,9 @@ run needs one integer a pool to continue exactly where it was.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -111,7 +112,9 @@ def answer_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Id of the token that ends a response. Raises `ValueError` if the tokenizer has none."""
     if not isinstance(tokenizer.eos_token_id, int):
-        raise ValueError(f"student: its tokenizer has no end token (found {tokenizer.eos_token_id})")
+        raise ValueError(
+            f"student: its tokenizer has no end token (found {tokenizer.eos_token_id})"
+        )
     return tokenizer.eos_token_id
 
 
@@ -139,9 +142,10 @@ def _render(
 def _token_ids(
     messages: Sequence[Message], config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    switches: Mapping[str, bool] = (
-        {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
-    )
+    # `Any`, because the method has many other keyword arguments, of many types.
+    switches: dict[str, Any] = {}
+    if config.enable_thinking is not None:
+        switches["enable_thinking"] = config.enable_thinking
     text = tokenizer.apply_chat_template(
         [dict(message) for message in messages],
         tokenize=False,

@@ -59,7 +59,9 @@ def _to_record(row: _Row, template: str) -> Record:
     if not isinstance(row.prompt, str):
         return Record(id=row.id, messages=row.prompt, answer=row.answer)
     if template == "medical":
-        return Record(id=row.id, messages=medical_messages(row.prompt, row.options), answer=row.answer)
+        return Record(
+            id=row.id, messages=medical_messages(row.prompt, row.options), answer=row.answer
+        )
     lines = [row.prompt, *(f"{letter}. {text}" for letter, text in (row.options or {}).items())]
     messages = ({"role": "user", "content": "\n".join(lines)},)
     return Record(id=row.id, messages=messages, answer=row.answer)
@@ -113,7 +115,9 @@ def _read_reasoning_gym(source: ReasoningGymSource) -> Iterator[_Row]:
 def _read_file(source: FileSource) -> Iterator[_Row]:
     path = Path(resolve_path(source.path))
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; set the `path` of this source to a .jsonl or .parquet")
+        raise ValueError(
+            f"{path}: no such file; set the `path` of this source to a .jsonl or .parquet"
+        )
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
     for number, row in enumerate(islice(rows, source.limit), start=1):
         yield _file_row(source, path, number, row)

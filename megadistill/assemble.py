@@ -1,0 +1,126 @@
+"""Everything a run needs, loaded, checked, and standing where the last checkpoint stands."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from megadistill import preflight
+from megadistill.algorithms import Sft, make_algorithm
+from megadistill.collect import AnswerCollector, Collector, OnPolicyCollector, Sampler
+from megadistill.config import RunConfig, resolve_path
+from megadistill.config.schema import SftConfig
+from megadistill.data.pools import PromptPool, make_pools
+from megadistill.evaluate.heldout import HeldoutKl
+from megadistill.megatron import Engine
+from megadistill.metrics import MetricWriter
+from megadistill.publish.files import publish_files
+from megadistill.rollout.client import EnginePool
+from megadistill.rollout.seeds import seed_for
+from megadistill.rundir import RunDir
+from megadistill.state import RunState, restore
+from megadistill.types import Prompt, Rollout
+
+TEACHER_VERSION = 1_000_000
+"""Weights versions from here on are teachers', in the engines only to sample held-out texts."""
+
+
+@dataclass
+class Parts:
+    """The parts of a run on this rank; `metrics` and `sampler` are None except on rank 0."""
+
+    run: RunDir
+    config: RunConfig
+    engine: Engine
+    collector: Collector = field(init=False)
+    sampler: Sampler | None = None
+    heldout: HeldoutKl | None = None
+    metrics: MetricWriter | None = None
+    published: int = 0
+    """Version of the weights that the rollout engines hold; they start with the student's, 0."""
+
+
+def assemble(run: RunDir) -> tuple[Parts, RunState]:
+    """Load models, data and engines; restore the newest whole checkpoint. Collective."""
+    config = run.load_config()
+    tokenizer = preflight.load_tokenizer(config)
+    pools = make_pools(config.data, tokenizer, config.seed, used_pools(config))
+    preflight.check_pools(pools, config)
+    engine = Engine(config)
+    state = restore(run, engine, config)
+    parts = Parts(run=run, config=config, engine=engine)
+    if engine.is_writer:
+        parts.metrics = MetricWriter(run.metrics_file, config.log, config.name, state.step)
+        for line in preflight.describe_run(run, pools):
+            logging.info(line)
+    algorithm = make_algorithm(config)
+    if isinstance(algorithm, Sft):
+        pool = pools[used_pools(config)[0]]
+        parts.collector = AnswerCollector(algorithm, pool, tokenizer, state.cursors)
+        return parts, state
+    if state.step == 0:
+        preflight.check_equal_start(config, algorithm.branches["domain"], pools, engine.score)
+    if engine.is_writer:
+        parts.sampler = _connect(run, config)
+    parts.collector = OnPolicyCollector(
+        algorithm, algorithm.branches, pools, engine, parts.sampler, state.cursors
+    )
+    parts.heldout = _heldout(parts, pools, state)
+    if parts.published != state.step:
+        publish_weights(parts, "student", state.step)
+    return parts, state
+
+
+def used_pools(config: RunConfig) -> list[str]:
+    """Pools that the algorithm or a held-out measurement reads."""
+    if isinstance(config.algorithm, SftConfig):
+        trained = {config.algorithm.pool}
+    else:
+        trained = {config.algorithm.general.pool, config.algorithm.domain.pool}
+    return sorted(trained | {heldout.pool for heldout in config.evaluate.heldout.values()})
+
+
+def publish_weights(parts: Parts, model: str, version: int) -> None:
+    """Stream a model's weights to the running engines, which echo version and checksum. Collective.
+
+    Nothing to do without engines. Waits for rollouts that are under way.
+    """
+    if parts.config.rollout is None:
+        return
+    tensors = parts.engine.hf_tensors(model)
+    if parts.sampler is None:
+        for _ in tensors:
+            raise AssertionError("only rank 0 receives tensors")
+    else:
+        parts.sampler.settle()
+        parts.sampler.publish(version, publish_files(tensors, parts.run.weights, version))
+    parts.published = version
+    parts.engine.barrier()
+
+
+def _connect(run: RunDir, config: RunConfig) -> Sampler:
+    assert config.rollout is not None
+    engines = EnginePool.connect(run, config.rollout)
+    look_ahead = config.rollout.max_staleness > 0
+    return Sampler(engines, seed=config.seed, num_steps=config.steps, look_ahead=look_ahead)
+
+
+def _heldout(parts: Parts, pools: Mapping[str, PromptPool], state: RunState) -> HeldoutKl | None:
+    """Sample the teachers' held-out answers once; leaves the last teacher in the engines."""
+    config = parts.config
+    if not config.evaluate.heldout or not config.evaluate.every:
+        return None
+    order = list(config.teachers)
+
+    def sample(teacher: str, prompts: Sequence[Prompt], max_tokens: int) -> list[Rollout]:
+        is_start = resolve_path(config.teachers[teacher].path) == resolve_path(config.student.path)
+        version = 0 if is_start else TEACHER_VERSION + order.index(teacher)
+        if parts.published != version:
+            publish_weights(parts, teacher, version)
+        seeds = [seed_for(config.seed, version, prompt.id) for prompt in prompts]
+        if parts.sampler is None:
+            return parts.engine.broadcast(None)
+        rollouts = parts.sampler.generate(prompts, seeds, max_tokens)
+        return parts.engine.broadcast(rollouts)
+
+    file = parts.run.path / "state" / "heldout.json"
+    return HeldoutKl.prepare(config.evaluate.heldout, pools, file, sample, parts.engine.is_writer)

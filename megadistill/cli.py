@@ -1,0 +1,207 @@
+"""The command line: one verb per subcommand. Heavy modules are imported by the verb that needs them."""
+
+# ruff: noqa: PLC0415, T201 - imports inside verbs keep `--help` fast; a command prints
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megadistill.config import config_schema, dump_config, load_config
+
+if TYPE_CHECKING:
+    from megadistill.rundir import RunDir
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `megadistill`; a user's mistake ends with one message and code 2."""
+    arguments = _parser().parse_args(argv)
+    verb: Verb = arguments.verb
+    try:
+        code = verb(arguments)
+    except ValueError as error:
+        print(f"megadistill: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Run here, all roles on this machine."""
+    from megadistill.launch.node import run_here
+    from megadistill.preflight import check_config
+
+    check_config(load_config(arguments.config, arguments.overrides))
+    return run_here(arguments.config, arguments.overrides)
+
+
+def node(arguments: argparse.Namespace) -> int:
+    """This node's part of a Slurm job."""
+    from megadistill.launch.node import run_under_slurm
+
+    return run_under_slurm(arguments.config, arguments.overrides)
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """The same verb as a Slurm job, through submitit."""
+    from megadistill.launch import submit as submit_job
+
+    if not arguments.dry_run:
+        from megadistill.preflight import check_config
+
+        check_config(load_config(arguments.config, arguments.overrides))
+    submitted = submit_job(
+        arguments.config, arguments.overrides, verb=arguments.job, dry_run=arguments.dry_run
+    )
+    if not arguments.dry_run:
+        print(f"job {submitted.job_id}, run directory {submitted.run_dir}")
+        print(f"follow it with: megadistill status {submitted.run_dir} --watch")
+    return 0
+
+
+def config_show(arguments: argparse.Namespace) -> int:
+    """The resolved configuration."""
+    print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
+    return 0
+
+
+def config_check(arguments: argparse.Namespace) -> int:
+    """Every problem of every file; with --models also what the models' own files say."""
+    problems = [error for path in arguments.configs if (error := _problem(path, arguments.models))]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{len(arguments.configs) - len(problems)} of {len(arguments.configs)} files are valid")
+    return 1 if problems else 0
+
+
+def _problem(path: str, with_models: bool) -> str | None:
+    try:
+        config = load_config(path)
+        if with_models:
+            from megadistill.preflight import check_config
+
+            check_config(config)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def config_print_schema(arguments: argparse.Namespace) -> int:
+    """The JSON schema, for editors."""
+    print(json.dumps(config_schema(), indent=2))
+    return 0
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Where a run stands."""
+    from rich.console import Console
+
+    from megadistill.report.status import show, watch
+
+    run = _run_dir(arguments.run)
+    console = Console()
+    if not arguments.watch:
+        show(run, console)
+        return 0
+    if watch(run, console, interval_s=1.0, give_up_s=arguments.give_up):
+        return 0
+    print(f"{run.path}: nothing was written for {arguments.give_up:.0f} s", file=sys.stderr)
+    return 1
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """The effect of a run: a table, and the picture of its curves."""
+    from rich.console import Console
+
+    from megadistill.report.effect import effect_picture, effect_table
+
+    run = _run_dir(arguments.run)
+    Console().print(effect_table(run))
+    picture = effect_picture(run, Path(arguments.picture or run.report / "effect.png"))
+    print(f"picture: {picture}")
+    return 0
+
+
+def prepare_model(arguments: argparse.Namespace) -> int:
+    """The small instruct model of the embedded run, as a Hugging Face directory in the cache."""
+    from megadistill.convert.smollm2 import prepare_smollm2
+
+    print(prepare_smollm2())
+    return 0
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Hugging Face to Megatron's distributed checkpoint, or back, in bounded memory."""
+    from megadistill.convert.checkpoint import hf_to_megatron, megatron_to_hf
+
+    convert_files = hf_to_megatron if arguments.to == "megatron" else megatron_to_hf
+    convert_files(arguments.source, arguments.target)
+    return 0
+
+
+def _run_dir(path: str) -> "RunDir":
+    from megadistill.rundir import RunDir
+
+    run = RunDir(Path(path).absolute())
+    if not run.config_file.exists():
+        raise ValueError(f"{path}: found no config.yaml, expected a run directory")
+    return run
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megadistill", description="On-policy distillation on Slurm."
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    _takes_config(_verb(verbs, "train", train))
+    _takes_config(_verb(verbs, "node", node))
+    command = _verb(verbs, "submit", submit)
+    command.add_argument("job", choices=("train",), help="verb to run as a job")
+    command.add_argument(
+        "--dry-run", action="store_true", help="print the job script and the layout"
+    )
+    _takes_config(command)
+    _add_config_actions(verbs)
+    command = _verb(verbs, "status", status)
+    command.add_argument("run", help="run directory, e.g. runs/camopd_medical")
+    command.add_argument("--watch", action="store_true", help="follow until the run is done")
+    command.add_argument(
+        "--give-up", type=float, default=1800, metavar="S", help="end after S silent seconds"
+    )
+    command = _verb(verbs, "report", report)
+    command.add_argument("run", help="run directory")
+    command.add_argument("--picture", metavar="FILE", help="PNG to write (default: in the run)")
+    _verb(verbs, "prepare-model", prepare_model)
+    command = _verb(verbs, "convert", convert)
+    command.add_argument("to", choices=("megatron", "hf"), help="format of TARGET")
+    command.add_argument("source", help="Hugging Face directory, or Megatron checkpoint")
+    command.add_argument("target", help="directory to write; must not exist")
+    return parser
+
+
+def _add_config_actions(verbs: "Subparsers") -> None:
+    command = verbs.add_parser("config", help="show, check, or describe configurations")
+    actions = command.add_subparsers(metavar="ACTION", required=True)
+    _takes_config(_verb(actions, "show", config_show))
+    command = _verb(actions, "check", config_check)
+    command.add_argument("configs", nargs="+", metavar="CONFIG")
+    command.add_argument("--models", action="store_true", help="also check the models they name")
+    _verb(actions, "schema", config_print_schema)
+
+
+def _verb(verbs: "Subparsers", name: str, verb: Verb) -> argparse.ArgumentParser:
+    text = (verb.__doc__ or "").strip()
+    command: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+    command.set_defaults(verb=verb)
+    return command
+
+
+def _takes_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    command.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, e.g. batch.size=64"
+    )

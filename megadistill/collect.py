@@ -1,0 +1,217 @@
+"""From a step's number to its training batch: draw, sample, score, select.
+
+Rank 0 alone talks to the rollout engines; every rank holds the whole batch and computes the same
+selection, and the training engine shards the work inside itself.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from megadistill.algorithms import OnPolicy, Selection, Supervised
+from megadistill.algorithms.protocol import response_span
+from megadistill.config.schema import BranchConfig
+from megadistill.data.pools import PromptPool, answer_ids
+from megadistill.publish.files import Published
+from megadistill.rollout.protocol import RolloutEngine
+from megadistill.rollout.seeds import seed_for
+from megadistill.types import FloatArray, Prompt, Rollout, Scored, TokenSpan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one step trains on, with everything worth logging about it."""
+
+    branch: str
+    """The active branches, joined by `+`."""
+    selection: Selection
+    scored: Sequence[Scored] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Scorer(Protocol):
+    """The training engine as the collector sees it."""
+
+    is_writer: bool
+
+    def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
+        """Log-probabilities of each span's scored tail, on every rank."""
+
+    def broadcast(self, value: list[Rollout] | None) -> list[Rollout]:
+        """Rank 0's value on every rank."""
+
+
+class Collector(Protocol):
+    """Makes the batch of a step; `cursors` counts the prompts ever drawn from each pool."""
+
+    cursors: dict[str, int]
+
+    def collect(self, step: int) -> Batch:
+        """The batch of `step`; steps come in order."""
+
+
+class AnswerCollector:
+    """Batches of prompts with their reference answers (SFT)."""
+
+    def __init__(
+        self,
+        algorithm: Supervised,
+        pool: PromptPool,
+        tokenizer: PreTrainedTokenizerBase,
+        cursors: Mapping[str, int],
+    ) -> None:
+        self.cursors = {pool.name: 0} | dict(cursors)
+        self._algorithm = algorithm
+        self._pool = pool
+        self._tokenizer = tokenizer
+
+    def collect(self, step: int) -> Batch:
+        (count,) = self._algorithm.phase(step).draws.values()
+        prompts = self._pool.draw(self.cursors[self._pool.name], count)
+        self.cursors[self._pool.name] += count
+        pairs = [(prompt, answer_ids(prompt, self._tokenizer)) for prompt in prompts]
+        selection = self._algorithm.samples(pairs)
+        return Batch(branch="sft", selection=selection, metrics=selection.metrics)
+
+
+class OnPolicyCollector:
+    """Batches of the student's own responses, scored by the active branch's teacher."""
+
+    def __init__(
+        self,
+        algorithm: OnPolicy,
+        branches: Mapping[str, BranchConfig],
+        pools: Mapping[str, PromptPool],
+        scorer: Scorer,
+        sampler: "Sampler | None",
+        cursors: Mapping[str, int],
+    ) -> None:
+        """`sampler` is rank 0's access to the engines; the other ranks pass None."""
+        self.cursors = dict.fromkeys(sorted({b.pool for b in branches.values()}), 0) | dict(cursors)
+        self._algorithm = algorithm
+        self._branches = branches
+        self._pools = pools
+        self._scorer = scorer
+        self._sampler = sampler
+
+    def collect(self, step: int) -> Batch:
+        times: dict[str, float] = {}
+        drawn = self._draw(step, self.cursors)
+        for branch, prompts in drawn.items():
+            self.cursors[self._branches[branch].pool] += len(prompts)
+        branch_of = [branch for branch, prompts in drawn.items() for _ in prompts]
+        with timed(times, "time/rollout"):
+            rollouts = self._scorer.broadcast(self._sample(step, drawn))
+        with timed(times, "time/score"):
+            scored = self._score(rollouts, branch_of)
+        selection = self._algorithm.select(scored)
+        tokens = sum(len(rollout.response_ids_R) for rollout in rollouts)
+        speed = {"rollout/tokens": tokens, "rollout/tokens_per_s": tokens / times["time/rollout"]}
+        metrics = {**selection.metrics, **times, **speed}
+        branch = "+".join(drawn)
+        return Batch(branch=branch, selection=selection, scored=scored, metrics=metrics)
+
+    def _draw(self, step: int, cursors: Mapping[str, int]) -> dict[str, list[Prompt]]:
+        positions = dict(cursors)
+        drawn: dict[str, list[Prompt]] = {}
+        for branch, count in self._algorithm.phase(step).draws.items():
+            pool = self._branches[branch].pool
+            drawn[branch] = self._pools[pool].draw(positions[pool], count)
+            positions[pool] += count
+        return drawn
+
+    def _sample(self, step: int, drawn: Mapping[str, list[Prompt]]) -> list[Rollout] | None:
+        if self._sampler is None:
+            return None
+        rollouts = self._sampler.take(step, _flat(drawn))
+        if self._sampler.look_ahead:
+            self._sampler.begin(step + 1, _flat(self._draw(step + 1, self.cursors)))
+        return rollouts
+
+    def _score(self, rollouts: Sequence[Rollout], branch_of: Sequence[str]) -> list[Scored]:
+        """Student and teacher log-probs from one engine; only mu came from elsewhere."""
+        spans = [response_span(rollout) for rollout in rollouts]
+        student = self._scorer.score("student", spans)
+        teacher: dict[int, FloatArray] = {}
+        for branch in dict.fromkeys(branch_of):
+            members = [index for index, name in enumerate(branch_of) if name == branch]
+            name = self._branches[branch].teacher
+            scores = self._scorer.score(name, [spans[index] for index in members])
+            teacher.update(zip(members, scores, strict=True))
+        return [
+            Scored(
+                rollout=rollout,
+                branch=branch_of[index],
+                student_logprobs_R=student[index],
+                teacher_logprobs_R=teacher[index],
+            )
+            for index, rollout in enumerate(rollouts)
+        ]
+
+
+class Sampler:
+    """Rank 0's rollouts of a step: on demand, or one step ahead of the trainer."""
+
+    def __init__(
+        self, engines: RolloutEngine, *, seed: int, num_steps: int, look_ahead: bool
+    ) -> None:
+        self.look_ahead = look_ahead
+        self.version = 0
+        """Weights version that the engines hold."""
+        self._engines = engines
+        self._seed = seed
+        self._num_steps = num_steps
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
+        self._pending: dict[int, Future[list[Rollout]]] = {}
+
+    def take(self, step: int, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The rollouts of `step`, from the look-ahead if it is under way."""
+        self.begin(step, prompts)
+        return self._pending.pop(step).result()
+
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], max_tokens: int
+    ) -> list[Rollout]:
+        """Rollouts outside the training stream, from the weights that are published now."""
+        return self._engines.generate(
+            prompts, seeds, max_tokens=max_tokens, expected_version=self.version
+        )
+
+    def publish(self, version: int, published: Published) -> None:
+        """Load new weights into every engine; they echo version and checksum."""
+        self._engines.publish(version, published.files, published.checksum)
+        self.version = version
+
+    def begin(self, step: int, prompts: Sequence[Prompt]) -> None:
+        """Start sampling `step` in the background, once, unless the run ends before it."""
+        if step not in self._pending and step < self._num_steps:
+            version = self.version
+            self._pending[step] = self._thread.submit(self._generate, step, prompts, version)
+
+    def settle(self) -> None:
+        """Wait for what is under way, without taking it."""
+        for future in self._pending.values():
+            future.result()
+
+    def _generate(self, step: int, prompts: Sequence[Prompt], version: int) -> list[Rollout]:
+        seeds = [
+            seed_for(self._seed, step, prompt.id, sample) for sample, prompt in enumerate(prompts)
+        ]
+        return self._engines.generate(prompts, seeds, expected_version=version)
+
+
+@contextmanager
+def timed(times: dict[str, float], name: str) -> Iterator[None]:
+    """Add the block's wall-clock seconds to `times[name]`."""
+    start = time.perf_counter()
+    yield
+    times[name] = times.get(name, 0.0) + time.perf_counter() - start
+
+
+def _flat(drawn: Mapping[str, list[Prompt]]) -> list[Prompt]:
+    return [prompt for prompts in drawn.values() for prompt in prompts]

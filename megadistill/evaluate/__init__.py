@@ -1,0 +1,1 @@
+"""Measurements of a student that no training step sees."""

@@ -1,0 +1,111 @@
+"""Full-vocabulary KL between the student and a teacher, on the teacher's own held-out answers.
+
+The texts are sampled from the teacher once, before training, so every step is measured on the
+same tokens and the curve shows the student's change alone.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megadistill.algorithms.protocol import response_span
+from megadistill.config.schema import HeldoutConfig
+from megadistill.data.pools import PromptPool
+from megadistill.rundir import write_atomic
+from megadistill.types import Prompt, Rollout, TokenSpan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanDivergence:
+    """Means over the scored tokens of one span, in nats per token."""
+
+    forward_kl: float
+    """KL(teacher || student)."""
+    reverse_kl: float
+    """KL(student || teacher)."""
+
+
+class Diverger(Protocol):
+    """The training engine as this measurement sees it."""
+
+    def divergences(
+        self, student: str, teacher: str, spans: Sequence[TokenSpan]
+    ) -> Sequence[SpanDivergence]:
+        """One entry a span, on every rank."""
+
+
+SampleFrom = Callable[[str, Sequence[Prompt], int], list[Rollout]]
+"""(teacher, prompts, max_tokens) -> the teacher's answers, on every rank."""
+
+
+class HeldoutKl:
+    """All held-out measurements of a run."""
+
+    def __init__(
+        self, texts: Mapping[str, Sequence[TokenSpan]], teachers: Mapping[str, str]
+    ) -> None:
+        self._texts = texts
+        self._teachers = teachers
+
+    @classmethod
+    def prepare(
+        cls,
+        configs: Mapping[str, HeldoutConfig],
+        pools: Mapping[str, PromptPool],
+        file: Path,
+        sample: SampleFrom,
+        is_writer: bool,
+    ) -> "HeldoutKl":
+        """Read the teachers' answers from `file`, or sample them and write it.
+
+        Collective: every rank calls it with the same arguments but `is_writer`.
+        """
+        teachers = {name: config.teacher for name, config in configs.items()}
+        if file.exists():
+            return cls(_read(file), teachers)
+        texts = {
+            name: [
+                response_span(rollout)
+                for rollout in sample(
+                    config.teacher, pools[config.pool].heldout[: config.prompts], config.max_tokens
+                )
+            ]
+            for name, config in configs.items()
+        }
+        if is_writer:
+            _write(file, texts)
+        return cls(texts, teachers)
+
+    def measure(self, engine: Diverger) -> dict[str, float]:
+        """`heldout/NAME/forward_kl`, `.../reverse_kl`, and the standard error of each."""
+        metrics: dict[str, float] = {}
+        for name, spans in self._texts.items():
+            found = engine.divergences("student", self._teachers[name], spans)
+            for quantity in ("forward_kl", "reverse_kl"):
+                values = np.array([getattr(item, quantity) for item in found])
+                metrics[f"heldout/{name}/{quantity}"] = float(values.mean())
+                error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+                metrics[f"heldout/{name}/{quantity}_stderr"] = float(error)
+        return metrics
+
+
+def _write(file: Path, texts: Mapping[str, Sequence[TokenSpan]]) -> None:
+    rows = {
+        name: [[span.token_ids_N.tolist(), span.num_scored] for span in spans]
+        for name, spans in texts.items()
+    }
+    write_atomic(file, json.dumps(rows))
+
+
+def _read(file: Path) -> dict[str, list[TokenSpan]]:
+    return {
+        name: [
+            TokenSpan(token_ids_N=np.asarray(ids, dtype=np.int32), num_scored=count)
+            for ids, count in rows
+        ]
+        for name, rows in json.loads(file.read_text()).items()
+    }

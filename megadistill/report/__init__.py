@@ -1,0 +1,1 @@
+"""What people look at: rollouts, progress, tables and pictures."""

@@ -1,0 +1,96 @@
+"""What a run did: a table of before against after, and the picture of its curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from megadistill.metrics import read_metrics
+from megadistill.rundir import RunDir
+
+QUANTITIES = {
+    "reverse_kl": "KL(student ‖ teacher)",
+    "forward_kl": "KL(teacher ‖ student)",
+}
+BRANCH_COLOURS = {"general": "#1f77b4", "domain": "#d62728"}
+
+
+def effect_table(run: RunDir) -> Table:
+    """Held-out divergences before the first step and after the last, with standard errors."""
+    rows = _measured(run)
+    table = Table(title=f"{run.path.name}: held-out divergence, nats per token")
+    for heading in ("held out", "quantity", "before", "after", "change"):
+        table.add_column(
+            heading, justify="left" if heading in ("held out", "quantity") else "right"
+        )
+    if not rows:
+        return table
+    first, last = rows[0], rows[-1]
+    for name in heldout_names(rows):
+        for quantity, label in QUANTITIES.items():
+            key = f"heldout/{name}/{quantity}"
+            before, after = first[key], last[key]
+            change = (
+                f"{(after - before) / before:+.0%}" if before > 1e-6 else f"{after - before:+.4f}"
+            )
+            table.add_row(name, label, _with_error(first, key), _with_error(last, key), change)
+    return table
+
+
+def effect_picture(run: RunDir, file: Path) -> Path:
+    """Draw held-out curves, training gap, and selection by step; returns `file` (PNG)."""
+    import matplotlib  # noqa: PLC0415 - slow to import, needed only here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - after the backend is chosen
+
+    rows = read_metrics(run.metrics_file)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    _draw_heldout(axes[0], _measured(run))
+    _draw_branches(axes[1], rows, "gap_absolute", "mean |gap| of the batch (nats)")
+    _draw_branches(axes[2], rows, "selected_fraction", "selected fraction")
+    figure.suptitle(run.path.name)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return file
+
+
+def heldout_names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the held-out measurements in the metrics."""
+    return sorted({key.split("/")[1] for row in rows for key in row if key.startswith("heldout/")})
+
+
+def _measured(run: RunDir) -> list[dict[str, Any]]:
+    """Metric rows that hold a held-out measurement, first the one before training."""
+    rows = read_metrics(run.metrics_file)
+    return [row for row in rows if any(key.startswith("heldout/") for key in row)]
+
+
+def _with_error(row: dict[str, Any], key: str) -> str:
+    return f"{row[key]:.4f} ± {row[f'{key}_stderr']:.4f}"
+
+
+def _draw_heldout(axis: Any, rows: Sequence[dict[str, Any]]) -> None:  # matplotlib has no types
+    steps = [row["step"] for row in rows]
+    for name in heldout_names(rows):
+        key = f"heldout/{name}/reverse_kl"
+        values = [row[key] for row in rows]
+        errors = [row[f"{key}_stderr"] for row in rows]
+        colour = BRANCH_COLOURS.get(name)
+        axis.errorbar(
+            steps, values, errors, marker="o", capsize=3, label=f"to {name} teacher", color=colour
+        )
+    axis.set(xlabel="optimizer steps", ylabel="held-out KL(student ‖ teacher), nats/token")
+    axis.set_ylim(bottom=0)
+    axis.legend()
+
+
+def _draw_branches(axis: Any, rows: Sequence[dict[str, Any]], metric: str, label: str) -> None:
+    for branch, colour in BRANCH_COLOURS.items():
+        points = [(row["step"], row[key]) for row in rows if (key := f"{branch}/{metric}") in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker=".", label=branch, color=colour)
+    axis.set(xlabel="optimizer steps", ylabel=label)
+    axis.set_ylim(bottom=0)
+    axis.legend()

@@ -1,0 +1,39 @@
+"""Every rollout with its scores, one Parquet file a step: browsable, and enough to replay a step."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megadistill.collect import Batch
+
+
+def store_rollouts(file: Path, batch: Batch) -> None:
+    """Write the batch's rollouts to `file`, whole or absent; nothing for a batch without any."""
+    if not batch.scored:
+        return
+    table = pa.Table.from_pylist([_row(batch, index) for index in range(len(batch.scored))])
+    temporary = file.with_suffix(".tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.replace(file)
+
+
+def _row(batch: Batch, index: int) -> dict[str, Any]:
+    scored = batch.scored[index]
+    rollout = scored.rollout
+    return {
+        "prompt_id": rollout.prompt.id,
+        "pool": rollout.prompt.pool,
+        "branch": scored.branch,
+        "messages": [dict(message) for message in rollout.prompt.messages],
+        "prompt_ids": list(rollout.prompt.token_ids),
+        "response_ids": rollout.response_ids_R.tolist(),
+        "rollout_logprobs": rollout.logprobs_R.tolist(),
+        "student_logprobs": scored.student_logprobs_R.tolist(),
+        "teacher_logprobs": scored.teacher_logprobs_R.tolist(),
+        "score": batch.selection.scores[index],
+        "selected": index in batch.selection.selected,
+        "policy_version": rollout.policy_version,
+        "finish_reason": rollout.finish_reason,
+    }

@@ -1,0 +1,111 @@
+"""Everything that moves during a run, as one object that is saved and restored with the weights."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from megadistill.config import RunConfig, resolve_path
+from megadistill.rundir import RunDir, write_atomic
+
+STATE_FILE = "state.json"
+log = logging.getLogger(__name__)
+
+
+class Checkpointed(Protocol):
+    """The training engine as this module sees it; every method is collective."""
+
+    is_writer: bool
+
+    def save(self, directory: Path) -> None:
+        """Weights, optimizer and random states into `directory`."""
+
+    def load(self, directory: Path) -> None:
+        """The reverse, in this or another parallel layout."""
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+
+    def broadcast(self, value: Any) -> Any:  # any picklable value: rank 0's, on every rank
+        """Rank 0's value on every rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """Where a run stands between two steps."""
+
+    step: int = 0
+    """Optimizer steps taken; also the version of the weights."""
+    cursors: Mapping[str, int] = field(default_factory=dict)
+    """Prompts ever drawn from each pool."""
+    models: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprint of the student's start and of each teacher, by dotted key."""
+
+    def after(self, step: int, cursors: Mapping[str, int]) -> "RunState":
+        """The state once `step` (from 0) has been taken."""
+        return replace(self, step=step + 1, cursors=dict(cursors))
+
+
+def save(run: RunDir, engine: Checkpointed, state: RunState, keep: int) -> None:
+    """Write a checkpoint that is whole or absent, then delete old ones. Collective."""
+    if not engine.is_writer:
+        engine.barrier()
+        engine.save(run.checkpoint(state.step))
+        engine.barrier()
+        return
+    with run.writing_checkpoint(state.step) as directory:
+        engine.barrier()
+        engine.save(directory)
+        engine.barrier()
+        write_atomic(directory / STATE_FILE, json.dumps(asdict(state)))
+    run.drop_old_checkpoints(keep)
+
+
+def restore(run: RunDir, engine: Checkpointed, config: RunConfig) -> RunState:
+    """Load the newest whole checkpoint, or start anew. Collective.
+
+    Raises `ValueError` when a teacher or the starting student changed since the run began.
+    """
+    candidates = engine.broadcast(_candidates(run) if engine.is_writer else None)
+    models = {key: fingerprint(path) for key, path in _model_paths(config).items()}
+    for directory in reversed(candidates):
+        state = RunState(**json.loads((directory / STATE_FILE).read_text()))
+        changed = [key for key, mark in models.items() if state.models.get(key) != mark]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)}: the files changed since {directory} was written; "
+                "restore them, or start a new run under another `name`"
+            )
+        engine.load(directory)
+        log.info("resuming after step %d from %s", state.step, directory)
+        return state
+    return RunState(models=models)
+
+
+def fingerprint(path: str) -> str:
+    """A short mark of a model's files: names, sizes and the first MiB of each."""
+    directory = Path(resolve_path(path))
+    digest = hashlib.sha256()
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("config.json")])
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(2**20))
+    return digest.hexdigest()[:16]
+
+
+def _candidates(run: RunDir) -> list[Path]:
+    """Whole checkpoints, oldest first; says which ones are torn and passed over."""
+    whole = [directory for _, directory in run.whole_checkpoints()]
+    for directory in sorted((run.path / "checkpoints").glob("step-*")):
+        if directory not in whole:
+            log.warning("%s is torn or damaged and is passed over", directory)
+    return whole
+
+
+def _model_paths(config: RunConfig) -> dict[str, str]:
+    teachers = {f"teachers.{name}": model.path for name, model in config.teachers.items()}
+    return {"student": config.student.path, **teachers}

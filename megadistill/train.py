@@ -1,0 +1,146 @@
+"""The trainer: collect, step, publish, evaluate, log, save. The rest of the project serves this page.
+
+Every trainer rank runs this module (`python -m megadistill.train RUN_DIR`) in lockstep.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from megadistill import preflight
+from megadistill.assemble import Parts, assemble, publish_weights
+from megadistill.collect import Batch, timed
+from megadistill.config import resolve_path
+from megadistill.config.schema import OptimizerConfig
+from megadistill.convert.hf_files import SafetensorsWriter
+from megadistill.losses import policy_gradient
+from megadistill.report.rollouts import store_rollouts
+from megadistill.rundir import RunDir
+from megadistill.state import RunState, save
+from megadistill.types import StepResult
+
+
+def train(parts: Parts, state: RunState) -> None:
+    """The run, from where `state` stands to its end or to a stop request."""
+    config = parts.config
+    if state.step == 0:
+        log_start(parts, evaluate(parts, 0))
+    for step in range(state.step, config.steps):
+        times: dict[str, float] = {}
+        with timed(times, "time/step"):
+            batch = parts.collector.collect(step)
+            if step == 0:
+                preflight.check_first_batch(batch.selection.metrics, config.checks)
+            with timed(times, "time/train"):
+                rate = learning_rate(config.optimizer, step, config.steps)
+                samples = batch.selection.samples
+                result = parts.engine.step(samples, policy_gradient, learning_rate=rate)
+            with timed(times, "time/publish"):
+                publish_weights(parts, "student", version=step + 1)
+        state = state.after(step, parts.collector.cursors)
+        log_step(parts, state.step, batch, result, {**times, **evaluate(parts, state.step)})
+        stopping = parts.engine.broadcast(parts.run.stop_file.exists())
+        if stopping or state.step % config.checkpoint.every == 0 or state.step == config.steps:
+            save(parts.run, parts.engine, state, config.checkpoint.keep)
+        if stopping:
+            return
+    finish(parts)
+
+
+def evaluate(parts: Parts, steps_taken: int) -> dict[str, float]:
+    """Held-out divergences, where this number of steps calls for them."""
+    every = parts.config.evaluate.every
+    if parts.heldout is None or (steps_taken % every and steps_taken != parts.config.steps):
+        return {}
+    times: dict[str, float] = {}
+    with timed(times, "time/evaluate"):
+        found = parts.heldout.measure(parts.engine)
+    return {**found, **times}
+
+
+def log_start(parts: Parts, measured: Mapping[str, float]) -> None:
+    """The state before any training is line 0 of the metrics."""
+    if parts.metrics is not None:
+        parts.metrics.write(0, {"branch": "start", **measured})
+        report_progress(parts, 0, "start")
+
+
+def log_step(
+    parts: Parts, steps_taken: int, batch: Batch, result: StepResult, extra: Mapping[str, float]
+) -> None:
+    """One line of metrics, the browsable rollouts, and the progress that `status` shows."""
+    if parts.metrics is None:
+        return
+    clip = parts.config.optimizer.clip_grad
+    values = {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "clipped": float(0 < clip < result.grad_norm),
+        "learning_rate": result.learning_rate,
+        "train/tokens": result.num_tokens,
+        "train/tokens_per_s": result.num_tokens / extra["time/train"],
+        **result.metrics,
+        **batch.metrics,
+        **extra,
+    }
+    store_rollouts(parts.run.rollout_file(steps_taken), batch)
+    parts.metrics.write(steps_taken, {"branch": batch.branch, **values})
+    report_progress(parts, steps_taken, batch.branch)
+
+
+def report_progress(parts: Parts, steps_taken: int, phase: str, done: bool = False) -> None:
+    """What `megadistill status` and the launcher read."""
+    steps = parts.config.steps
+    parts.run.write_progress({"step": steps_taken, "steps": steps, "phase": phase, "done": done})
+
+
+def finish(parts: Parts) -> None:
+    """Write the student in Hugging Face format and say that the run is done. Collective."""
+    checkpoint = parts.config.checkpoint
+    if checkpoint.export:
+        named = checkpoint.export_dir
+        target = Path(resolve_path(named)) if named else parts.run.export
+        export(parts, target)
+    parts.engine.barrier()
+    if parts.metrics is not None:
+        parts.metrics.close()
+        report_progress(parts, parts.config.steps, "done", done=True)
+
+
+def export(parts: Parts, target: Path) -> None:
+    """Stream the student to `target`, whole or absent. Collective."""
+    tensors = parts.engine.hf_tensors("student")
+    if not parts.engine.is_writer:
+        for _ in tensors:
+            raise AssertionError("only rank 0 receives tensors")
+        return
+    source = Path(resolve_path(parts.config.student.path))
+    with SafetensorsWriter(target, source) as writer:
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+
+
+def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Linear warm-up, then constant, or a cosine or linear decay towards 0 at the end."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.decay == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+    if config.decay == "linear":
+        return config.lr * (1 - done)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def main() -> None:
+    """Entry point of one trainer rank; the launcher sets RANK, WORLD_SIZE and MASTER_*."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    parts, state = assemble(RunDir(Path(sys.argv[1])))
+    train(parts, state)
+    parts.engine.close()
+
+
+if __name__ == "__main__":
+    main()
