@@ -1,6 +1,7 @@
 """The fused vocabulary head: log-probs, statistics and loss gradients without `[T, V]` logits."""
 
 from megadistill.head.divergence import Divergences, divergences, forward_kl, jsd, reverse_kl
+from megadistill.head.logprobs import logprobs
 from megadistill.head.nll import NllStatistics, weighted_nll
 from megadistill.head.score import HeadScores, mass, score
 from megadistill.head.vocabulary import VocabularyHead
@@ -13,6 +14,7 @@ __all__ = [
     "divergences",
     "forward_kl",
     "jsd",
+    "logprobs",
     "mass",
     "reverse_kl",
     "score",

@@ -49,42 +49,50 @@ class GradientSums:
         hidden_TD: Tensor,
         rows: slice,
         tile_CV: Tensor,
-        scale_C: Tensor,
+        scale_C: Tensor | None = None,
     ) -> None:
         """Take the gradient `scale * tile` on one chunk's logits to hidden and weight.
 
         The row factor goes on the small operands, never on the tile.
         """
-        scale_C1 = scale_C[:, None]
+        hidden_CD = hidden_TD[rows]
         if self.hidden_TD is not None:
             partial_CD = hidden_gradient(tile_CV, head.true_weight)
-            torch.mul(partial_CD, scale_C1, out=partial_CD)
-            self.hidden_TD[rows] = partial_CD
+            self.hidden_TD[rows] = partial_CD if scale_C is None else partial_CD * scale_C[:, None]
         if self.weight_VD is not None:
-            scaled_CD = (hidden_TD[rows] * scale_C1).to(tile_CV.dtype)
-            add_weight_gradient(self.weight_VD[: head.num_true_rows], tile_CV, scaled_CD)
+            if scale_C is not None:
+                hidden_CD = (hidden_CD * scale_C[:, None]).to(tile_CV.dtype)
+            add_weight_gradient(self.weight_VD[: head.num_true_rows], tile_CV, hidden_CD)
 
 
-def hand_out_hidden(head: VocabularyHead, sums: GradientSums, upstream: Tensor) -> Tensor | None:
+def hand_out_hidden(
+    head: VocabularyHead, sums: GradientSums, upstream: Tensor | None = None
+) -> Tensor | None:
     """Hidden gradient times the upstream scalar: this rank's partial sum unless asked otherwise."""
-    if sums.hidden_TD is None:
+    gradient_TD = sums.hidden_TD
+    if gradient_TD is None:
         return None
-    gradient_TD = sums.hidden_TD * upstream.to(sums.hidden_TD.dtype)
+    if upstream is not None:
+        gradient_TD = gradient_TD * upstream.to(gradient_TD.dtype)
     if head.reduce_hidden_gradient and head.group is not None:
         dist.all_reduce(gradient_TD, group=head.group)
     return gradient_TD
 
 
 def hand_out_weight(
-    head: VocabularyHead, weight_VD: Tensor, sums: GradientSums, upstream: Tensor
+    head: VocabularyHead, weight_VD: Tensor, sums: GradientSums, upstream: Tensor | None = None
 ) -> Tensor | None:
     """Weight gradient times the upstream scalar: returned, or added to Megatron's main_grad."""
-    if sums.weight_VD is None:
+    gradient_VD = sums.weight_VD
+    if gradient_VD is None:
         return None
-    if not head.accumulate_into_main_grad:
-        return (sums.weight_VD * upstream).to(weight_VD.dtype)
-    weight_VD.main_grad.addcmul_(sums.weight_VD, upstream.expand_as(sums.weight_VD))  # type: ignore[attr-defined]
-    return announce_main_grad(weight_VD)
+    if head.accumulate_into_main_grad:
+        scale = gradient_VD.new_ones(()) if upstream is None else upstream
+        weight_VD.main_grad.addcmul_(gradient_VD, scale)  # type: ignore[attr-defined]
+        return announce_main_grad(weight_VD)
+    if upstream is None:
+        return gradient_VD.to(weight_VD.dtype)
+    return torch.mul(gradient_VD, upstream, out=torch.empty_like(weight_VD))
 
 
 def announce_main_grad(weight_VD: Tensor) -> Tensor | None:

@@ -103,11 +103,11 @@ def _sweep(
         z_CV, tile_CV = logits[: rows.stop - rows.start], tiles[: rows.stop - rows.start]
         targets_C1 = targets_T[rows, None]
         project(hidden_TD[rows], head.true_weight, temperature, z_CV)
-        picked_C = sum_ranks(pick(head, z_CV, targets_C1), head.group).squeeze(1)
+        picked_C1 = sum_ranks(pick(head, z_CV, targets_C1), head.group)
         narrow_CV = None if tiles is logits else tile_CV
         local = exponentiate(z_CV, with_entropy=True, tile_CV=narrow_CV)
         total = combine(local, head.group)
-        logprobs_T[rows] = picked_C - total.maximum_C - total.log_sum
+        logprobs_T[rows] = total.logprobs(picked_C1).squeeze(1)
         entropy_T[rows] = total.entropy
         if not sums.wanted:
             continue

@@ -35,6 +35,10 @@ class RowStatistics:
         """Logarithm of the sum of exp(z)."""
         return self.maximum_C + self.log_sum
 
+    def logprobs(self, logits_CK: Tensor) -> Tensor:
+        """Log-probabilities of some logits of each row."""
+        return logits_CK - self.maximum_C[:, None] - self.log_sum[:, None]
+
     @property
     def entropy(self) -> Tensor:
         """Entropy of the soft-max, in nats."""

@@ -53,14 +53,13 @@ def score(
     sweep = sweep_statistics(
         head, hidden_TD, ids_TK, temperature=temperature, top_k=top_k, with_entropy=with_entropy
     )
-    total, maximum_T1 = sweep.total, sweep.total.maximum_C[:, None]
-    log_sum_T1 = total.log_sum[:, None]
+    total = sweep.total
     top_ids_TK = top_logprobs_TK = None
     if sweep.top is not None:
         top_logits_TK, top_ids_TK = _merge_top(head, *sweep.top, top_k)
-        top_logprobs_TK = top_logits_TK - maximum_T1 - log_sum_T1
+        top_logprobs_TK = total.logprobs(top_logits_TK)
     return HeadScores(
-        logprobs_TK=sweep.picked_TK - maximum_T1 - log_sum_T1,
+        logprobs_TK=total.logprobs(sweep.picked_TK),
         logsumexp_T=total.logsumexp,
         entropy_T=total.entropy if with_entropy else None,
         top_ids_TK=top_ids_TK,

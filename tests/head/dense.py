@@ -9,6 +9,11 @@ from torch import Tensor
 from megadistill.head import VocabularyHead
 
 
+def assert_near(found: object, expected: object, tolerance: float) -> None:
+    """Equal within `tolerance`, absolute or relative; pairs and other sequences item by item."""
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """Inputs of one head, with gradients switched on."""

@@ -5,22 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 from megadistill.head import (
     VocabularyHead,
     divergences,
     forward_kl,
     jsd,
+    logprobs,
     reverse_kl,
     score,
     weighted_nll,
 )
-from tests.head.dense import Case, make_case
+from tests.head.dense import Case, assert_near, make_case
 
 NUM_RANKS = 2
-CLOSE = {"atol": 1e-6, "rtol": 1e-6}
+TOLERANCE = 1e-6
 
 
 def padded(weight_VD: Tensor, num_rows: int) -> Tensor:
@@ -52,9 +53,9 @@ class Shard:
         expected_VD = weight_VD[: case.vocab_size][self.rows]
         assert self.hidden_TD.grad is not None
         assert self.weight_VD.grad is not None
-        torch.testing.assert_close(self.hidden_TD.grad, hidden_TD, **CLOSE)
+        assert_near(self.hidden_TD.grad, hidden_TD, TOLERANCE)
         found_VD = self.weight_VD.grad
-        torch.testing.assert_close(found_VD[: len(expected_VD)], expected_VD, **CLOSE)
+        assert_near(found_VD[: len(expected_VD)], expected_VD, TOLERANCE)
         assert not found_VD[len(expected_VD) :].any()
         self.hidden_TD.grad = self.weight_VD.grad = None
 
@@ -66,10 +67,10 @@ def compare_scores(case: Case, shard: Shard) -> None:
             score(head, case.hidden_TD, ids_TK, top_k=top_k, with_entropy=True, temperature=1.3)
             for head in (case.head(), shard.head)
         )
-        torch.testing.assert_close(two.logprobs_TK, one.logprobs_TK, **CLOSE)
-        torch.testing.assert_close(two.logsumexp_T, one.logsumexp_T, **CLOSE)
-        torch.testing.assert_close(two.entropy_T, one.entropy_T, **CLOSE)
-        torch.testing.assert_close(two.top_logprobs_TK, one.top_logprobs_TK, **CLOSE)
+        assert_near(two.logprobs_TK, one.logprobs_TK, TOLERANCE)
+        assert_near(two.logsumexp_T, one.logsumexp_T, TOLERANCE)
+        assert_near(two.entropy_T, one.entropy_T, TOLERANCE)
+        assert_near(two.top_logprobs_TK, one.top_logprobs_TK, TOLERANCE)
         assert torch.equal(two.top_ids_TK, one.top_ids_TK)  # type: ignore[arg-type]
 
 
@@ -79,9 +80,20 @@ def compare_nll(case: Case, shard: Shard) -> None:
         loss, statistics = weighted_nll(
             head, hidden_TD, case.targets_T, case.weights_T.float(), temperature=1.3
         )
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         losses.append((loss.detach(), statistics.logprobs_T, statistics.entropy_T))
-    torch.testing.assert_close(losses[1], losses[0], **CLOSE)
+    assert_near(losses[1], losses[0], TOLERANCE)
+    shard.compare_gradients(case)
+
+
+def compare_logprobs(case: Case, shard: Shard) -> None:
+    ids_TK = torch.cat((case.targets_T[:, None], case.targets_T.flip(0)[:, None]), 1)
+    values = []
+    for head, hidden_TD in ((case.head(), case.hidden_TD), (shard.head, shard.hidden_TD)):
+        logprobs_TK = logprobs(head, hidden_TD, ids_TK, temperature=1.3)
+        torch.autograd.backward((logprobs_TK * case.weights_T[:, None].float()).sum())
+        values.append(logprobs_TK.detach())
+    assert_near(values[1], values[0], TOLERANCE)
     shard.compare_gradients(case)
 
 
@@ -90,8 +102,8 @@ def compare_divergences(case: Case, shard: Shard, teacher: Case, teacher_shard: 
     two_teacher = teacher_shard.head, teacher.hidden_TD
     one = divergences(case.head(), case.hidden_TD, *one_teacher)
     two = divergences(shard.head, shard.hidden_TD, *two_teacher)
-    torch.testing.assert_close(two.forward_kl_T, one.forward_kl_T, **CLOSE)
-    torch.testing.assert_close(two.reverse_kl_T, one.reverse_kl_T, **CLOSE)
+    assert_near(two.forward_kl_T, one.forward_kl_T, TOLERANCE)
+    assert_near(two.reverse_kl_T, one.reverse_kl_T, TOLERANCE)
     weights_T = case.weights_T.float()
     for function in (forward_kl, reverse_kl, jsd):
         losses = []
@@ -100,9 +112,9 @@ def compare_divergences(case: Case, shard: Shard, teacher: Case, teacher_shard: 
             (shard.head, shard.hidden_TD, two_teacher),
         ):
             loss, values_T = function(head, hidden_TD, *other, weights_T)
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             losses.append((loss.detach(), values_T))
-        torch.testing.assert_close(losses[1], losses[0], **CLOSE)
+        assert_near(losses[1], losses[0], TOLERANCE)
         shard.compare_gradients(case)
 
 
@@ -120,10 +132,13 @@ def compare_one_rank_with_two(rank: int, meeting: str) -> None:
         shard = Shard(case, rows_per_rank)
         compare_scores(case, shard)
         compare_nll(case, shard)
+        compare_logprobs(case, shard)
         compare_divergences(case, shard, teacher, Shard(teacher, teacher_rows_per_rank))
     dist.destroy_process_group()
 
 
 @pytest.mark.multi
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    mp.spawn(compare_one_rank_with_two, args=(str(tmp_path / "meeting"),), nprocs=NUM_RANKS)
+    start_processes(  # type: ignore[no-untyped-call]
+        compare_one_rank_with_two, args=(str(tmp_path / "meeting"),), nprocs=NUM_RANKS
+    )
