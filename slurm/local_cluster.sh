@@ -230,7 +230,9 @@ start() {
   need_packages
   need_namespaces
   ((${#state} <= 80)) || fail "MEGADISTILL_SLURM: found ${#state} characters, at most 80 fit a socket"
+  id -un >/dev/null 2>&1 || fail "found no name for user $UID, Slurm needs one"
   mkdir -p "$state"/{state,spool,dev,run,log,munge}
+  [[ -O $state ]] || fail "MEGADISTILL_SLURM: $state belongs to somebody else, expected your own"
   chmod 755 "$state"
   chmod 700 "$state"/{state,munge}
   exec 9>"$state/lock"
