@@ -4,7 +4,8 @@ A row names one Megatron parameter, the tensors it is made of, and a `Layout` th
 and shards. Everything is bit-exact and keeps the dtype. The "full" Megatron tensor of a row is what
 one rank without tensor parallelism holds; `{i}` stands for the layer number.
 
-Shape legend: V vocabulary, H hidden, Q = heads x head_dim, K = kv_heads x head_dim, F feed-forward.
+Shape legend: V vocabulary, H hidden, D head_dim, Q = heads x D, K = kv_heads x D, A = Q + 2 K,
+F feed-forward, G = 2 F.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -140,55 +141,78 @@ class Entry:
     megatron: str
     hf: tuple[str, ...]
     layout: Layout
+    dims: str
+    """Shape of the full Megatron tensor, one letter of `_size` a dimension."""
 
     def at(self, layer: int) -> "Entry":
         """The row of one layer, its pattern filled in."""
         names = tuple(name.format(i=layer) for name in self.hf)
         return replace(self, megatron=self.megatron.format(i=layer), hf=names)
 
+    def shape(self, spec: ModelSpec) -> tuple[int, ...]:
+        """Shape of the full Megatron tensor."""
+        return tuple(_size(spec, letter) for letter in self.dims)
+
+
+def _size(spec: ModelSpec, letter: str) -> int:
+    return {
+        "V": spec.vocab_size,
+        "H": spec.hidden_size,
+        "D": spec.head_dim,
+        "Q": spec.num_heads * spec.head_dim,
+        "A": (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim,
+        "F": spec.ffn_size,
+        "G": 2 * spec.ffn_size,
+    }[letter]
+
 
 _EMBEDDING = Entry(
     megatron="embedding.word_embeddings.weight",
     hf=("model.embed_tokens.weight",),
     layout=Vocabulary(),
+    dims="VH",
 )
 _FINAL_NORM = Entry(
-    megatron="decoder.final_layernorm.weight", hf=("model.norm.weight",), layout=Replicated()
+    megatron="decoder.final_layernorm.weight",
+    hf=("model.norm.weight",),
+    layout=Replicated(),
+    dims="H",
 )
-_OUTPUT = Entry(megatron="output_layer.weight", hf=("lm_head.weight",), layout=Vocabulary())
+_OUTPUT = Entry(
+    megatron="output_layer.weight", hf=("lm_head.weight",), layout=Vocabulary(), dims="VH"
+)
 
 
-def _layer(megatron: str, hf: tuple[str, ...], layout: Layout) -> Entry:
+def _layer(dims: str, layout: Layout, megatron: str, *hf: str) -> Entry:
     return Entry(
         megatron=f"decoder.layers.{{i}}.{megatron}",
         hf=tuple(f"model.layers.{{i}}.{name}" for name in hf),
         layout=layout,
+        dims=dims,
     )
 
 
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+def _qkv(dims: str, kind: str) -> Entry:
+    parts = [f"self_attn.{name}_proj.{kind}" for name in "qkv"]
+    return _layer(dims, QueryKeyValue(), f"self_attention.linear_qkv.{kind}", *parts)
+
+
+def _norm(dims: str, megatron: str, hf: str) -> Entry:
+    return _layer(dims, Replicated(), megatron, f"{hf}.weight")
+
+
 _LAYER = (
-    _layer(
-        "self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",), Replicated()
-    ),
-    _layer(
-        "self_attention.linear_qkv.weight",
-        tuple(f"{name}.weight" for name in _QKV),
-        QueryKeyValue(),
-    ),
-    _layer("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Sharded(1)),
-    _layer("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), Replicated()),
-    _layer("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), GateUp()),
-    _layer("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Sharded(1)),
+    _norm("H", "self_attention.linear_qkv.layer_norm_weight", "input_layernorm"),
+    _qkv("AH", "weight"),
+    _layer("HQ", Sharded(1), "self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
+    _norm("H", "mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm"),
+    _layer("GH", GateUp(), "mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    _layer("HF", Sharded(1), "mlp.linear_fc2.weight", "mlp.down_proj.weight"),
 )
-_QKV_BIAS = (
-    _layer(
-        "self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), QueryKeyValue()
-    ),
-)
+_QKV_BIAS = (_qkv("A", "bias"),)
 _QK_NORM = (
-    _layer("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), Replicated()),
-    _layer("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), Replicated()),
+    _norm("D", "self_attention.q_layernorm.weight", "self_attn.q_norm"),
+    _norm("D", "self_attention.k_layernorm.weight", "self_attn.k_norm"),
 )
 
 
@@ -233,12 +257,22 @@ def load_shard(  # noqa: PLR0913 - a rank's place takes five values
     `layers` are the global numbers of this pipeline stage's layers; local names count from 0.
     `first` and `last` tell whether the stage holds the embedding and the output layer. With tied
     embeddings a last stage that is not the first gets its output layer from the embedding.
-    Raises `ValueError` when `tp` does not divide the model.
+    Raises `ValueError` when `tp` does not divide the model or a tensor has not its shape.
     """
     check_tp(spec, tp)
     for entry, name in _stage_entries(spec, layers, first=first, last=last):
-        full = entry.layout.merge(spec, [read(source) for source in entry.hf])
-        yield name, entry.layout.shard(full, tp, tp_rank)
+        yield name, entry.layout.shard(merged(spec, entry, read), tp, tp_rank)
+
+
+def merged(spec: ModelSpec, entry: Entry, read: Read) -> torch.Tensor:
+    """The full Megatron tensor of a row. Raises `ValueError` when it has not the spec's shape."""
+    full = entry.layout.merge(spec, [read(name) for name in entry.hf])
+    if full.shape != entry.shape(spec):
+        raise ValueError(
+            f"{', '.join(entry.hf)}: found {tuple(full.shape)} together, "
+            f"expected {entry.shape(spec)} by config.json"
+        )
+    return full
 
 
 def to_hf(
