@@ -1,0 +1,1 @@
+"""Publishing: from the trainer's tensors to files that a running engine loads."""

@@ -1,0 +1,105 @@
+"""Weights as safetensors on a path that trainer and engines share."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from megadistill.publish.checksum import Checksum
+
+SHARD_BYTES = 1 << 30
+"""Most bytes of tensors held and written at once; one larger tensor is a shard of its own."""
+
+KEEP = 2
+"""Versions kept on disk: the newest, and the one that an engine may still be reading."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """One version of the weights, whole on disk."""
+
+    files: tuple[Path, ...]
+    checksum: str
+    num_bytes: int
+    """Bytes of tensor data over all files."""
+
+
+def publish_files(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    directory: Path,
+    version: int,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> Published:
+    """Write `tensors` to `directory/version-NNNNNN/` and delete all but the newest two versions.
+
+    The tensors are consumed one by one, at most `shard_bytes` of them are alive at a time, and
+    none may change after it was yielded. The version appears by a rename, so that it is whole
+    or absent; publishing a version again (after a resume) replaces it. Raises `ValueError`
+    when there is no tensor at all.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = directory / f".version-{version:06d}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(mode=0o700)
+    try:
+        total, num_bytes, num_shards = Checksum(), 0, 0
+        for shard in _shards(tensors, shard_bytes):
+            for name, tensor in shard.items():
+                total.add(name, tensor)
+                num_bytes += tensor.nbytes
+            save_file(shard, temporary / f"model-{num_shards:05d}.safetensors")
+            num_shards += 1
+        if not num_shards:
+            raise ValueError(f"version {version}: found no tensors to publish, expected a model")
+        final = _replace(temporary, directory / f"version-{version:06d}")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _drop_old(directory, version)
+    files = tuple(final / f"model-{index:05d}.safetensors" for index in range(num_shards))
+    return Published(files=files, checksum=total.hexdigest(), num_bytes=num_bytes)
+
+
+def _shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
+) -> Iterable[dict[str, torch.Tensor]]:
+    """Group consecutive tensors, on the CPU and contiguous, into dicts of bounded size."""
+    shard: dict[str, torch.Tensor] = {}
+    held = 0
+    for name, tensor in tensors:
+        if shard and held + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, held = {}, 0
+        assert name not in shard, f"{name} was published twice"
+        shard[name] = tensor.detach().to("cpu").contiguous()
+        held += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _replace(temporary: Path, final: Path) -> Path:
+    """Rename `temporary` to `final`; an older `final` is moved aside first and deleted after."""
+    # Nothing is flushed to disk: a crash makes the trainer publish again, and a shared
+    # filesystem shows a closed file to other nodes without it.
+    aside = temporary.with_suffix(".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        final.rename(aside)
+    temporary.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+def _drop_old(directory: Path, version: int) -> None:
+    """Keep the newest two versions up to this one; those above it belong to a run since undone."""
+    found = sorted(
+        (int(path.name.removeprefix("version-")), path) for path in directory.glob("version-*")
+    )
+    past = [path for number, path in found if number <= version]
+    undone = [path for number, path in found if number > version]
+    for path in [*past[:-KEEP], *undone]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,37 @@
+"""What the training loop needs of the engines that sample; `EnginePool` is the real one."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from megadistill.types import Prompt, Rollout
+
+OnProgress = Callable[[int, int, int], None]
+"""Called with sequences done, sequences asked for, and tokens sampled in those done."""
+
+
+class RolloutEngine(Protocol):
+    """Samples responses with the student's published weights."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        expected_version: int,
+        max_tokens: int | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> list[Rollout]:
+        """One response to each prompt, in the order of `prompts`, all of `expected_version`."""
+
+    def publish(self, version: int, files: Sequence[Path], checksum: str) -> None:
+        """Load new weights, and return once every engine has confirmed their checksum."""
+
+    def sleep(self) -> None:
+        """Give the GPUs' memory to the trainer (colocated placement); nothing on a CPU."""
+
+    def wake(self) -> None:
+        """Take the GPUs' memory back."""
+
+    def shutdown(self) -> None:
+        """End the engines' processes."""
