@@ -128,7 +128,9 @@ def _packed(spans: Sequence[TokenSpan], ids: Sequence[int], rules: PackingRules)
         position_ids_T=_int64([np.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         rows_W=_int64([*_tails(spans, lengths)]),
-        targets_W=_int64([span.token_ids_N[len(span.token_ids_N) - span.num_scored :] for span in spans]),
+        targets_W=_int64(
+            [span.token_ids_N[len(span.token_ids_N) - span.num_scored :] for span in spans]
+        ),
         weights_W=torch.zeros(sum(span.num_scored for span in spans)),
         sample_ids=tuple(ids),
         rows_per_sample=tuple(span.num_scored for span in spans),

@@ -1,0 +1,251 @@
+"""The engine: student and teachers on all trainer ranks, behind a handful of collective calls.
+
+Every trainer process builds one `Engine` and calls the same methods with the same arguments.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megadistill.config.schema import ModelConfig, Precision, RunConfig
+from megadistill.convert.families import read_spec
+from megadistill.convert.hf_files import resolve_model
+from megadistill.data.packing import PackingRules, num_inputs
+from megadistill.head import VocabularyHead
+from megadistill.megatron import checkpoint, export
+from megadistill.megatron.model import build_model, load_hf
+from megadistill.megatron.offload import Residence
+from megadistill.megatron.scoring import Scorable, mean_divergences, own_batches, score_spans
+from megadistill.megatron.training import Student
+from megadistill.megatron.world import connect, disconnect, pick_device
+from megadistill.types import FloatArray, MicroBatch, Sample, StepResult, TokenSpan
+
+STUDENT = "student"
+
+Loss = Callable[[VocabularyHead, Tensor, MicroBatch], tuple[Tensor, Mapping[str, Tensor]]]
+"""`(head, hidden_WD, micro-batch) -> (sum over rows, named sums over rows)`."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+E = TypeVar("E", bound="Engine")
+
+SLACK = timedelta(minutes=30)
+"""How long ranks wait for each other, beyond the time that rank 0 may spend on rollouts."""
+FP8_MULTIPLE = 16
+"""Transformer Engine's fp8 products want lengths that this divides."""
+
+
+def _names_rank(
+    method: Callable[Concatenate[E, P], R],
+) -> Callable[Concatenate[E, P], R]:
+    """Add this process's place to whatever goes wrong in a method."""
+
+    @functools.wraps(method)
+    def wrapper(self: E, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            error.add_note(f"in Engine.{method.__name__} on trainer {self.place}")
+            raise
+
+    return wrapper
+
+
+class Engine:
+    """Scores with student and teachers, trains the student, exports and saves it."""
+
+    def __init__(self, config: RunConfig, resolve: Callable[[str], Path] = resolve_model) -> None:
+        """Join the other processes, build all models and load their Hugging Face weights.
+
+        `resolve` turns a model's configured path into its local directory. Raises `ValueError` for
+        a layout, precision or model that cannot be had, before large memory is allocated.
+        """
+        device = pick_device(config.device, config.cluster.gpus_per_node)
+        rollout_time = timedelta(seconds=config.rollout.timeout_s if config.rollout else 0)
+        self.config = config
+        self.world = connect(
+            config.parallel, device=device, seed=config.seed, timeout=rollout_time + SLACK
+        )
+        self._resolve = resolve
+        self._spec = read_spec(resolve(config.student.path))
+        student = self._load(config.student)
+        self._student = Student(student.model, config.optimizer, self.world)
+        self._residence = Residence(self.world.device)
+        self._scorables: dict[str, Scorable] = {STUDENT: student, **self._load_teachers()}
+
+    @property
+    def rank(self) -> int:
+        """This process's number among the trainers."""
+        return self.world.rank
+
+    @property
+    def size(self) -> int:
+        """Number of trainer processes."""
+        return self.world.size
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process is the one that writes files and talks to others."""
+        return self.rank == 0
+
+    @property
+    def place(self) -> str:
+        """Rank and position in the layout, for messages."""
+        groups = self.world.groups
+        return (
+            f"rank {self.rank} of {self.size} (dp {groups.dp.rank()}, pp {groups.pp.rank()}, "
+            f"cp {groups.cp.rank()}, tp {groups.tp.rank()}; {self.world.device})"
+        )
+
+    @_names_rank
+    def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
+        """fp32 log-probabilities of each span's scored tail under `student` or a teacher.
+
+        In the order of `spans`, equal on every rank. Raises `ValueError` for an unknown model, or a
+        span that scores its first token.
+        """
+        return self._score(model, spans, with_entropy=False)[0]
+
+    @_names_rank
+    def score_with_entropy(
+        self, model: str, spans: Sequence[TokenSpan]
+    ) -> tuple[list[FloatArray], list[FloatArray]]:
+        """As `score`, and the entropy in nats of each scored token's distribution."""
+        return self._score(model, spans, with_entropy=True)
+
+    @_names_rank
+    def divergences(
+        self, student: str, teacher: str, spans: Sequence[TokenSpan]
+    ) -> tuple[FloatArray, FloatArray]:
+        """Per span the mean full-vocabulary KL(teacher || student) and KL(student || teacher).
+
+        fp32, one number per span, equal on every rank; NaN for a span without scored tokens.
+        """
+        first, second = self._scorable(student), self._scorable(teacher)
+        with self._residence.of(first.model, second.model):
+            return mean_divergences(first, second, spans, self._rules)
+
+    @_names_rank
+    def step(self, samples: Sequence[Sample], loss: Loss, *, learning_rate: float) -> StepResult:
+        """One optimizer step on the sum of `loss` over all rows of all samples.
+
+        `sample_ids` of the micro-batches index `samples`. Every number returned is a sum over all
+        ranks, equal on every rank. Raises `ValueError` for no samples or weights that do not fit.
+        """
+        _check_samples(samples)
+        spans = [sample.span for sample in samples]
+        weights = [sample.weights_R for sample in samples]
+        batches = own_batches(spans, self._rules, self.world, weights)
+        scorable = self._scorables[STUDENT]
+
+        def loss_of(hidden_WD: Tensor, batch: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+            return loss(scorable.head(training=True), hidden_WD, batch)
+
+        sums, grad_norm = self._student.step(batches, loss_of, learning_rate)
+        return StepResult(
+            loss=sums.pop("loss"),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            num_tokens=sum(num_inputs(span) for span in spans),
+            metrics=sums,
+        )
+
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The student's weights as (Hugging Face name, CPU tensor), on rank 0 only.
+
+        Collective: every rank must exhaust the iterator. One parameter is held at a time; copy a
+        tensor to keep it past the next.
+        """
+        return export.hf_tensors(self._scorables[STUDENT].model, self._spec, self.world)
+
+    @_names_rank
+    def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
+        """Write weights, optimizer, random states and rank 0's `extra` (JSON) to `directory`."""
+        checkpoint.save(self._student, directory, extra)
+
+    @_names_rank
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Restore what `save` wrote, at any layout, and return `extra`."""
+        return checkpoint.load(self._student, directory)
+
+    @_names_rank
+    def broadcast(self, value: R) -> R:
+        """Rank 0's `value` on every rank; what the others pass is ignored."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    @_names_rank
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave the other processes; every rank calls it."""
+        disconnect(self.world)
+
+    @property
+    def _rules(self) -> PackingRules:
+        parallel = self.config.parallel
+        multiple = parallel.tp if parallel.sequence_parallel else 1
+        models = [self.config.student, *self.config.teachers.values()]
+        if any(self._precision(model).startswith("fp8") for model in models):
+            multiple *= FP8_MULTIPLE
+        return PackingRules(
+            max_tokens=self.config.batch.micro_batch_tokens,
+            multiple=multiple,
+            cp=parallel.cp,
+            cp_rank=self.world.groups.cp.rank(),
+        )
+
+    def _score(
+        self, model: str, spans: Sequence[TokenSpan], *, with_entropy: bool
+    ) -> tuple[list[FloatArray], list[FloatArray]]:
+        scorable = self._scorable(model)
+        with self._residence.of(scorable.model):
+            return score_spans(scorable, spans, self._rules, with_entropy=with_entropy)
+
+    def _scorable(self, name: str) -> Scorable:
+        if name not in self._scorables:
+            raise ValueError(f"model: found {name!r}, expected one of {sorted(self._scorables)}")
+        return self._scorables[name]
+
+    def _precision(self, model: ModelConfig) -> Precision:
+        return model.precision or self.config.precision
+
+    def _load(self, model: ModelConfig) -> Scorable:
+        directory = self._resolve(model.path)
+        spec = read_spec(directory)
+        parallel = self.config.parallel
+        built = build_model(spec, parallel, self._precision(model), self.world)
+        load_hf(built, spec, directory, parallel, self.world)
+        return Scorable(model=built, vocab_size=spec.vocab_size, world=self.world)
+
+    def _load_teachers(self) -> dict[str, Scorable]:
+        """Frozen models by name; names with the same path and precision share one."""
+        loaded: dict[tuple[Path, Precision], Scorable] = {}
+        teachers: dict[str, Scorable] = {}
+        for name, model in self.config.teachers.items():
+            key = self._resolve(model.path), self._precision(model)
+            if key not in loaded:
+                loaded[key] = self._load(model)
+                loaded[key].model.requires_grad_(False)
+                self._residence.park(loaded[key].model)
+            teachers[name] = loaded[key]
+        return teachers
+
+
+def _check_samples(samples: Sequence[Sample]) -> None:
+    if not samples:
+        raise ValueError("samples: found none, expected at least one")
+    for index, sample in enumerate(samples):
+        if len(sample.weights_R) != sample.span.num_scored:
+            raise ValueError(
+                f"samples[{index}].weights_R: found {len(sample.weights_R)} weights, "
+                f"expected one per scored token, {sample.span.num_scored}"
+            )

@@ -1,0 +1,148 @@
+"""Log-probabilities and divergences of token spans, from models spread over all ranks.
+
+Shape legend: R scored tokens of a span, W rows of a micro-batch, D hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megadistill.data.packing import (
+    PackingRules,
+    assign,
+    empty_micro_batch,
+    micro_batches,
+    num_inputs,
+)
+from megadistill.head import VocabularyHead, divergences, score
+from megadistill.megatron.cpu import on_cpu_too
+from megadistill.megatron.model import output_weight
+from megadistill.megatron.schedule import forward
+from megadistill.megatron.world import World
+from megadistill.types import FloatArray, MicroBatch, TokenSpan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scorable:
+    """A model and what turns its hidden states into log-probabilities."""
+
+    model: GPTModel
+    vocab_size: int
+    world: World
+
+    def head(self, *, training: bool = False) -> VocabularyHead:
+        """The last stage's vocabulary head; when training its gradient goes to `main_grad`."""
+        tp = self.world.groups.tp
+        return VocabularyHead(
+            weight_VD=output_weight(self.model),
+            vocab_size=self.vocab_size,
+            group=tp if tp.size() > 1 else None,
+            accumulate_into_main_grad=training,
+        )
+
+
+def own_batches(
+    spans: Sequence[TokenSpan],
+    rules: PackingRules,
+    world: World,
+    weights: Sequence[FloatArray] | None = None,
+) -> list[MicroBatch]:
+    """This data-parallel rank's share of `spans`, packed; at least one micro-batch."""
+    shares = assign([num_inputs(span) for span in spans], world.groups.dp.size())
+    own = micro_batches(spans, shares[world.groups.dp.rank()], rules, weights)
+    return own or [empty_micro_batch(rules)]
+
+
+@on_cpu_too
+def score_spans(
+    scorable: Scorable, spans: Sequence[TokenSpan], rules: PackingRules, *, with_entropy: bool
+) -> tuple[list[FloatArray], list[FloatArray]]:
+    """fp32 log-probabilities `[R]` of every span's scored tail, and entropies (empty if not asked).
+
+    Every rank passes the same spans and gets the same answer.
+    """
+    head = scorable.head() if scorable.world.is_last_stage else None
+
+    def visit(hidden_WD: Tensor, batch: MicroBatch) -> Tensor:
+        assert head is not None
+        columns = hidden_WD.new_zeros(len(hidden_WD), 1 + with_entropy, dtype=torch.float32)
+        if len(hidden_WD):
+            scores = score(head, hidden_WD, batch.targets_W[:, None], with_entropy=with_entropy)
+            columns[:, 0] = scores.logprobs_TK[:, 0]
+            if scores.entropy_T is not None:
+                columns[:, 1] = scores.entropy_T
+        return columns
+
+    batches = own_batches(spans, rules, scorable.world)
+    scorable.model.eval()
+    values = forward(scorable.model, batches, scorable.world, visit)
+    columns = _everywhere(spans, batches, values, 1 + with_entropy, scorable.world)
+    return columns[0], columns[1] if with_entropy else []
+
+
+@on_cpu_too
+def mean_divergences(
+    student: Scorable, teacher: Scorable, spans: Sequence[TokenSpan], rules: PackingRules
+) -> tuple[FloatArray, FloatArray]:
+    """Per span the mean over its scored tokens of KL(teacher || student) and KL(student || teacher).
+
+    fp32 `[number of spans]` each, over the full vocabulary; NaN for a span without scored tokens.
+    """
+    world = student.world
+    batches = own_batches(spans, rules, world)
+    hidden: list[list[Tensor]] = []
+    for scorable in (student, teacher):
+        scorable.model.eval()
+        hidden.append(forward(scorable.model, batches, world, lambda rows, _: rows))
+    values = []
+    for student_WD, teacher_WD in zip(*hidden, strict=True):
+        columns = student_WD.new_zeros(len(student_WD), 2, dtype=torch.float32)
+        if len(student_WD):
+            result = divergences(student.head(), student_WD, teacher.head(), teacher_WD)
+            columns[:, 0], columns[:, 1] = result.forward_kl_T, result.reverse_kl_T
+        values.append(columns)
+    columns = _everywhere(spans, batches, values, 2, world)
+    forward_kl, reverse_kl = ([_mean(values_R) for values_R in column] for column in columns)
+    return np.array(forward_kl, dtype=np.float32), np.array(reverse_kl, dtype=np.float32)
+
+
+def _mean(values_R: FloatArray) -> float:
+    return float(values_R.mean(dtype=np.float64)) if len(values_R) else float("nan")
+
+
+def _everywhere(
+    spans: Sequence[TokenSpan],
+    batches: Sequence[MicroBatch],
+    values: Sequence[Tensor],
+    num_columns: int,
+    world: World,
+) -> list[list[FloatArray]]:
+    """Columns of all spans, on every rank, from the rows `[W, columns]` of each rank's batches.
+
+    Each row is written by one rank, so the sum over all ranks only moves numbers.
+    """
+    starts = np.concatenate([[0], np.cumsum([span.num_scored for span in spans])]).astype(np.int64)
+    table = torch.zeros(int(starts[-1]), num_columns, device=world.device)
+    if world.speaks:
+        for batch, rows in zip(batches, values, strict=True):
+            table[_places(spans, starts, batch).to(world.device)] = rows
+    dist.all_reduce(table)
+    columns = table.cpu().numpy().T
+    return [np.split(column.copy(), starts[1:-1]) if spans else [] for column in columns]
+
+
+def _places(spans: Sequence[TokenSpan], starts: npt.NDArray[np.int64], batch: MicroBatch) -> Tensor:
+    """Where each row's value belongs in the table of all scored tokens."""
+    positions = torch.split(batch.position_ids_T[batch.rows_W], list(batch.rows_per_sample))
+    places = [positions[0][:0]] if positions else [torch.empty(0, dtype=torch.int64)]
+    for index, own in zip(batch.sample_ids, positions, strict=False):
+        # The row at position p predicts token p + 1.
+        first_scored = len(spans[index].token_ids_N) - spans[index].num_scored
+        places.append(own + 1 - first_scored + int(starts[index]))
+    return torch.cat(places)

@@ -1,0 +1,134 @@
+"""This process's place among all trainer processes: ranks, groups, device."""
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed.distributed_c10d import HashStore
+
+from megadistill.config.schema import ParallelConfig
+from megadistill.megatron.cpu import on_cpu_too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """Ranks and process groups of this process; the same layout on every one."""
+
+    device: torch.device
+    groups: ProcessGroupCollection
+    opened_here: bool
+    """Whether `connect` started torch.distributed, so that `disconnect` must end it."""
+
+    @property
+    def rank(self) -> int:
+        """Global rank; rank 0 is the writer."""
+        return dist.get_rank()
+
+    @property
+    def size(self) -> int:
+        """Number of trainer processes."""
+        return dist.get_world_size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return bool(self.groups.pp.rank() == 0)
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer."""
+        return bool(self.groups.pp.rank() == self.groups.pp.size() - 1)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank's results count in sums over all ranks.
+
+        Tensor-parallel ranks of a last stage hold equal results, other stages none.
+        """
+        return self.is_last_stage and bool(self.groups.tp.rank() == 0)
+
+
+@on_cpu_too
+def connect(
+    parallel: ParallelConfig, *, device: torch.device, seed: int, timeout: timedelta
+) -> World:
+    """Join the other trainer processes and lay them out; every process calls it.
+
+    Ranks come from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without them this process is
+    alone. Uses gloo on a CPU, nccl on a GPU (LOCAL_RANK or SLURM_LOCALID picks it). Raises
+    `ValueError` if the layout does not fit the number of processes.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(_local_rank())
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        torch.set_num_threads(parallel.threads)
+    opened_here = not dist.is_initialized()
+    if opened_here:
+        _open(device, timeout)
+    _check_size(parallel, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        parallel.tp,
+        parallel.pp,
+        context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=max(1, int(timeout.total_seconds() / 60)),
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    _seed(seed, groups)
+    return World(device=device, groups=groups, opened_here=opened_here)
+
+
+def disconnect(world: World) -> None:
+    """Undo `connect`; every process calls it."""
+    parallel_state.destroy_model_parallel()
+    if world.opened_here:
+        dist.destroy_process_group()
+
+
+def pick_device(wanted: str, gpus_per_node: int) -> torch.device:
+    """`auto` takes a GPU where the cluster has them and torch sees one."""
+    if wanted == "auto":
+        wanted = "cuda" if gpus_per_node > 0 and torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def _open(device: torch.device, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        # Alone: a store in memory needs no port that another process could hold.
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _check_size(parallel: ParallelConfig, size: int) -> None:
+    model_size = parallel.tp * parallel.pp * parallel.cp
+    wanted = model_size * parallel.dp if parallel.dp else -(-size // model_size) * model_size
+    if size != wanted:
+        raise ValueError(
+            f"parallel: found {size} trainer processes for tp x pp x cp = {model_size} and "
+            f"dp = {parallel.dp or 'any'}, expected {wanted}"
+        )
+
+
+def _seed(seed: int, groups: ProcessGroupCollection) -> None:
+    """Same numbers on ranks that hold copies, others on other stages and shards."""
+    random.seed(seed)
+    np.random.seed(seed)
+    stage_seed = seed + 100 * groups.pp.rank()
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)
+
+
+def _local_rank() -> int:
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
