@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from torch.distributed.distributed_c10d import HashStore
 
 from megadistill.config.schema import ParallelConfig
 from megadistill.megatron.cpu import on_cpu_too
@@ -105,7 +104,9 @@ def _open(device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         # Alone: a store in memory needs no port that another process could hold.
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
 
 
 def _check_size(parallel: ParallelConfig, size: int) -> None:
