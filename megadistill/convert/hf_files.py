@@ -34,11 +34,11 @@ _COPIED = (
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The directory of `model`: a path, or a hub name `org/name` that is downloaded or cached.
+    """The directory of `model`: a path as in a configuration, or a hub name that is downloaded.
 
     With `HF_HUB_OFFLINE=1` only the cache is asked. Raises `ValueError` saying what to run.
     """
-    path = Path(model)
+    path = Path(resolve_path(str(model)))
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):

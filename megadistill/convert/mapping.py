@@ -242,6 +242,25 @@ def hf_names(spec: ModelSpec) -> tuple[str, ...]:
     return tuple(name for entry in entries(spec) for name in entry.hf)
 
 
+def check_names(spec: ModelSpec, names: Sequence[str]) -> None:
+    """Raise `ValueError` unless `names` are the model's tensors, neither more nor fewer.
+
+    A stored head of a tied model and the frequency buffers of old checkpoints may be there.
+    """
+    expected = set(hf_names(spec))
+    missing = sorted(expected.difference(names))
+    extra = sorted(
+        name
+        for name in set(names) - expected
+        if name not in _OUTPUT.hf and not name.endswith("rotary_emb.inv_freq")
+    )
+    if missing or extra:
+        raise ValueError(
+            f"not the tensors of a {spec.family} model of {spec.num_layers} layers: "
+            f"{len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}"
+        )
+
+
 def load_shard(  # noqa: PLR0913 - a rank's place takes five values
     spec: ModelSpec,
     read: Read,
