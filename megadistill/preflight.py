@@ -155,9 +155,10 @@ def check_equal_start(
         )
         for prompt in prompts
     ]
-    pairs = zip(score("student", spans), score(branch.teacher, spans), strict=True)
-    largest = max(float(np.abs(student - teacher).max()) for student, teacher in pairs)
-    if largest != 0:
+    student = np.concatenate(score("student", spans))
+    teacher = np.concatenate(score(branch.teacher, spans))
+    largest = float(np.abs(student - teacher).max())
+    if largest != 0:  # true for NaN as well
         raise RuntimeError(
             f"the student starts as teacher {branch.teacher!r}, but their log-probabilities differ "
             f"by up to {largest:.3g} (0 allowed): the two do not run through the same code"
@@ -178,7 +179,7 @@ def check_first_batch(metrics: Mapping[str, float], limits: ChecksConfig) -> Non
         if quantity not in allowed:
             continue
         key, limit = allowed[quantity]
-        if value > limit:
+        if not value <= limit:  # NaN fails too
             raise RuntimeError(
                 f"first batch of branch {branch!r}: {quantity} is {value:.4f}, checks.{key} allows "
                 f"{limit}: the rollout engine does not sample from the student that is trained "

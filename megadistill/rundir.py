@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megadistill.config import RunConfig, dump_config, load_config
 
 WHOLE = "WHOLE"
@@ -196,7 +198,21 @@ def is_whole(directory: Path) -> bool:
 
 
 def changed_settings(old_text: str, new_text: str) -> list[str]:
-    """Top-level lines that differ between two dumped configurations, at most five of them."""
-    old, new = old_text.splitlines(), new_text.splitlines()
-    differing = [line.strip() for line in new if line not in old]
-    return differing[:5] or ["settings removed"]
+    """`key.path: old -> new` of what differs between two dumped configurations, at most five."""
+    old, new = _leaves(yaml.safe_load(old_text)), _leaves(yaml.safe_load(new_text))
+    return [
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in {**old, **new}
+        if key not in old or key not in new or old[key] != new[key]
+    ][:5]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of everything in a configuration that is not itself a mapping."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves

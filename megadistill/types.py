@@ -64,7 +64,7 @@ class Scored:
     """log pi_T, training engine."""
 
     @property
-    def gap_R(self) -> FloatArray:
+    def gap_R(self) -> FloatArray:  # noqa: N802 - R is a shape
         """Delta of CaMOPD section 3: log pi_T - log pi_theta, fp32."""
         return self.teacher_logprobs_R - self.student_logprobs_R
 

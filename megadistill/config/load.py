@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from megadistill.config.schema import RunConfig
 
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
+_KINDS = ("sft", "mopd", "camopd", "packaged", "reasoning_gym", "file")
 
 
 class ConfigError(ValueError):
@@ -35,9 +36,8 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
     try:
         return _ADAPTER.validate_python(tree)
     except ValidationError as error:
-        lines = [f"{source}: {error.error_count()} problem(s)"]
-        lines += [_describe(problem) for problem in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
+        lines = [line for problem in error.errors() for line in _describe(problem)]
+        raise ConfigError("\n".join([f"{source}: {len(lines)} problem(s)", *lines])) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -70,6 +70,8 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -108,14 +110,28 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {name!r} is not a section")
         node = child
-    node[leaf] = yaml.safe_load(text)
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any) -> list[str]:
     """One line a problem: the dotted key, the value found, and what was expected."""
-    key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
     message = problem["msg"].removeprefix("Value error, ")
-    found = problem.get("input")
-    if isinstance(found, dict | list) or problem["type"] == "missing" or not problem["loc"]:
-        return f"  {key}: {message}"
-    return f"  {key}: found {json.dumps(found, default=str)}: {message}"
+    if not problem["loc"]:  # a check of the whole tree, which names its keys itself
+        return [f"  {line}" for line in message.split("; ")]
+    key, found = _dotted(problem["loc"]), problem.get("input")
+    if isinstance(found, dict | list) or problem["type"] == "missing":
+        return [f"  {key}: {message}"]
+    return [f"  {key}: found {json.dumps(found, default=str)}: {message}"]
+
+
+def _dotted(location: Sequence[str | int]) -> str:
+    """The key as a user writes it: without the `kind` that pydantic puts behind a tagged union."""
+    parts = [
+        str(part)
+        for before, part in zip(("", *location), location, strict=False)
+        if not (part in _KINDS and (before == "algorithm" or isinstance(before, int)))
+    ]
+    return ".".join(parts)

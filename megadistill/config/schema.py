@@ -17,6 +17,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
+    """Where a model lies, and how it computes."""
+
     path: str
     """Hugging Face directory, hub name (`org/name`), or `cache:NAME` below the megadistill cache."""
     precision: Precision | None = None
@@ -62,11 +64,13 @@ class OptimizerConfig:
     warmup_steps: NaturalInt = 0
     """Steps of linear warm-up from 0 to lr."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """Shape of the learning rate after warm-up, down to 0 at the last step."""
+    """Shape of the learning rate after warm-up; it would reach 0 one step after the last."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class BatchConfig:
+    """How much one optimizer step sees, and how it is cut up."""
+
     size: PositiveInt = 512
     """Prompts (or SFT examples) in one optimizer step, over all data-parallel ranks."""
     micro_batch_tokens: PositiveInt = 16384
@@ -223,6 +227,8 @@ Source = Annotated[PackagedSource | ReasoningGymSource | FileSource, Field(discr
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PoolConfig:
+    """One pool of prompts and how its records become chat messages."""
+
     sources: list[Source]
     """Concatenated in this order."""
     template: Literal["plain", "medical"] = "plain"
@@ -231,6 +237,8 @@ class PoolConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
+    """All prompt pools, and what their prompts have in common."""
+
     pools: dict[str, PoolConfig]
     """Named prompt pools."""
     max_prompt_tokens: PositiveInt = 4096
@@ -255,6 +263,8 @@ class HeldoutConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluateConfig:
+    """What is measured on held-out prompts, and when."""
+
     every: NaturalInt = 10
     """Steps between evaluations, also before the first and after the last; 0: never."""
     heldout: dict[str, HeldoutConfig] = field(default_factory=dict)
@@ -263,6 +273,8 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
+    """When the run is saved, and where the final student goes."""
+
     every: PositiveInt = 10
     """Steps between checkpoints; the last step is always saved."""
     keep: PositiveInt = 2
@@ -275,6 +287,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LogConfig:
+    """Where metrics go besides `metrics.jsonl` and the terminal."""
+
     wandb: Literal["off", "offline", "online"] = "offline"
     project: str = "megadistill"
 

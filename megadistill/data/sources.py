@@ -123,7 +123,7 @@ def _read_file(source: FileSource) -> Iterator[_Row]:
         yield _file_row(source, path, number, row)
 
 
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _jsonl_rows(path: Path) -> Iterator[Any]:  # whatever JSON a row holds
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -139,22 +139,34 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _file_row(source: FileSource, path: Path, number: int, row: Mapping[str, Any]) -> _Row:
+def _file_row(source: FileSource, path: Path, number: int, row: Any) -> _Row:
+    place = f"{path}: row {number}"
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is a {type(row).__name__}, expected an object with fields")
     for name in (source.prompt, source.answer, source.options):
         if name is not None and name not in row:
-            found = sorted(row)
-            raise ValueError(f"{path}: row {number} has no field {name!r}; it has {found}")
-    prompt = row[source.prompt]
-    if isinstance(prompt, list):
-        prompt = tuple({"role": turn["role"], "content": turn["content"]} for turn in prompt)
-    elif not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{path}: row {number}: {source.prompt!r} is empty or not text")
+            raise ValueError(f"{place} has no field {name!r}; it has {sorted(row)}")
+    answer = row[source.answer] if source.answer else None
+    options = row[source.options] if source.options else None
+    if options is not None and not isinstance(options, dict):
+        raise ValueError(f"{place}: {source.options!r} is not a mapping from letter to text")
     return _Row(
         id=str(row.get("id", f"{path.stem}-{number}")),
-        prompt=prompt,
-        answer=str(row[source.answer]) if source.answer else None,
-        options=row[source.options] if source.options else None,
+        prompt=_file_prompt(row[source.prompt], f"{place}: {source.prompt!r}"),
+        answer=None if answer is None else str(answer),
+        options=options,
     )
+
+
+def _file_prompt(prompt: Any, place: str) -> str | tuple[Message, ...]:
+    """The user's text, or chat turns without anything but role and content."""
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError(f"{place} is empty, or neither text nor chat messages")
+    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt):
+        raise ValueError(f"{place} has a turn without `role` and `content`")
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in prompt)
 
 
 _READERS: Mapping[type, Callable[[Any], Iterator[_Row]]] = {

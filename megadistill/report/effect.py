@@ -82,8 +82,7 @@ def _draw_heldout(axis: Any, rows: Sequence[dict[str, Any]]) -> None:  # matplot
             steps, values, errors, marker="o", capsize=3, label=f"to {name} teacher", color=colour
         )
     axis.set(xlabel="optimizer steps", ylabel="held-out KL(student ‖ teacher), nats/token")
-    axis.set_ylim(bottom=0)
-    axis.legend()
+    _finish_axis(axis)
 
 
 def _draw_branches(axis: Any, rows: Sequence[dict[str, Any]], metric: str, label: str) -> None:
@@ -92,5 +91,10 @@ def _draw_branches(axis: Any, rows: Sequence[dict[str, Any]], metric: str, label
         if points:
             axis.plot(*zip(*points, strict=True), marker=".", label=branch, color=colour)
     axis.set(xlabel="optimizer steps", ylabel=label)
+    _finish_axis(axis)
+
+
+def _finish_axis(axis: Any) -> None:
     axis.set_ylim(bottom=0)
-    axis.legend()
+    if axis.get_legend_handles_labels()[0]:  # a run may have nothing to show here
+        axis.legend()
