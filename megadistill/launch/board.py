@@ -1,0 +1,203 @@
+"""How the nodes of one attempt know of each other: small files in the run directory.
+
+    control/lock                 held by node 0 as long as it works on the run
+    control/launch.json          what node 0 decided; the others wait for the one of their launch
+    control/attempt-2/node-1.json  rewritten by node 1 every few seconds: a sign of life and its state
+    control/attempt-2/ended.json   node 0's verdict, after which every node ends
+
+Each file has one writer. Nothing compares clocks: a node is silent when its file stops changing.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megadistill.launch.place import Place, rendezvous_port
+from megadistill.launch.roles import Launch
+from megadistill.rundir import RunDir, write_atomic
+
+LOCK_WAIT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why an attempt cannot go on."""
+
+    node: int
+    """Where it was noticed."""
+    what: str
+    """One line that names the culprit."""
+    when: float
+    """Seconds since the epoch; the earliest failure of all nodes is taken for the cause."""
+    detail: str = ""
+    """The last lines of the culprit's log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """What a node says of itself."""
+
+    beat: int = 0
+    """Grows with every write."""
+    state: Literal["running", "done", "failed"] = "running"
+    """`done`: all trainers of this node ended well."""
+    stop: str | None = None
+    """Why this node was asked to have the run saved and ended."""
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """Node 0's verdict on the attempt."""
+
+    status: Literal["done", "stopped", "failed"]
+    message: str
+    failure: Failure | None = None
+    """The culprit of a failed attempt."""
+
+
+@dataclass(slots=True)
+class Board:
+    """The notices of one attempt, as seen and written by one node."""
+
+    directory: Path
+    node: int
+    notice: Notice = field(default_factory=Notice)
+    _written: float = 0.0
+    _seen: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """Last beat of another node and when it was first seen, by our monotonic clock."""
+
+    def post(self, notice: Notice, every_s: float) -> None:
+        """Write our notice when it says something new, or when the last is `every_s` old."""
+        if notice == self.notice and time.monotonic() - self._written < every_s:
+            return
+        self.notice = replace(notice, beat=self.notice.beat + 1)
+        write_atomic(self._notice_file(self.node), json.dumps(asdict(self.notice)))
+        self._written = time.monotonic()
+
+    def read(self, node: int) -> Notice | None:
+        """Another node's latest notice; None before its first."""
+        values = read_json(self._notice_file(node))
+        if values is None:
+            return None
+        notice = Notice(**values | {"failure": read_failure(values)})
+        if self._seen.get(node, (None, 0.0))[0] != notice.beat:
+            self._seen[node] = (notice.beat, time.monotonic())
+        return notice
+
+    def silent_s(self, node: int) -> float | None:
+        """Seconds since the node's notice last changed; None when it has never been there."""
+        return time.monotonic() - self._seen[node][1] if node in self._seen else None
+
+    def declare_end(self, end: End) -> None:
+        write_atomic(self._end_file, json.dumps(asdict(end)))
+
+    def read_end(self) -> End | None:
+        values = read_json(self._end_file)
+        return None if values is None else End(**values | {"failure": read_failure(values)})
+
+    @property
+    def _end_file(self) -> Path:
+        return self.directory / "ended.json"
+
+    def _notice_file(self, node: int) -> Path:
+        return self.directory / f"node-{node}.json"
+
+
+def read_failure(values: dict[str, Any]) -> Failure | None:
+    """The `failure` of a notice or a verdict read back."""
+    return Failure(**values["failure"]) if values["failure"] else None
+
+
+def attempt_directory(run: RunDir, attempt: int) -> Path:
+    """Where the nodes of an attempt meet."""
+    return run.path / "control" / f"attempt-{attempt}"
+
+
+def begin_launch(run: RunDir, place: Place) -> Launch:
+    """Node 0: begin an attempt and tell the other nodes."""
+    for old in (run.path / "control").glob("attempt-*"):
+        shutil.rmtree(old)
+    attempt = run.begin_attempt()
+    attempt_directory(run, attempt).mkdir(mode=0o700)
+    launch = Launch(
+        launch_id=place.launch_id,
+        attempt=attempt,
+        master_addr=place.hosts[0],
+        master_port=rendezvous_port(place, attempt),
+    )
+    write_atomic(launch_file(run), json.dumps(asdict(launch)))
+    return launch
+
+
+def await_launch(run: RunDir, place: Place, timeout_s: float) -> Launch:
+    """The other nodes: wait for node 0 of the same launch."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        values = read_json(launch_file(run))
+        if values is not None and values["launch_id"] == place.launch_id:
+            return Launch(**values)
+        time.sleep(0.1)
+    raise RuntimeError(
+        f"node {place.node} ({place.host}): waited {timeout_s:.0f} s in vain for node 0 "
+        f"({place.hosts[0]}) to begin launch {place.launch_id} in {launch_file(run)}; "
+        "is the run directory on a file system that all nodes share?"
+    )
+
+
+def launch_file(run: RunDir) -> Path:
+    """Where node 0 writes its `Launch`."""
+    return run.path / "control" / "launch.json"
+
+
+@contextmanager
+def sole_owner(run: RunDir) -> Iterator[None]:
+    """Node 0: hold the run's lock, so that two jobs cannot work on one run directory.
+
+    The kernel drops it with the process; a predecessor that is just dying is waited for.
+    """
+    with (run.path / "control" / "lock").open("w") as lock:
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while not try_lock(lock.fileno()):
+            if time.monotonic() > deadline:
+                values = read_json(launch_file(run)) or {}
+                raise ValueError(
+                    f"{run.path}: found launch {values.get('launch_id', 'of another process')} at "
+                    "work on this run, expected none; wait for it, cancel it, or change `name`"
+                )
+            time.sleep(0.1)
+        yield
+
+
+def try_lock(handle: int) -> bool:
+    """False when somebody else has the lock; True also where the file system knows no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return True
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The file's values (any: it is JSON), or None while it is not there."""
+    try:
+        with file.open("rb") as stream:
+            values: dict[str, Any] = json.loads(os.read(stream.fileno(), 1 << 20))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ESTALE:  # replaced on another host while we opened it
+            raise
+        return None
+    return values

@@ -1,0 +1,262 @@
+"""What runs on each node of a job: starts the node's roles, watches them, and ends together.
+
+Node 0 begins the attempt, collects what the other nodes say, and alone gives the verdict: done,
+stopped (asked to save and end; under Slurm it requeues the job), or failed with a culprit. The
+others heed it. Whoever falls silent is given up after a bounded time, so nothing hangs.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+
+from megadistill.config import RunConfig, load_config
+from megadistill.launch.board import (
+    Board,
+    End,
+    Failure,
+    attempt_directory,
+    await_launch,
+    begin_launch,
+    sole_owner,
+)
+from megadistill.launch.layout import Layout, NodePlan, describe, layout
+from megadistill.launch.place import Place, requeue, slurm_place
+from megadistill.launch.processes import Exit, LogFollower, Processes
+from megadistill.launch.roles import Launch, RoleCommand, role_command, role_environment
+from megadistill.launch.verdict import Decider, Member, Referee, Waits
+from megadistill.rundir import RunDir
+
+DONE, FAILED, STOPPED = 0, 1, 75
+"""Exit codes; 75 (EX_TEMPFAIL) says that the run can be resumed."""
+
+STOP_SIGNALS = {
+    signal.SIGUSR1: "SIGUSR1, Slurm's warning of the time limit or of preemption",
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGINT: "Ctrl-C",
+}
+
+
+def run_node(
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    place: Place | None = None,
+    command: RoleCommand = role_command,
+    waits: Waits | None = None,
+) -> int:
+    """Run this node's part of a training run to its end.
+
+    `source` is a configuration file or a run directory. `place` is this node's place in the job,
+    read from Slurm's variables when absent; `local_place()` runs everything on this machine.
+    Returns 0 when the run is done, 75 when it was stopped and can be resumed (under Slurm it has
+    then been requeued), 1 when a role failed. Raises `ValueError` for a configuration that cannot
+    run here. Only from the main thread, since it handles signals.
+    """
+    place = place or slurm_place()
+    waits = waits or Waits()
+    config, run = open_run(source, overrides)
+    plan = layout(config, place.num_nodes, gpus_per_node(config))
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_requests())
+        if place.node == 0:
+            check_restarts(config, place)
+            run.create(config)
+            stack.enter_context(sole_owner(run))
+            launch = begin_launch(run, place)
+        else:
+            launch = await_launch(run, place, waits.start_s)
+        node = Node(
+            run=run, config=config, plan=plan, place=place, launch=launch, waits=waits, stop=stop
+        )
+        return node.work(command)
+
+
+def open_run(source: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, RunDir]:
+    """The configuration and the run directory named by a YAML file or by that directory."""
+    path = Path(source)
+    if path.is_dir():
+        run = RunDir(path.absolute())
+        return load_config(run.config_file, overrides), run
+    config = load_config(path, overrides)
+    return config, RunDir.of(config)
+
+
+def gpus_per_node(config: RunConfig) -> int:
+    """GPUs the layout may use on a node: those of the configuration, none on a CPU run."""
+    return 0 if config.device == "cpu" else config.cluster.gpus_per_node
+
+
+def check_restarts(config: RunConfig, place: Place) -> None:
+    """Slurm requeues a job by itself when a node fails; that too has a bound."""
+    if place.restarts > config.cluster.max_attempts:
+        raise ValueError(
+            f"cluster.max_attempts: found restart {place.restarts} of job {place.job_id}, expected "
+            f"at most {config.cluster.max_attempts}; submit the run again to go on"
+        )
+
+
+@dataclass(slots=True)
+class StopRequest:
+    """Whether this process was asked to stop."""
+
+    reason: str | None = None
+    """Why this process was first asked to stop."""
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Note the signals that ask the run to stop; a second Ctrl-C interrupts at once."""
+    request = StopRequest()
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and request.reason is not None:
+            raise KeyboardInterrupt
+        request.reason = request.reason or STOP_SIGNALS[signal.Signals(number)]
+
+    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass(slots=True, kw_only=True)
+class Node:
+    """One node during one attempt."""
+
+    run: RunDir
+    config: RunConfig
+    plan: Layout
+    place: Place
+    launch: Launch
+    waits: Waits
+    stop: StopRequest
+    board: Board = field(init=False)
+    processes: Processes = field(default_factory=Processes)
+    follower: LogFollower | None = None
+    """Copies rank 0's log to the job's output."""
+
+    def __post_init__(self) -> None:
+        directory = attempt_directory(self.run, self.launch.attempt)
+        self.board = Board(directory=directory, node=self.place.node)
+
+    @property
+    def own(self) -> NodePlan:
+        return self.plan.nodes[self.place.node]
+
+    def work(self, command: RoleCommand) -> int:
+        """Start the roles, stay until the attempt has ended, and leave no process behind."""
+        try:
+            self.board.post(self.board.notice, every_s=0)
+            self.start_roles(command)
+            end = self.watch(self.decider())
+        except BaseException as error:
+            self.give_up(error)
+            raise
+        finally:
+            self.processes.end(self.waits.grace_s)
+            self.processes.close()
+            self.follow()
+        return self.conclude(end)
+
+    def start_roles(self, command: RoleCommand) -> None:
+        if self.place.node == 0:
+            self.say(f"{self.run.path}, attempt {self.launch.attempt}\n{describe(self.plan)}")
+        for role in self.own.roles:
+            log = self.run.log_file(role.name, self.launch.attempt)
+            environment = role_environment(
+                role,
+                self.config,
+                self.plan,
+                node=self.own,
+                launch=self.launch,
+                host=self.place.host,
+            )
+            self.processes.start(role.name, command(self.run, role), environment, log)
+            if role.name == "trainer-0":
+                self.follower = LogFollower(log)
+
+    def decider(self) -> Decider:
+        if self.place.node:
+            return Member(place=self.place, board=self.board, waits=self.waits)
+        return Referee(
+            run=self.run, plan=self.plan, place=self.place, board=self.board, waits=self.waits
+        )
+
+    def watch(self, decider: Decider) -> End:
+        """Note what happens here, give a sign of life, and go on until the verdict."""
+        working = {role.name for role in self.own.trainers}
+        while True:
+            exited = self.processes.next_exit(self.waits.poll_s)
+            self.follow()
+            notice = replace(self.board.notice, stop=self.stop.reason)
+            if exited and exited.code == 0 and exited.name in working:
+                working.remove(exited.name)
+            elif exited and not self.was_told_to_end(exited):
+                notice = replace(notice, state="failed", failure=self.failure(exited))
+            if not working and self.own.trainers and notice.state == "running":
+                notice = replace(notice, state="done")
+            self.board.post(notice, self.waits.heartbeat_s)
+            if exited and notice.state == "failed":
+                self.processes.end(self.waits.grace_s)
+            if end := decider.verdict(self.board.notice):
+                return end
+
+    def was_told_to_end(self, exited: Exit) -> bool:
+        """An engine may end by itself once the run is done, and at no other time."""
+        return exited.code == 0 and bool(self.run.read_progress().get("done", False))
+
+    def failure(self, exited: Exit) -> Failure:
+        what = f"{exited.describe()} on node {self.place.node} ({self.place.host})"
+        failure = Failure(node=self.place.node, what=what, when=time.time(), detail=exited.tail())
+        self.say(f"{what}; the last lines of {exited.log}:\n{failure.detail}")
+        return failure
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell the other nodes that this one ends because of an error of its own."""
+        what = f"node {self.place.node} ({self.place.host}): {type(error).__name__}: {error}"
+        failure = Failure(node=self.place.node, what=what, when=time.time())
+        if self.place.node == 0:
+            self.board.declare_end(End(status="failed", message=what, failure=failure))
+        else:
+            self.board.post(replace(self.board.notice, state="failed", failure=failure), every_s=0)
+
+    def conclude(self, end: End) -> int:
+        """Node 0 makes the verdict known, after the requeue that ends all nodes; then leave."""
+        if self.place.node == 0:
+            if end.status == "stopped":
+                self.say(f"{end.message}; {self.resume()}")
+            else:
+                self.say(f"attempt {self.launch.attempt}: {end.message}")
+                if end.failure and end.failure.node and end.failure.detail:
+                    self.say(f"its last lines:\n{end.failure.detail}")
+            self.board.declare_end(end)
+        elif end.status == "failed":
+            self.say(f"ends: {end.message}")
+        return {"done": DONE, "stopped": STOPPED, "failed": FAILED}[end.status]
+
+    def resume(self) -> str:
+        """Have Slurm start the job again, or say how a person does."""
+        by_hand = f"to go on: submit it again, or `megadistill train {self.run.path}`"
+        if self.place.job_id is None:
+            return by_hand
+        limit = self.config.cluster.max_attempts
+        if self.launch.attempt >= limit:
+            return f"not requeued, cluster.max_attempts {limit} is reached; {by_hand}"
+        if problem := requeue(self.place.job_id):
+            return f"Slurm did not requeue job {self.place.job_id} ({problem}); {by_hand}"
+        return f"job {self.place.job_id} is requeued"
+
+    def follow(self) -> None:
+        if self.follower is not None:
+            self.follower.copy()
+
+    def say(self, text: str) -> None:
+        sys.stdout.write(f"[node {self.place.node}] {text}\n")
+        sys.stdout.flush()

@@ -1,0 +1,84 @@
+"""What a role is started with: its command line and its environment."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megadistill.config import RunConfig
+from megadistill.launch.layout import Layout, NodePlan, Role
+from megadistill.rundir import RunDir
+
+RoleCommand = Callable[[RunDir, Role], list[str]]
+"""Builds the command line of a role."""
+
+
+def role_command(run: RunDir, role: Role) -> list[str]:
+    """The real roles; tests pass another function."""
+    if role.kind == "trainer":
+        return [sys.executable, "-m", "megadistill.train", str(run.path)]
+    module = "megadistill.rollout.vllm_server"
+    return [sys.executable, "-m", module, str(run.path), "--index", str(role.index)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """What node 0 decided for one attempt and tells the others."""
+
+    launch_id: str
+    attempt: int
+    master_addr: str
+    master_port: int
+
+
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def role_environment(
+    role: Role, config: RunConfig, plan: Layout, *, node: NodePlan, launch: Launch, host: str
+) -> dict[str, str]:
+    """The variables a role sees: the node's own, the rendezvous, its GPUs or its CPU threads.
+
+    Trainers of a node see all trainer GPUs of the node, each takes number LOCAL_RANK of them, as
+    under torchrun; an engine sees its own GPUs only. On a CPU run no GPU is visible, whatever
+    Slurm offers.
+    """
+    result = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
+    result |= {"MEGADISTILL_HOST": host, "MEGADISTILL_ATTEMPT": str(launch.attempt)}
+    result["PYTHONUNBUFFERED"] = "1"
+    gpus = role.gpus
+    if role.kind == "trainer":
+        gpus = tuple(gpu for trainer in node.trainers for gpu in trainer.gpus)
+        result |= {
+            "RANK": str(role.index),
+            "WORLD_SIZE": str(plan.trainer_world),
+            "LOCAL_RANK": str(node.trainers.index(role)),
+            "LOCAL_WORLD_SIZE": str(len(node.trainers)),
+            "MASTER_ADDR": launch.master_addr,
+            "MASTER_PORT": str(launch.master_port),
+        }
+    result["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus(gpus, os.environ))
+    if not gpus:
+        result["OMP_NUM_THREADS"] = str(cpu_threads(role, config))
+    return result
+
+
+def visible_gpus(gpus: tuple[int, ...], environment: Mapping[str, str]) -> list[str]:
+    """The names of a node's GPUs by their numbers, where the job may use only some of a node."""
+    offered = environment.get("CUDA_VISIBLE_DEVICES")
+    if offered is None or not gpus:
+        return [str(gpu) for gpu in gpus]
+    names = [name for name in offered.split(",") if name]
+    if len(names) <= max(gpus):
+        raise ValueError(
+            f"cluster.gpus_per_node: found a role on GPU {max(gpus)}, but this node offers the job "
+            f"{len(names)} (CUDA_VISIBLE_DEVICES={offered})"
+        )
+    return [names[gpu] for gpu in gpus]
+
+
+def cpu_threads(role: Role, config: RunConfig) -> int:
+    """CPU threads of one process of this kind."""
+    if role.kind == "engine" and config.rollout is not None:
+        return config.rollout.threads
+    return config.parallel.threads
