@@ -9,11 +9,12 @@ from megadistill.algorithms import Sft, make_algorithm
 from megadistill.collect import AnswerCollector, Collector, OnPolicyCollector, Sampler
 from megadistill.config import RunConfig, resolve_path
 from megadistill.config.schema import SftConfig
+from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import PromptPool, make_pools
 from megadistill.evaluate.heldout import HeldoutKl
-from megadistill.megatron import Engine
+from megadistill.megatron.engine import Engine
 from megadistill.metrics import MetricWriter
-from megadistill.publish.files import publish_files
+from megadistill.publish.files import publish_files, published_at
 from megadistill.rollout.client import EnginePool
 from megadistill.rollout.seeds import seed_for
 from megadistill.rundir import RunDir
@@ -66,7 +67,7 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
     )
     parts.heldout = _heldout(parts, pools, state)
     if parts.published != state.step:
-        publish_weights(parts, "student", state.step)
+        publish_student(parts, state.step)
     return parts, state
 
 
@@ -79,14 +80,14 @@ def used_pools(config: RunConfig) -> list[str]:
     return sorted(trained | {heldout.pool for heldout in config.evaluate.heldout.values()})
 
 
-def publish_weights(parts: Parts, model: str, version: int) -> None:
-    """Stream a model's weights to the running engines, which echo version and checksum. Collective.
+def publish_student(parts: Parts, version: int) -> None:
+    """Stream the student to the running engines, which echo version and checksum. Collective.
 
     Nothing to do without engines. Waits for rollouts that are under way.
     """
     if parts.config.rollout is None:
         return
-    tensors = parts.engine.hf_tensors(model)
+    tensors = parts.engine.hf_tensors()
     if parts.sampler is None:
         for _ in tensors:
             raise AssertionError("only rank 0 receives tensors")
@@ -109,17 +110,19 @@ def _heldout(parts: Parts, pools: Mapping[str, PromptPool], state: RunState) -> 
     config = parts.config
     if not config.evaluate.heldout or not config.evaluate.every:
         return None
-    order = list(config.teachers)
-
     def sample(teacher: str, prompts: Sequence[Prompt], max_tokens: int) -> list[Rollout]:
-        is_start = resolve_path(config.teachers[teacher].path) == resolve_path(config.student.path)
-        version = 0 if is_start else TEACHER_VERSION + order.index(teacher)
-        if parts.published != version:
-            publish_weights(parts, teacher, version)
-        seeds = [seed_for(config.seed, version, prompt.id) for prompt in prompts]
-        if parts.sampler is None:
-            return parts.engine.broadcast(None)
-        rollouts = parts.sampler.generate(prompts, seeds, max_tokens)
+        path = resolve_path(config.teachers[teacher].path)
+        if path == resolve_path(config.student.path):
+            version = 0
+        else:
+            version = TEACHER_VERSION + list(config.teachers).index(teacher)
+        rollouts: list[Rollout] = []
+        if parts.sampler is not None:
+            if parts.published != version:
+                parts.sampler.publish(version, published_at(resolve_model(path)))
+            seeds = [seed_for(config.seed, version, prompt.id) for prompt in prompts]
+            rollouts = parts.sampler.generate(prompts, seeds, max_tokens)
+        parts.published = version
         return parts.engine.broadcast(rollouts)
 
     file = parts.run.path / "state" / "heldout.json"

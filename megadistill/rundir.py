@@ -116,6 +116,7 @@ class RunDir:
         for file in (self.path / "control").glob("engine-*.json"):
             file.unlink()
         self.stop_file.unlink(missing_ok=True)
+        (self.path / "control" / "token").unlink(missing_ok=True)
         self.token()
         counter = self.path / "state" / "attempts.json"
         attempt = json.loads(counter.read_text())["attempts"] if counter.exists() else 0

@@ -1,7 +1,6 @@
 """Everything that moves during a run, as one object that is saved and restored with the weights."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -9,9 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megadistill.config import RunConfig, resolve_path
-from megadistill.rundir import RunDir, write_atomic
+from megadistill.rundir import RunDir
 
-STATE_FILE = "state.json"
 log = logging.getLogger(__name__)
 
 
@@ -20,11 +18,11 @@ class Checkpointed(Protocol):
 
     is_writer: bool
 
-    def save(self, directory: Path) -> None:
-        """Weights, optimizer and random states into `directory`."""
+    def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
+        """Weights, optimizer, random states, and rank 0's `extra` (JSON) into `directory`."""
 
-    def load(self, directory: Path) -> None:
-        """The reverse, in this or another parallel layout."""
+    def load(self, directory: Path) -> dict[str, Any]:
+        """The reverse, in this or another parallel layout; returns `extra`."""
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -53,14 +51,13 @@ def save(run: RunDir, engine: Checkpointed, state: RunState, keep: int) -> None:
     """Write a checkpoint that is whole or absent, then delete old ones. Collective."""
     if not engine.is_writer:
         engine.barrier()
-        engine.save(run.checkpoint(state.step))
+        engine.save(run.checkpoint(state.step), asdict(state))
         engine.barrier()
         return
     with run.writing_checkpoint(state.step) as directory:
         engine.barrier()
-        engine.save(directory)
+        engine.save(directory, asdict(state))
         engine.barrier()
-        write_atomic(directory / STATE_FILE, json.dumps(asdict(state)))
     run.drop_old_checkpoints(keep)
 
 
@@ -72,14 +69,13 @@ def restore(run: RunDir, engine: Checkpointed, config: RunConfig) -> RunState:
     candidates = engine.broadcast(_candidates(run) if engine.is_writer else None)
     models = {key: fingerprint(path) for key, path in _model_paths(config).items()}
     for directory in reversed(candidates):
-        state = RunState(**json.loads((directory / STATE_FILE).read_text()))
+        state = RunState(**engine.load(directory))
         changed = [key for key, mark in models.items() if state.models.get(key) != mark]
         if changed:
             raise ValueError(
                 f"{', '.join(changed)}: the files changed since {directory} was written; "
                 "restore them, or start a new run under another `name`"
             )
-        engine.load(directory)
         log.info("resuming after step %d from %s", state.step, directory)
         return state
     return RunState(models=models)

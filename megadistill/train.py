@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megadistill import preflight
-from megadistill.assemble import Parts, assemble, publish_weights
+from megadistill.algorithms.loss import weighted_token_loss
+from megadistill.assemble import Parts, assemble, publish_student
 from megadistill.collect import Batch, timed
 from megadistill.config import resolve_path
 from megadistill.config.schema import OptimizerConfig
-from megadistill.convert.hf_files import SafetensorsWriter
-from megadistill.losses import policy_gradient
+from megadistill.convert.hf_files import SafetensorsWriter, resolve_model
 from megadistill.report.rollouts import store_rollouts
 from megadistill.rundir import RunDir
 from megadistill.state import RunState, save
@@ -36,9 +36,9 @@ def train(parts: Parts, state: RunState) -> None:
             with timed(times, "time/train"):
                 rate = learning_rate(config.optimizer, step, config.steps)
                 samples = batch.selection.samples
-                result = parts.engine.step(samples, policy_gradient, learning_rate=rate)
+                result = parts.engine.step(samples, weighted_token_loss, learning_rate=rate)
             with timed(times, "time/publish"):
-                publish_weights(parts, "student", version=step + 1)
+                publish_student(parts, version=step + 1)
         state = state.after(step, parts.collector.cursors)
         log_step(parts, state.step, batch, result, {**times, **evaluate(parts, state.step)})
         stopping = parts.engine.broadcast(parts.run.stop_file.exists())
@@ -81,7 +81,7 @@ def log_step(
         "learning_rate": result.learning_rate,
         "train/tokens": result.num_tokens,
         "train/tokens_per_s": result.num_tokens / extra["time/train"],
-        **result.metrics,
+        "entropy": result.metrics["entropy"] / result.metrics["rows"],
         **batch.metrics,
         **extra,
     }
@@ -110,16 +110,16 @@ def finish(parts: Parts) -> None:
 
 
 def export(parts: Parts, target: Path) -> None:
-    """Stream the student to `target`, whole or absent. Collective."""
-    tensors = parts.engine.hf_tensors("student")
-    if not parts.engine.is_writer:
+    """Stream the student to `target`, whole or absent; one that is there is this run's. Collective."""
+    tensors = parts.engine.hf_tensors()
+    if not parts.engine.is_writer or target.exists():
         for _ in tensors:
-            raise AssertionError("only rank 0 receives tensors")
+            pass  # every rank takes part to the end
         return
-    source = Path(resolve_path(parts.config.student.path))
-    with SafetensorsWriter(target, source) as writer:
+    with SafetensorsWriter(target) as writer:
         for name, tensor in tensors:
-            writer.add(name, tensor)
+            writer.write(name, tensor)
+        writer.copy_metadata(resolve_model(parts.config.student.path))
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

@@ -6,7 +6,6 @@ same tokens and the curve shows the student's change alone.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,17 +15,7 @@ from megadistill.algorithms.protocol import response_span
 from megadistill.config.schema import HeldoutConfig
 from megadistill.data.pools import PromptPool
 from megadistill.rundir import write_atomic
-from megadistill.types import Prompt, Rollout, TokenSpan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpanDivergence:
-    """Means over the scored tokens of one span, in nats per token."""
-
-    forward_kl: float
-    """KL(teacher || student)."""
-    reverse_kl: float
-    """KL(student || teacher)."""
+from megadistill.types import FloatArray, Prompt, Rollout, TokenSpan
 
 
 class Diverger(Protocol):
@@ -34,8 +23,8 @@ class Diverger(Protocol):
 
     def divergences(
         self, student: str, teacher: str, spans: Sequence[TokenSpan]
-    ) -> Sequence[SpanDivergence]:
-        """One entry a span, on every rank."""
+    ) -> tuple[FloatArray, FloatArray]:
+        """Per span the mean KL(teacher || student) and KL(student || teacher), on every rank."""
 
 
 SampleFrom = Callable[[str, Sequence[Prompt], int], list[Rollout]]
@@ -85,8 +74,7 @@ class HeldoutKl:
         metrics: dict[str, float] = {}
         for name, spans in self._texts.items():
             found = engine.divergences("student", self._teachers[name], spans)
-            for quantity in ("forward_kl", "reverse_kl"):
-                values = np.array([getattr(item, quantity) for item in found])
+            for quantity, values in zip(("forward_kl", "reverse_kl"), found, strict=True):
                 metrics[f"heldout/{name}/{quantity}"] = float(values.mean())
                 error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
                 metrics[f"heldout/{name}/{quantity}_stderr"] = float(error)

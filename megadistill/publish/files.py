@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megadistill.publish.checksum import Checksum
@@ -26,6 +27,24 @@ class Published:
     checksum: str
     num_bytes: int
     """Bytes of tensor data over all files."""
+
+
+def published_at(directory: Path) -> Published:
+    """The safetensors files of a Hugging Face directory, as they lie there, ready to be loaded.
+
+    Reads every byte once for the checksum. Raises `ValueError` when there is no such file.
+    """
+    files = tuple(sorted(directory.absolute().glob("*.safetensors")))
+    if not files:
+        raise ValueError(f"{directory}: found no *.safetensors, expected a Hugging Face model")
+    total, num_bytes = Checksum(), 0
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                tensor = tensors.get_tensor(name)
+                total.add(name, tensor)
+                num_bytes += tensor.nbytes
+    return Published(files=files, checksum=total.hexdigest(), num_bytes=num_bytes)
 
 
 def publish_files(

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Makes or updates .venv with the pinned packages: tools/setup_env.sh [--dev]
+# Quick when nothing changed. --dev adds what tests and checks need.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+torch=torch==2.13.0
+lists=("$root/requirements/cpu.txt")
+[[ ${1:-} == --dev ]] && lists+=("$root/requirements/dev.txt")
+
+fail() {
+  printf 'setup_env: %s\n' "$*" >&2
+  exit 1
+}
+
+install_system() { # packages...: with apt-get when root, otherwise says what to ask for
+  ((UID == 0)) || fail "missing system packages; ask an administrator for: apt-get install $*"
+  command -v apt-get >/dev/null || fail "no apt-get here; install the equivalent of: $*"
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+find_python() { # prints the first interpreter that can run this project
+  local name
+  for name in "${PYTHON:-python3.11}" python3.12 python3; do
+    if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+      command -v "$name"
+      return
+    fi
+  done
+  fail "found no Python 3.11 or 3.12; install one, or set PYTHON to its path"
+}
+
+if [[ ! -x $venv/bin/pip ]]; then
+  python=$(find_python)
+  "$python" -c 'import venv, ensurepip' 2>/dev/null || install_system python3-venv
+  "$python" -m venv "$venv"
+fi
+
+# The lists and the path are what a finished installation depends on.
+wanted=$(cat "${lists[@]}" "$root/pyproject.toml" | cat - <(echo "$torch $root") | sha256sum)
+for stamp in "$venv/.dev" "$venv/.cpu"; do
+  [[ -f $stamp && $(cat "$stamp") == "$wanted" ]] && exit 0
+done
+
+pip=("$venv/bin/pip" --quiet --disable-pip-version-check)
+echo "installing Python packages into $venv (a few minutes the first time) ..."
+"$venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" install "$torch"
+requirements=()
+for list in "${lists[@]}"; do requirements+=(-r "$list"); done
+"${pip[@]}" install --no-deps "${requirements[@]}"
+"${pip[@]}" install --no-deps --no-build-isolation -e "$root"
+if [[ ${1:-} == --dev ]]; then echo "$wanted" >"$venv/.dev"; else echo "$wanted" >"$venv/.cpu"; fi
