@@ -24,8 +24,6 @@ from megadistill.launch.place import Place, rendezvous_port
 from megadistill.launch.roles import Launch
 from megadistill.rundir import RunDir, write_atomic
 
-LOCK_WAIT_S = 10.0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
@@ -159,13 +157,13 @@ def launch_file(run: RunDir) -> Path:
 
 
 @contextmanager
-def sole_owner(run: RunDir) -> Iterator[None]:
+def sole_owner(run: RunDir, wait_s: float) -> Iterator[None]:
     """Node 0: hold the run's lock, so that two jobs cannot work on one run directory.
 
     The kernel drops it with the process; a predecessor that is just dying is waited for.
     """
     with (run.path / "control" / "lock").open("w") as lock:
-        deadline = time.monotonic() + LOCK_WAIT_S
+        deadline = time.monotonic() + wait_s
         while not try_lock(lock.fileno()):
             if time.monotonic() > deadline:
                 values = read_json(launch_file(run)) or {}

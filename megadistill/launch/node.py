@@ -25,7 +25,7 @@ from megadistill.launch.board import (
     sole_owner,
 )
 from megadistill.launch.layout import Layout, NodePlan, describe, layout
-from megadistill.launch.place import Place, requeue, slurm_place
+from megadistill.launch.place import Place, local_place, requeue, slurm_place
 from megadistill.launch.processes import Exit, LogFollower, Processes
 from megadistill.launch.roles import Launch, RoleCommand, role_command, role_environment
 from megadistill.launch.verdict import Decider, Member, Referee, Waits
@@ -45,19 +45,17 @@ def run_node(
     source: str | Path,
     overrides: Sequence[str] = (),
     *,
-    place: Place | None = None,
+    place: Place,
     command: RoleCommand = role_command,
     waits: Waits | None = None,
 ) -> int:
     """Run this node's part of a training run to its end.
 
-    `source` is a configuration file or a run directory. `place` is this node's place in the job,
-    read from Slurm's variables when absent; `local_place()` runs everything on this machine.
-    Returns 0 when the run is done, 75 when it was stopped and can be resumed (under Slurm it has
+    `source` is a configuration file or a run directory, `command` builds the roles' command
+    lines. Returns 0 when the run is done, 75 when it was stopped and can be resumed (under Slurm it has
     then been requeued), 1 when a role failed. Raises `ValueError` for a configuration that cannot
     run here. Only from the main thread, since it handles signals.
     """
-    place = place or slurm_place()
     waits = waits or Waits()
     config, run = open_run(source, overrides)
     plan = layout(config, place.num_nodes, gpus_per_node(config))
@@ -66,7 +64,7 @@ def run_node(
         if place.node == 0:
             check_restarts(config, place)
             run.create(config)
-            stack.enter_context(sole_owner(run))
+            stack.enter_context(sole_owner(run, waits.lock_s))
             launch = begin_launch(run, place)
         else:
             launch = await_launch(run, place, waits.start_s)
@@ -74,6 +72,16 @@ def run_node(
             run=run, config=config, plan=plan, place=place, launch=launch, waits=waits, stop=stop
         )
         return node.work(command)
+
+
+def run_here(source: str | Path, overrides: Sequence[str] = ()) -> int:
+    """`megadistill train`: every role on this machine, without Slurm."""
+    return run_node(source, overrides, place=local_place())
+
+
+def run_under_slurm(source: str | Path, overrides: Sequence[str] = ()) -> int:
+    """`megadistill node`: this node's part, its place taken from the variables of `srun`."""
+    return run_node(source, overrides, place=slurm_place())
 
 
 def open_run(source: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, RunDir]:
@@ -209,8 +217,9 @@ class Node:
                 return end
 
     def was_told_to_end(self, exited: Exit) -> bool:
-        """An engine may end by itself once the run is done, and at no other time."""
-        return exited.code == 0 and bool(self.run.read_progress().get("done", False))
+        """The trainer may shut an engine down at the end of the run, and at no other time."""
+        ending = self.run.stop_file.exists() or self.run.read_progress().get("done", False)
+        return exited.code == 0 and bool(ending)
 
     def failure(self, exited: Exit) -> Failure:
         what = f"{exited.describe()} on node {self.place.node} ({self.place.host})"

@@ -22,6 +22,8 @@ class Waits:
     """Without a sign of life a node is given up; a shared file system may cache for a minute."""
     start_s: float = 300.0
     """For every node of the job to appear."""
+    lock_s: float = 10.0
+    """For a predecessor on the same run directory to be gone."""
     settle_s: float = 1.0
     """For other failures to be reported, of which the earliest is the cause."""
     grace_s: float = 3.0

@@ -1,0 +1,49 @@
+"""A node process whose roles are fakes: `python -m tests.launch.fake_node CONFIG [NODE OF]`.
+
+With NODE and OF it plays one of several nodes on this machine, otherwise its place is Slurm's.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from megadistill.launch.layout import Role
+from megadistill.launch.node import run_node
+from megadistill.launch.place import LOCALHOST, Place, local_place, slurm_place
+from megadistill.launch.verdict import Waits
+from megadistill.rundir import RunDir
+
+QUICK = Waits(
+    poll_s=0.05,
+    heartbeat_s=0.2,
+    silence_s=float(os.environ.get("FAKE_SILENCE_S", "20")),
+    start_s=20,
+    lock_s=2,
+    settle_s=0.3,
+    grace_s=0.5,
+    drain_s=20,
+    stop_s=60,
+)
+
+
+def fake_command(run: RunDir, role: Role) -> list[str]:
+    script = Path(__file__).with_name("fake_role.py")
+    return [sys.executable, "-S", str(script), str(run.path), role.name]
+
+
+def place_of(arguments: list[str]) -> Place:
+    if not arguments:
+        return slurm_place() if "SLURM_STEP_ID" in os.environ else local_place()
+    node, num_nodes = int(arguments[0]), int(arguments[1])
+    return Place(
+        node=node, num_nodes=num_nodes, hosts=(LOCALHOST,) * num_nodes, launch_id="test-launch"
+    )
+
+
+def main() -> int:
+    place = place_of(sys.argv[2:])
+    return run_node(sys.argv[1], place=place, command=fake_command, waits=QUICK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
