@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megadistill import preflight
-from megadistill.algorithms.loss import weighted_token_loss
 from megadistill.assemble import Parts, assemble, publish_student
 from megadistill.collect import Batch, timed
 from megadistill.config import resolve_path
 from megadistill.config.schema import OptimizerConfig
 from megadistill.convert.hf_files import SafetensorsWriter, resolve_model
+from megadistill.losses import policy_gradient
 from megadistill.report.rollouts import store_rollouts
 from megadistill.rundir import RunDir
 from megadistill.state import RunState, save
@@ -36,7 +36,7 @@ def train(parts: Parts, state: RunState) -> None:
             with timed(times, "time/train"):
                 rate = learning_rate(config.optimizer, step, config.steps)
                 samples = batch.selection.samples
-                result = parts.engine.step(samples, weighted_token_loss, learning_rate=rate)
+                result = parts.engine.step(samples, policy_gradient, learning_rate=rate)
             with timed(times, "time/publish"):
                 publish_student(parts, version=step + 1)
         state = state.after(step, parts.collector.cursors)
@@ -81,7 +81,7 @@ def log_step(
         "learning_rate": result.learning_rate,
         "train/tokens": result.num_tokens,
         "train/tokens_per_s": result.num_tokens / extra["time/train"],
-        "entropy": result.metrics["entropy"] / result.metrics["rows"],
+        "entropy": result.metrics["train/entropy_sum"] / result.metrics["train/rows"],
         **batch.metrics,
         **extra,
     }

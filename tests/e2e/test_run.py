@@ -1,0 +1,84 @@
+"""The whole run, as a user starts it: resumed after kills, and in other layouts."""
+
+import math
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModelForCausalLM
+
+from megadistill.metrics import read_metrics
+from megadistill.rundir import RunDir
+from tests.e2e.small_run import (
+    finish,
+    kill_when,
+    losses,
+    make_models,
+    start,
+    train_command,
+    write_run,
+)
+
+pytestmark = [pytest.mark.vllm, pytest.mark.megatron, pytest.mark.multi, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("e2e")
+    make_models(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> RunDir:
+    """A run that nothing disturbed, in one trainer process."""
+    finish(start(train_command(write_run(folder, "undisturbed"))))
+    return RunDir(folder / "runs" / "undisturbed")
+
+
+@pytest.mark.timeout(600)
+def test_a_run_leaves_curves_rollouts_and_a_student_that_loads(undisturbed: RunDir) -> None:
+    rows = read_metrics(undisturbed.metrics_file)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["branch"] for row in rows[1:]] == ["general", "domain", "general", "domain"]
+    assert all(math.isfinite(row["loss"]) for row in rows[1:])
+    assert [step for step, _ in undisturbed.whole_checkpoints()] == [3, 4]
+    rollouts = pq.read_table(undisturbed.rollout_file(3)).to_pylist()
+    assert len(rollouts) == 4
+    assert {row["policy_version"] for row in rollouts} == {2}
+    assert any(row["selected"] for row in rollouts)
+    student = AutoModelForCausalLM.from_pretrained(undisturbed.export)
+    assert student.num_parameters() > 0
+    assert undisturbed.read_progress()["done"]
+
+
+@pytest.mark.timeout(900)
+def test_three_kills_change_nothing(folder: Path, undisturbed: RunDir) -> None:
+    config = write_run(folder, "killed")
+    run = RunDir(folder / "runs" / "killed")
+    moments = (
+        lambda: len(read_metrics(run.metrics_file)) == 2,  # while it samples step 2
+        lambda: run.checkpoint(2).exists(),  # while it writes a checkpoint
+        lambda: run.rollout_file(4).exists(),  # between an update and its checkpoint
+    )
+    for moment in moments:
+        kill_when(start(train_command(config)), moment)
+    finish(start(train_command(config)))
+    assert losses(run) == losses(undisturbed)
+    last = [
+        read_metrics(r.metrics_file)[-1]["heldout/general/reverse_kl"] for r in (run, undisturbed)
+    ]
+    assert last[0] == last[1]
+
+
+@pytest.mark.timeout(600)
+def test_pipeline_and_data_parallel_give_the_losses_of_one_process(
+    folder: Path, undisturbed: RunDir
+) -> None:
+    config = write_run(folder, "parallel", parallel={"pp": 2, "dp": 2})
+    finish(start(train_command(config)))
+    found, expected = losses(RunDir(folder / "runs" / "parallel")), losses(undisturbed)
+    assert len(found) == len(expected) == 4
+    for (step, loss, norm), (_, expected_loss, expected_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-6), step
+        assert norm == pytest.approx(expected_norm, rel=1e-3), step
