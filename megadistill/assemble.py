@@ -110,6 +110,7 @@ def _heldout(parts: Parts, pools: Mapping[str, PromptPool], state: RunState) -> 
     config = parts.config
     if not config.evaluate.heldout or not config.evaluate.every:
         return None
+
     def sample(teacher: str, prompts: Sequence[Prompt], max_tokens: int) -> list[Rollout]:
         path = resolve_path(config.teachers[teacher].path)
         if path == resolve_path(config.student.path):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,15 +34,16 @@ class Batch:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+Value = TypeVar("Value")
+
+
 class Scorer(Protocol):
     """The training engine as the collector sees it."""
-
-    is_writer: bool
 
     def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
         """Log-probabilities of each span's scored tail, on every rank."""
 
-    def broadcast(self, value: list[Rollout] | None) -> list[Rollout]:
+    def broadcast(self, value: Value) -> Value:
         """Rank 0's value on every rank."""
 
 
@@ -125,9 +126,10 @@ class OnPolicyCollector:
             positions[pool] += count
         return drawn
 
-    def _sample(self, step: int, drawn: Mapping[str, list[Prompt]]) -> list[Rollout] | None:
+    def _sample(self, step: int, drawn: Mapping[str, list[Prompt]]) -> list[Rollout]:
+        """Rank 0's rollouts; nothing on the other ranks."""
         if self._sampler is None:
-            return None
+            return []
         rollouts = self._sampler.take(step, _flat(drawn))
         if self._sampler.look_ahead:
             self._sampler.begin(step + 1, _flat(self._draw(step + 1, self.cursors)))

@@ -16,7 +16,9 @@ log = logging.getLogger(__name__)
 class Checkpointed(Protocol):
     """The training engine as this module sees it; every method is collective."""
 
-    is_writer: bool
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes files."""
 
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
         """Weights, optimizer, random states, and rank 0's `extra` (JSON) into `directory`."""

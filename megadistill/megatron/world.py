@@ -104,9 +104,8 @@ def _open(device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         # Alone: a store in memory needs no port that another process could hold.
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
 def _check_size(parallel: ParallelConfig, size: int) -> None:

@@ -26,8 +26,9 @@ from megadistill.publish.checksum import Checksum
 BACKEND = "megadistill_files"
 
 
+# vLLM is not type-checked, so its classes have type Any: hence the ignores below.
 @dataclass
-class FilesInit(WeightTransferInitInfo):  # type: ignore[misc] - vLLM is not type-checked
+class FilesInit(WeightTransferInitInfo):  # type: ignore[misc]
     """Files need no set-up."""
 
 
