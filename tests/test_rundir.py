@@ -1,0 +1,248 @@
+"""The run directory: nothing is ever half written, nothing torn is taken for whole."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from megadistill.rundir import (
+    WHOLE,
+    RunDir,
+    changed_settings,
+    is_whole,
+    sync_tree,
+    write_atomic,
+)
+from tests.tiny import Tree, camopd_tree, make_config
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run directory as it is before the first attempt."""
+    run = RunDir(tmp_path / "runs" / "tiny")
+    run.create(make_config())
+    return run
+
+
+def write_checkpoint(run: RunDir, step: int) -> Path:
+    with run.writing_checkpoint(step) as directory:
+        (directory / "weights").mkdir()
+        (directory / "weights" / "rank-0.bin").write_bytes(b"w" * 100)
+        (directory / "state.json").write_text("{}")
+    return directory
+
+
+def steps(run: RunDir) -> list[int]:
+    return [step for step, _ in run.whole_checkpoints()]
+
+
+def test_the_directory_is_named_by_the_configuration(tmp_path: Path) -> None:
+    config = make_config(camopd_tree(runs_dir=str(tmp_path), name="mine"))
+    assert RunDir.of(config).path == tmp_path / "mine"
+    assert RunDir.of(make_config()).path == Path.cwd() / "runs" / "tiny"
+
+
+def test_the_directory_holds_the_resolved_configuration(run: RunDir) -> None:
+    assert run.load_config() == make_config()
+
+
+def test_only_the_owner_may_look_inside(run: RunDir) -> None:
+    for directory in (run.path, *(path for path in run.path.iterdir() if path.is_dir())):
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700, directory
+
+
+def test_creating_a_run_again_changes_nothing(run: RunDir) -> None:
+    write_checkpoint(run, 3)
+    run.create(make_config())
+    assert steps(run) == [3]
+
+
+def test_other_settings_are_refused_and_named(run: RunDir) -> None:
+    tree = camopd_tree(seed=7, optimizer={"lr": 1e-3})
+    tree["algorithm"]["general"]["mass"] = 0.6
+    with pytest.raises(ValueError, match="holds a run with other settings") as caught:
+        run.create(make_config(tree))
+    for named in (
+        "seed: 0 -> 7",
+        "optimizer.lr: 2e-06 -> 0.001",
+        "algorithm.general.mass: 0.8 -> 0.6",
+    ):
+        assert named in str(caught.value)
+    assert run.load_config() == make_config()
+
+
+def test_a_changed_value_is_named_even_where_another_key_has_it() -> None:
+    old, new = "a: {size: 4}\nb: {size: 8}\n", "a: {size: 8}\nb: {size: 8}\n"
+    assert changed_settings(old, new) == ["a.size: 4 -> 8"]
+
+
+def test_added_and_removed_settings_are_named() -> None:
+    assert changed_settings("a: 1\n", "b: null\n") == ["a: 1 -> absent", "b: absent -> None"]
+
+
+def test_at_most_five_changes_are_named() -> None:
+    old = "\n".join(f"key{index}: 0" for index in range(9))
+    assert len(changed_settings(old, old.replace(": 0", ": 1"))) == 5
+
+
+def test_an_atomic_write_replaces_the_content_and_leaves_no_other_file(tmp_path: Path) -> None:
+    file = tmp_path / "progress.json"
+    write_atomic(file, "old")
+    write_atomic(file, "néw")
+    assert file.read_text(encoding="utf-8") == "néw"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_reader_of_an_atomic_write_keeps_the_old_content_whole(tmp_path: Path) -> None:
+    file = tmp_path / "progress.json"
+    write_atomic(file, "old" * 1000)
+    with file.open() as reader:
+        write_atomic(file, "new")
+        assert reader.read() == "old" * 1000
+
+
+def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
+    file = tmp_path / "progress.json"
+    write_atomic(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(file, "half a text \ud800")
+    assert file.read_text() == "old"
+
+
+def test_the_token_is_secret_long_and_the_same_for_everybody(run: RunDir) -> None:
+    token = run.token()
+    assert len(token) >= 32
+    assert RunDir(run.path).token() == token
+    assert stat.S_IMODE((run.path / "control" / "token").stat().st_mode) == 0o600
+
+
+def test_the_token_is_secret_under_any_umask(run: RunDir) -> None:
+    before = os.umask(0)
+    try:
+        run.token()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((run.path / "control" / "token").stat().st_mode) == 0o600
+
+
+def test_a_new_attempt_clears_what_the_last_one_left(run: RunDir) -> None:
+    assert run.begin_attempt() == 0
+    token = run.token()
+    run.engine_file(0).write_text("{}")
+    run.request_stop("time limit")
+    assert run.stop_file.read_text() == "time limit"
+    assert run.begin_attempt() == 1
+    assert not run.engine_file(0).exists()
+    assert not run.stop_file.exists()
+    assert run.token() != token
+    assert run.begin_attempt() == 2
+
+
+def test_progress_is_empty_before_the_first_step(run: RunDir) -> None:
+    assert run.read_progress() == {}
+    run.write_progress({"step": 3, "done": False})
+    progress = run.read_progress()
+    assert (progress["step"], progress["done"]) == (3, False)
+    assert progress["updated"] > 0
+
+
+def test_a_finished_checkpoint_is_whole(run: RunDir) -> None:
+    directory = write_checkpoint(run, 10)
+    assert run.whole_checkpoints() == [(10, directory)]
+    assert directory.name == "step-000010"
+
+
+def test_whole_checkpoints_come_in_order_of_their_steps(run: RunDir) -> None:
+    for step in (30, 9, 1_000_000):
+        write_checkpoint(run, step)
+    assert steps(run) == [9, 30, 1_000_000]
+
+
+def test_a_checkpoint_whose_writing_failed_is_not_whole(run: RunDir) -> None:
+    def fail() -> None:
+        with run.writing_checkpoint(10) as directory:
+            (directory / "state.json").write_text("{}")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert run.checkpoint(10).exists()
+    assert steps(run) == []
+
+
+def test_a_checkpoint_is_not_whole_while_it_is_written(run: RunDir) -> None:
+    with run.writing_checkpoint(10) as directory:
+        (directory / "state.json").write_text("{}")
+        assert not is_whole(directory)
+    assert is_whole(directory)
+
+
+def test_a_truncated_file_makes_a_checkpoint_torn(run: RunDir) -> None:
+    directory = write_checkpoint(run, 10)
+    os.truncate(directory / "weights" / "rank-0.bin", 99)
+    assert steps(run) == []
+
+
+def test_a_missing_file_makes_a_checkpoint_torn(run: RunDir) -> None:
+    directory = write_checkpoint(run, 10)
+    (directory / "weights" / "rank-0.bin").unlink()
+    assert steps(run) == []
+
+
+@pytest.mark.parametrize("text", ["", '{"state.json": 2, "wei'])
+def test_a_torn_mark_makes_a_checkpoint_torn(run: RunDir, text: str) -> None:
+    directory = write_checkpoint(run, 10)
+    (directory / WHOLE).write_text(text)
+    assert steps(run) == []
+
+
+def test_writing_a_step_again_starts_from_an_empty_directory(run: RunDir) -> None:
+    directory = write_checkpoint(run, 10)
+    (directory / "leftover").write_text("x")
+    write_checkpoint(run, 10)
+    assert not (directory / "leftover").exists()
+    assert steps(run) == [10]
+
+
+def test_old_checkpoints_go_and_the_newest_stay(run: RunDir) -> None:
+    for step in (1, 2, 3, 4):
+        write_checkpoint(run, step)
+    run.drop_old_checkpoints(keep=2)
+    assert steps(run) == [3, 4]
+    assert not run.checkpoint(1).exists()
+
+
+def test_torn_checkpoints_go_only_when_a_newer_one_is_whole(run: RunDir) -> None:
+    for step in (1, 2, 3, 4):
+        write_checkpoint(run, step)
+    (run.checkpoint(1) / WHOLE).unlink()
+    (run.checkpoint(3) / WHOLE).unlink()
+    (run.checkpoint(4) / WHOLE).unlink()
+    run.drop_old_checkpoints(keep=2)
+    assert steps(run) == [2]
+    assert not run.checkpoint(1).exists()
+    assert run.checkpoint(4).exists()
+
+
+def test_nothing_is_dropped_where_nothing_is_whole(run: RunDir) -> None:
+    (write_checkpoint(run, 1) / WHOLE).unlink()
+    run.drop_old_checkpoints(keep=1)
+    assert run.checkpoint(1).exists()
+
+
+def test_sizes_are_recorded_for_every_file_below(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(b"123")
+    (tmp_path / "c").write_bytes(b"")
+    assert sync_tree(tmp_path) == {"a/b": 3, "c": 0}
+
+
+def test_rollout_files_are_numbered_by_step(run: RunDir) -> None:
+    assert run.rollout_file(10) == run.path / "rollouts" / "step-000010.parquet"
+
+
+@pytest.mark.parametrize("change", [{"name": "other"}, {"steps": 5}])
+def test_any_other_setting_is_another_run(run: RunDir, change: Tree) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        run.create(make_config(camopd_tree(**change)))
