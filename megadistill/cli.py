@@ -101,16 +101,15 @@ def status(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from megadistill.report.status import show, watch
+    from megadistill.rundir import RunDir
 
-    run = _run_dir(arguments.run)
     console = Console()
-    if not arguments.watch:
-        show(run, console)
-        return 0
-    if watch(run, console, interval_s=1.0, give_up_s=arguments.give_up):
-        return 0
-    print(f"{run.path}: nothing was written for {arguments.give_up:.0f} s", file=sys.stderr)
-    return 1
+    if arguments.watch:
+        run = RunDir(Path(arguments.run).absolute())
+        watch(run, console, interval_s=1.0, give_up_s=arguments.give_up)
+    else:
+        show(_run_dir(arguments.run), console)
+    return 0
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -136,7 +135,7 @@ def prepare_model(arguments: argparse.Namespace) -> int:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Hugging Face to Megatron's distributed checkpoint, or back, in bounded memory."""
-    from megadistill.convert.checkpoint import hf_to_megatron, megatron_to_hf
+    from megadistill.convert.conversion import hf_to_megatron, megatron_to_hf
 
     convert_files = hf_to_megatron if arguments.to == "megatron" else megatron_to_hf
     convert_files(arguments.source, arguments.target)
@@ -168,7 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_actions(verbs)
     command = _verb(verbs, "status", status)
     command.add_argument("run", help="run directory, e.g. runs/camopd_medical")
-    command.add_argument("--watch", action="store_true", help="follow until the run is done")
+    command.add_argument(
+        "--watch", action="store_true", help="follow until the run is done, from before it starts"
+    )
     command.add_argument(
         "--give-up", type=float, default=1800, metavar="S", help="end after S silent seconds"
     )

@@ -39,16 +39,14 @@ else
 fi
 
 say "4/5 CaMOPD: the medical student recovers its general ability"
+mkdir -p runs
 if [[ $slurm ]]; then
   job=$(sbatch --parsable --output=runs/slurm-%j.out slurm/camopd_medical.sh "$config")
   echo "job $job: sbatch slurm/camopd_medical.sh $config"
-  following() { megadistill status "$run" --watch --job "$job"; }
 else
   megadistill train "$config" >runs/train.out 2>&1 &
-  job=$!
-  following() { megadistill status "$run" --watch --pid "$job"; }
 fi
-following
+megadistill status "$run" --watch
 
 say "5/5 what it did"
 megadistill report "$run"

@@ -1,6 +1,9 @@
 """`megadistill status RUN`: where a run stands, once or until it ends."""
 
+import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -33,36 +36,59 @@ def show(run: RunDir, console: Console) -> None:
     console.print(_view(run))
 
 
-def watch(run: RunDir, console: Console, interval_s: float, give_up_s: float) -> bool:
-    """Show the run until it is done; False when it has not moved for `give_up_s` seconds."""
-    if not console.is_terminal:
-        return _watch_lines(run, console, interval_s, give_up_s)
-    with Live(_view(run), console=console, refresh_per_second=2) as live:
-        while True:
-            live.update(_view(run))
-            if _is_done(run):
-                return True
-            if _is_silent(run, give_up_s):
-                return False
-            time.sleep(interval_s)
+def watch(run: RunDir, console: Console, interval_s: float, give_up_s: float) -> None:
+    """Show the run until it is done, from before its first process has started.
 
-
-def _watch_lines(run: RunDir, console: Console, interval_s: float, give_up_s: float) -> bool:
-    """For logs and pipes: one plain line a step, as it happens."""
+    Raises `ValueError` when its attempt failed, or when nothing moved for `give_up_s` seconds.
+    """
+    begun = time.time()
     seen = -1
-    while True:
-        done = _is_done(run)
+    with _screen(run, console) as update:
+        while not _is_done(run):
+            seen = update(seen)
+            _raise_failure(run, begun)
+            if time.time() - max(_last_sign(run), begun) > give_up_s:
+                raise ValueError(
+                    f"{run.path}: nothing was written for {give_up_s:.0f} s; see its logs/"
+                )
+            time.sleep(interval_s)
+        update(seen)
+
+
+@contextmanager
+def _screen(run: RunDir, console: Console) -> Iterator[Callable[[int], int]]:
+    """A function that shows what is new: a live view on a terminal, a plain line a step elsewhere."""
+    if console.is_terminal:
+        with Live(_view(run), console=console, refresh_per_second=2) as live:
+
+            def redraw(seen: int) -> int:
+                live.update(_view(run))
+                return seen
+
+            yield redraw
+        return
+
+    def print_new(seen: int) -> int:
         for row in read_metrics(run.metrics_file):
             if row["step"] > seen:
                 seen = row["step"]
                 cells = zip(COLUMNS, _cells(row), strict=True)
                 line = "  ".join(f"{heading} {cell}" for (_, heading, _), cell in cells if cell)
                 console.print(f"{line}  {_eta(run)}", highlight=False, soft_wrap=True)
-        if done:
-            return True
-        if _is_silent(run, give_up_s):
-            return False
-        time.sleep(interval_s)
+        return seen
+
+    yield print_new
+
+
+def _raise_failure(run: RunDir, since: float) -> None:
+    """The launcher's verdict on an attempt that ended after `since`, if it is a bad one."""
+    for file in run.path.glob("control/attempt-*/ended.json"):
+        if file.stat().st_mtime < since:
+            continue
+        end = json.loads(file.read_text())
+        if end["status"] == "failed":
+            detail = (end["failure"] or {}).get("detail", "")
+            raise ValueError(f"{run.path}: {end['message']}\n{detail}".rstrip())
 
 
 def _view(run: RunDir) -> RenderableType:
@@ -110,8 +136,7 @@ def _is_done(run: RunDir) -> bool:
     return bool(run.read_progress().get("done"))
 
 
-def _is_silent(run: RunDir, give_up_s: float) -> bool:
-    """Whether nothing was written to the run's logs or progress for that long."""
+def _last_sign(run: RunDir) -> float:
+    """When something last wrote to the run's logs, metrics or progress; 0 before that."""
     files = [run.progress_file, run.metrics_file, *(run.path / "logs").glob("*")]
-    newest = max((file.stat().st_mtime for file in files if file.exists()), default=None)
-    return newest is not None and time.time() - newest > give_up_s
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
