@@ -78,7 +78,7 @@ class Board:
         if notice == self.notice and time.monotonic() - self._written < every_s:
             return
         self.notice = replace(notice, beat=self.notice.beat + 1)
-        write_atomic(self._notice_file(self.node), json.dumps(asdict(self.notice)))
+        self._replace(self._notice_file(self.node), asdict(self.notice))
         self._written = time.monotonic()
 
     def read(self, node: int) -> Notice | None:
@@ -96,11 +96,17 @@ class Board:
         return time.monotonic() - self._seen[node][1] if node in self._seen else None
 
     def declare_end(self, end: End) -> None:
-        write_atomic(self._end_file, json.dumps(asdict(end)))
+        self._replace(self._end_file, asdict(end))
 
     def read_end(self) -> End | None:
         values = read_json(self._end_file)
         return None if values is None else End(**values | {"failure": read_failure(values)})
+
+    def _replace(self, file: Path, values: dict[str, Any]) -> None:
+        """Not flushed to the disk: it need not survive a crash, and a busy disk takes a minute."""
+        temporary = file.with_name(f".{file.name}.{self.node}.tmp")
+        temporary.write_text(json.dumps(values))
+        temporary.replace(file)
 
     @property
     def _end_file(self) -> Path:

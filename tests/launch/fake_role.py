@@ -11,6 +11,7 @@ python fake_role.py RUN_DIR ROLE; the part is in RUN_DIR/parts/ROLE, one word an
 Names of other roles after the first argument: play once those run.
 """
 
+# ruff: noqa: T201 - what it prints is its log
 import json
 import os
 import signal
