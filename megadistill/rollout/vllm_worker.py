@@ -49,6 +49,7 @@ class FilesTransfer(WeightTransferEngine[FilesInit, FilesUpdate]):  # type: igno
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # vLLM's arguments, passed through
         super().__init__(*args, **kwargs)
         self._sum = Checksum()
+        self._expected: set[str] = set()
         self._loaded: set[str] = set()
 
     @property
@@ -60,18 +61,24 @@ class FilesTransfer(WeightTransferEngine[FilesInit, FilesUpdate]):  # type: igno
 
     def start_weight_update(self) -> None:
         self._sum, self._loaded = Checksum(), set()
+        # Now, since a tied head is listed once only while it shares its embedding's tensor.
+        self._expected = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FilesUpdate) -> None:
         self._loaded |= self.model.load_weights(self._tensors(update_info.files))
 
     def finish_weight_update(self) -> None:
-        missing = {name for name, _ in self.model.named_parameters()} - self._loaded
-        if missing:
+        if missing := self._expected - self._loaded:
             raise ValueError(
                 f"published weights lack {len(missing)} parameters, e.g. {sorted(missing)[:3]}"
             )
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.model_config.hf_text_config.tie_word_embeddings:
+            # vLLM reprocesses only layers that received tensors. A tied head receives none, and
+            # on a CPU it would go on multiplying with a packed copy of the old embedding.
+            head = self.model.get_submodule("lm_head")
+            head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
         pass
