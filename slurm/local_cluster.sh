@@ -259,7 +259,6 @@ start() {
     fail "not all of $nodes nodes came up within 30 s; see $state/log"
   fi
   say "$nodes nodes are up; for sbatch, squeue, ... in this shell: eval \"\$($here/local_cluster.sh env)\""
-  environment
 }
 
 environment() {

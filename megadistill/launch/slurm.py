@@ -1,0 +1,192 @@
+"""Submitting a run to Slurm through submitit: one job, one task a node, each a node process."""
+
+import getpass
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from megadistill.config.schema import ClusterConfig
+from megadistill.launch.layout import describe, layout
+from megadistill.launch.node import DONE, STOPPED, gpus_per_node, open_run, run_node
+from megadistill.launch.place import slurm_place
+from megadistill.rundir import RunDir
+
+NO_ACCOUNTING = Path(__file__).parents[2] / "slurm" / "no_accounting"
+"""Holds the stand-in for sacct."""
+WAIT_POLL_S = 5.0
+SRUN_ARGS = ("--kill-on-bad-exit=1", "--cpu-bind=none")
+
+JOB_SETUP = (
+    'export MEGADISTILL_LAUNCH="$(date +%s%N)"',  # tells this start of the job from others
+    "export SUBMITIT_PREEMPT_SIGNAL=USR1",  # until the node process takes the signals over
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A job on its way, or what a dry run would submit."""
+
+    job_id: str | None
+    """Slurm's number; absent after a dry run."""
+    run_dir: Path
+    log: Path | None
+    """Output of the job's first node; absent after a dry run."""
+    script: str
+    """The job script."""
+    layout: str
+    """Who runs what where, as a table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeTask:
+    """What every task of the job calls; submitit pickles it."""
+
+    run_dir: Path
+
+    def __call__(self) -> int:
+        return leave_unless_done(run_node(self.run_dir, place=slurm_place()))
+
+
+def submit(
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    verb: str = "train",
+    dry_run: bool = False,
+    wait: bool = False,
+) -> Submitted:
+    """Submit a run as a Slurm job that requeues itself until the run is done.
+
+        from megadistill.launch import submit
+        submitted = submit("configs/camopd/medical.yaml", ["steps=40"])
+
+    The resolved configuration is written to the run directory now; editing the file later does not
+    change a queued job. `dry_run` prints the job script and the layout and submits nothing; it
+    needs no Slurm. `wait` returns when the job has ended well and raises `RuntimeError` when not.
+    Raises `ValueError` for a configuration that cannot run, or a run directory of another one.
+    """
+    if verb != "train":
+        raise ValueError(f"verb: found {verb!r}, expected 'train'")
+    config, run = open_run(config_path, overrides)
+    plan = describe(layout(config, config.cluster.nodes, gpus_per_node(config)))
+    executor = gang_executor(config.name, config.cluster, run, check=not dry_run)
+    script = executor.script()
+    if dry_run:
+        sys.stdout.write(f"{script}\n{plan}\n")
+        return Submitted(job_id=None, run_dir=run.path, log=None, script=script, layout=plan)
+    run.create(config)
+    job = submit_task(executor, NodeTask(run_dir=run.path))
+    if wait:
+        wait_for(job)
+    log = Path(job.task(0).paths.stdout)
+    return Submitted(job_id=job.job_id, run_dir=run.path, log=log, script=script, layout=plan)
+
+
+class GangExecutor(submitit.SlurmExecutor):  # type: ignore[misc]  # submitit is not checked here
+    """submitit's executor, which also shows its job script without submitting it."""
+
+    def script(self) -> str:
+        text: str = self._make_submission_file_text(self._submitit_command_str, uid="script")
+        return text
+
+
+class DryGangExecutor(GangExecutor):
+    """Works where there is no Slurm; it never submits."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
+def gang_executor(
+    name: str, cluster: ClusterConfig, run: RunDir, *, check: bool = True
+) -> GangExecutor:
+    """An executor set up as the configuration asks; its files are in a fresh folder of the run."""
+    folder = run.path / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    executor = (GangExecutor if check else DryGangExecutor)(folder)
+    executor.update_parameters(**sbatch_parameters(name, cluster))
+    return executor
+
+
+def sbatch_parameters(name: str, cluster: ClusterConfig) -> dict[str, Any]:
+    """submitit's parameters (any: they are its own keywords) for one task a node."""
+    texts = {
+        "job_name": name,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+    }
+    for key, text in texts.items():
+        if text is not None and not text.isprintable():
+            raise ValueError(f"cluster.{key}: found {text!r}, expected one line of printable text")
+    return {
+        **texts,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": 1,
+        "gpus_per_node": cluster.gpus_per_node or None,
+        "cpus_per_task": cluster.cpus_per_node,
+        "exclusive": cluster.exclusive or None,
+        "mem": "0" if cluster.exclusive else None,  # all of the node's memory
+        "time": cluster.time_minutes,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "additional_parameters": {"requeue": True, "signal": f"USR1@{cluster.signal_seconds}"},
+        "setup": [*cluster.setup, *JOB_SETUP],
+        "srun_args": list(SRUN_ARGS),
+    }
+
+
+def submit_task(executor: GangExecutor, task: Callable[[], int]) -> "submitit.Job[int]":
+    """Submit `task` to run once on every node."""
+    make_sacct_usable()
+    return executor.submit(task)
+
+
+def leave_unless_done(code: int) -> int:
+    """End the task in submitit's terms: a result, an error, or, to be resumed, neither."""
+    if code == STOPPED:
+        # A result on disk would make submitit take the requeued job for a finished one.
+        sys.stdout.flush()
+        os._exit(code)
+    if code != DONE:
+        raise RuntimeError(f"the attempt failed (exit code {code}); the log above names the cause")
+    return code
+
+
+def wait_for(job: "submitit.Job[int]") -> None:
+    """Until the job has left the queue for good; `RuntimeError` unless it completed."""
+    while in_queue(job.job_id):
+        time.sleep(WAIT_POLL_S)
+    job.watcher.clear()
+    job.watcher.register_job(job.job_id)
+    state = job.watcher.get_state(job.job_id, mode="force")
+    if state != "COMPLETED":
+        raise RuntimeError(
+            f"job {job.job_id}: found state {state}, expected COMPLETED; "
+            f"see {job.task(0).paths.stdout}"
+        )
+
+
+def in_queue(job_id: str) -> bool:
+    """Whether Slurm will still work on the job, be it after a requeue."""
+    command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return job_id in answer.stdout.split()
+
+
+def make_sacct_usable() -> None:
+    """Where accounting is off, put our stand-in for sacct first on PATH; submitit calls it."""
+    command = ["sacct", "--noheader", "--parsable2", "--format=JobID", "--jobs=1"]
+    try:
+        subprocess.run(command, capture_output=True, check=True, timeout=60)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        os.environ["PATH"] = f"{NO_ACCOUNTING}{os.pathsep}{os.environ['PATH']}"

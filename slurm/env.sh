@@ -1,0 +1,39 @@
+#!/bin/bash
+# What the job scripts share; they source it once they have found it. A site adapts a job by its
+# environment, or by a file slurm/site.sh (modules, NCCL variables, the variables below):
+#
+#   MEGADISTILL_PROJECT       the checkout, where the search of the job script is not enough
+#   MEGADISTILL_PYTHON        python of an environment with megadistill   (.venv/bin/python)
+#   MEGADISTILL_SRUN_OPTIONS  more words for srun, e.g. --container-image=/images/train.sqsh
+#   SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS, ...   sbatch itself reads these
+
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ -f $project/slurm/site.sh ]]; then
+  # shellcheck source=/dev/null
+  source "$project/slurm/site.sh"
+fi
+
+run_nodes() { # default config, then the job script's arguments: [CONFIG] [key=value ...]
+  local config=$project/$1 python=${MEGADISTILL_PYTHON:-$project/.venv/bin/python} options=()
+  shift
+  if (($#)) && [[ $1 != *=* ]]; then
+    config=$1
+    shift
+    [[ -e $config || ! -e $project/$config ]] || config=$project/$config
+  fi
+  if [[ ! -e $config ]]; then
+    echo "$0: found no $config, expected a configuration or a run directory" >&2
+    exit 2
+  fi
+  if [[ ! -x $python ]]; then
+    echo "$0: found no $python; make it with tools/setup_env.sh, or set MEGADISTILL_PYTHON" >&2
+    exit 2
+  fi
+  read -r -a options <<<"${MEGADISTILL_SRUN_OPTIONS:-}"
+  MEGADISTILL_LAUNCH=$(date +%s%N) # tells this start of the job from every other
+  export MEGADISTILL_LAUNCH
+  # One node process a node. It starts the trainers and engines itself, so it is bound to no core;
+  # when one node fails or ends, the others do not go on without it.
+  exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=120 --cpu-bind=none --input=none \
+    ${options[@]+"${options[@]}"} "$python" -u -m megadistill node "$config" "$@"
+}
