@@ -35,7 +35,7 @@ class MetricWriter:
 
     def close(self) -> None:
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,222 @@
+"""Prompts from packaged sets, files and procedural tasks; bad rows are named."""
+
+import json
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megadistill.config.schema import (
+    FileSource,
+    PackagedSource,
+    PoolConfig,
+    ReasoningGymSource,
+    Source,
+)
+from megadistill.data.sources import Record, medical_messages, read_pool
+
+
+def read(*sources: Source, medical: bool = False) -> list[Record]:
+    template = "medical" if medical else "plain"
+    return list(read_pool(PoolConfig(sources=list(sources), template=template)))  # type: ignore[arg-type]
+
+
+def write_rows(file: Path, *rows: Any) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def packaged_rows(name: str) -> list[dict[str, Any]]:
+    text = (resources.files("megadistill.data") / "sets" / name).read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_medical_set_is_whole_and_well_formed() -> None:
+    rows = packaged_rows("medical_questions.jsonl")
+    assert len(rows) == 320
+    for row in rows:
+        assert set(row) == {"id", "topic", "question", "options", "answer", "explanation"}
+        assert list(row["options"]) == ["A", "B", "C", "D"], row["id"]
+        assert len({text.casefold() for text in row["options"].values()}) == 4, row["id"]
+        assert row["answer"] in row["options"], row["id"]
+        for text in (row["question"], row["explanation"], *row["options"].values()):
+            assert text == text.strip() != "", row["id"]
+
+
+def test_medical_questions_differ_and_their_answers_are_balanced() -> None:
+    rows = packaged_rows("medical_questions.jsonl")
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert len({row["question"].casefold() for row in rows}) == len(rows)
+    counts = Counter(row["answer"] for row in rows)
+    assert max(counts.values()) - min(counts.values()) <= len(rows) * 0.05
+    assert len({row["topic"] for row in rows}) >= 10
+
+
+def test_the_general_set_is_whole_varied_and_without_duplicates() -> None:
+    rows = packaged_rows("general_prompts.jsonl")
+    assert len(rows) == 320
+    assert all(set(row) == {"id", "category", "prompt"} for row in rows)
+    assert all(row["prompt"] == row["prompt"].strip() != "" for row in rows)
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert len({row["prompt"].casefold() for row in rows}) == len(rows)
+    assert len({row["category"] for row in rows}) >= 10
+
+
+def test_packaged_medical_records_answer_with_explanation_and_letter() -> None:
+    rows = packaged_rows("medical_questions.jsonl")
+    records = read(PackagedSource(name="medical"), medical=True)
+    for row, record in zip(rows, records, strict=True):
+        letter = row["answer"]
+        assert record.id == row["id"]
+        assert record.answer is not None
+        assert record.answer.startswith(row["explanation"])
+        assert record.answer.endswith(f"Final answer: {letter}. {row['options'][letter]}")
+
+
+def test_no_packaged_prompt_shows_its_answer() -> None:
+    rows = packaged_rows("medical_questions.jsonl")
+    for row, record in zip(rows, read(PackagedSource(name="medical"), medical=True), strict=True):
+        shown = " ".join(message["content"] for message in record.messages)
+        assert row["question"] in shown
+        assert row["explanation"] not in shown
+        assert f"Final answer: {row['answer']}" not in shown
+
+
+def test_general_records_have_no_answer() -> None:
+    records = read(PackagedSource(name="general"))
+    assert len(records) == 320
+    assert all(record.answer is None for record in records)
+    assert all([m["role"] for m in record.messages] == ["user"] for record in records)
+
+
+def test_the_medical_prompt_lists_options_and_asks_for_a_choice() -> None:
+    system, user = medical_messages("Which one?", {"A": "this", "B": "that"})
+    assert (system["role"], user["role"]) == ("system", "user")
+    assert "medical" in system["content"]
+    assert user["content"] == (
+        "Which one?\nA. this\nB. that\n"
+        "Please reason step by step and give the final answer choice at the end."
+    )
+
+
+def test_the_open_medical_prompt_points_to_professional_advice() -> None:
+    _, user = medical_messages("Why?", None)
+    assert user["content"].startswith("Why?\nPlease reason step by step")
+    assert "professional" in user["content"]
+    assert "final answer choice" not in user["content"]
+
+
+def test_sources_are_read_one_after_another(tmp_path: Path) -> None:
+    first = write_rows(tmp_path / "a.jsonl", {"prompt": "one"}, {"prompt": "two"})
+    second = write_rows(tmp_path / "b.jsonl", {"prompt": "three"})
+    records = read(FileSource(path=first), FileSource(path=second))
+    assert [record.messages[0]["content"] for record in records] == ["one", "two", "three"]
+    assert [record.id for record in records] == ["a-1", "a-2", "b-1"]
+
+
+def test_ids_of_a_file_are_kept(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", {"prompt": "x", "id": 17})
+    assert read(FileSource(path=path))[0].id == "17"
+
+
+def test_fields_of_a_file_may_have_other_names(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", {"q": "x", "a": 4})
+    (record,) = read(FileSource(path=path, prompt="q", answer="a"))
+    assert (record.messages, record.answer) == (({"role": "user", "content": "x"},), "4")
+
+
+def test_an_empty_answer_is_no_answer(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", {"prompt": "x", "answer": None})
+    assert read(FileSource(path=path, answer="answer"))[0].answer is None
+
+
+def test_options_are_lines_below_the_question(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", {"prompt": "x?", "o": {"A": "yes", "B": "no"}})
+    (plain,) = read(FileSource(path=path, options="o"))
+    assert plain.messages[0]["content"] == "x?\nA. yes\nB. no"
+    (medical,) = read(FileSource(path=path, options="o"), medical=True)
+    assert medical.messages == medical_messages("x?", {"A": "yes", "B": "no"})
+
+
+def test_chat_messages_are_taken_as_they_are(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    rows = {"prompt": [{**turn, "mood": "happy"} for turn in turns]}
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    (record,) = read(FileSource(path=path), medical=True)
+    assert list(record.messages) == turns
+
+
+def test_the_limit_takes_the_first_records(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", *({"prompt": str(index)} for index in range(5)))
+    records = read(FileSource(path=path, limit=2))
+    assert [record.messages[0]["content"] for record in records] == ["0", "1"]
+
+
+def test_parquet_files_give_the_same_records_as_jsonl(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "one", "answer": "1", "options": {"A": "a", "B": "b"}},
+        {"prompt": "two", "answer": None, "options": {"A": "c", "B": "d"}},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    parquet = FileSource(path=str(tmp_path / "a.parquet"), answer="answer", options="options")
+    jsonl = FileSource(
+        path=write_rows(tmp_path / "a.jsonl", *rows), answer="answer", options="options"
+    )
+    assert read(parquet) == read(jsonl)
+
+
+@pytest.mark.parametrize(
+    ("bad_row", "message"),
+    [
+        ({"question": "x"}, r"row 2 has no field 'prompt'; it has \['question'\]"),
+        ({"prompt": "x"}, "row 2 has no field 'a'"),
+        ({"prompt": " ", "a": 1, "o": {}}, "row 2: 'prompt' is empty"),
+        ({"prompt": 3, "a": 1, "o": {}}, "row 2: 'prompt' is empty, or neither text nor chat"),
+        ({"prompt": [], "a": 1, "o": {}}, "row 2: 'prompt' is empty"),
+        ({"prompt": [{"role": "user"}], "a": 1, "o": {}}, "row 2: 'prompt' has a turn without"),
+        ({"prompt": ["text"], "a": 1, "o": {}}, "row 2: 'prompt' has a turn without"),
+        ({"prompt": "x", "a": 1, "o": ["yes", "no"]}, "row 2: 'o' is not a mapping"),
+        (["x"], "row 2 is a list"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_file(tmp_path: Path, bad_row: Any, message: str) -> None:
+    good = {"prompt": "fine", "a": "1", "o": {"A": "yes"}}
+    path = write_rows(tmp_path / "rows.jsonl", good, bad_row)
+    with pytest.raises(ValueError, match=rf"rows\.jsonl: {message}"):
+        read(FileSource(path=path, answer="a", options="o"))
+
+
+def test_a_row_that_is_not_json_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "x"}\n{"prompt": \n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl: row 2 is not JSON"):
+        read(FileSource(path=str(file)))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gone\.jsonl: no such file"):
+        read(FileSource(path=str(tmp_path / "gone.jsonl")))
+
+
+def test_reasoning_tasks_are_shared_out_evenly_and_repeatable() -> None:
+    pytest.importorskip("reasoning_gym")
+    source = ReasoningGymSource(tasks=["basic_arithmetic", "leg_counting"], size=5, seed=3)
+    records = read(source)
+    assert Counter(record.id.split("-")[0] for record in records) == {
+        "basic_arithmetic": 3,
+        "leg_counting": 3,
+    }
+    assert all(record.answer for record in records)
+    assert records == read(source)
+    other = read(ReasoningGymSource(tasks=["basic_arithmetic"], size=3, seed=4))
+    assert [record.messages for record in other] != [record.messages for record in records[:3]]
+
+
+def test_an_unknown_reasoning_task_is_an_error() -> None:
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ValueError, match="found \\['no_such_task'\\]"):
+        read(ReasoningGymSource(tasks=["no_such_task"]))

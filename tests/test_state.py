@@ -1,0 +1,247 @@
+"""Saving and restoring a run with a fake engine, on one rank and on two."""
+
+import json
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from megadistill.config import RunConfig
+from megadistill.rundir import RunDir, is_whole
+from megadistill.state import RunState, fingerprint, restore, save
+from tests.tiny import camopd_tree, make_config
+
+Value = TypeVar("Value")
+
+
+@dataclass
+class FakeEngine:
+    """One rank of a training engine whose weights are a number."""
+
+    weights: int = 0
+    rank: int = 0
+    meeting: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+    board: list[Any] = field(default_factory=lambda: [None])
+
+    @property
+    def is_writer(self) -> bool:
+        return self.rank == 0
+
+    def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
+        (directory / f"rank-{self.rank}.txt").write_text(str(self.weights))
+        if self.is_writer:
+            (directory / "extra.json").write_text(json.dumps(extra))
+        self.barrier()
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        self.weights = int((directory / f"rank-{self.rank}.txt").read_text())
+        extra: dict[str, Any] = json.loads((directory / "extra.json").read_text())
+        return extra
+
+    def barrier(self) -> None:
+        self.meeting.wait(timeout=20)
+
+    def broadcast(self, value: Value) -> Value:
+        if self.is_writer:
+            self.board[0] = value
+        self.barrier()
+        received: Value = self.board[0]
+        self.barrier()
+        return received
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """A run whose student and teachers are files below `tmp_path`."""
+    for name in ("general", "domain"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"name": name}))
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode() * 10)
+    teachers = {name: {"path": str(tmp_path / name)} for name in ("general", "domain")}
+    return make_config(camopd_tree(student=teachers["domain"], teachers=teachers))
+
+
+@pytest.fixture
+def run(tmp_path: Path, config: RunConfig) -> RunDir:
+    """The directory of that run, before its first attempt."""
+    run = RunDir(tmp_path / "run")
+    run.create(config)
+    return run
+
+
+def train_to(run: RunDir, config: RunConfig, steps: int, keep: int = 9) -> RunState:
+    """Pretend to train: weights equal the step; a checkpoint after each."""
+    engine = FakeEngine()
+    state = restore(run, engine, config)
+    for step in range(state.step, steps):
+        engine.weights = step + 1
+        state = state.after(step, {"general": 4 * (step + 1)})
+        save(run, engine, state, keep)
+    return state
+
+
+def test_a_new_run_starts_at_step_zero_and_marks_its_models(run: RunDir, config: RunConfig) -> None:
+    state = restore(run, FakeEngine(), config)
+    assert (state.step, dict(state.cursors)) == (0, {})
+    assert set(state.models) == {"student", "teachers.general", "teachers.domain"}
+    assert state.models["student"] == state.models["teachers.domain"]
+    assert state.models["student"] != state.models["teachers.general"]
+
+
+def test_a_saved_state_is_restored_with_the_weights(run: RunDir, config: RunConfig) -> None:
+    saved = train_to(run, config, steps=3)
+    engine = FakeEngine()
+    assert restore(run, engine, config) == saved
+    assert engine.weights == 3
+    assert saved.cursors == {"general": 12}
+
+
+def test_a_torn_checkpoint_falls_back_to_the_one_before(
+    run: RunDir, config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_to(run, config, steps=3)
+    (run.checkpoint(3) / "rank-0.txt").unlink()
+    engine = FakeEngine()
+    with caplog.at_level(logging.WARNING):
+        state = restore(run, engine, config)
+    assert (state.step, engine.weights) == (2, 2)
+    assert "step-000003 is torn or damaged and is passed over" in caplog.text
+
+
+def test_several_torn_checkpoints_are_passed_over(run: RunDir, config: RunConfig) -> None:
+    train_to(run, config, steps=4)
+    for step in (2, 3, 4):
+        (run.checkpoint(step) / "extra.json").write_text("{")
+    assert restore(run, FakeEngine(), config).step == 1
+
+
+def test_without_a_whole_checkpoint_a_run_starts_anew(run: RunDir, config: RunConfig) -> None:
+    train_to(run, config, steps=1)
+    (run.checkpoint(1) / "rank-0.txt").write_text("")
+    assert restore(run, FakeEngine(), config).step == 0
+
+
+def test_a_save_that_fails_leaves_the_last_checkpoint(run: RunDir, config: RunConfig) -> None:
+    class FullDisk(FakeEngine):
+        def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
+            raise OSError("no space left")
+
+    state = train_to(run, config, steps=2)
+    with pytest.raises(OSError, match="no space left"):
+        save(run, FullDisk(), state.after(2, {}), keep=1)
+    assert restore(run, FakeEngine(), config).step == 2
+
+
+def test_only_the_newest_checkpoints_are_kept(run: RunDir, config: RunConfig) -> None:
+    train_to(run, config, steps=5, keep=2)
+    assert [step for step, _ in run.whole_checkpoints()] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("model", "keys"),
+    [("general", "teachers.general"), ("domain", "student, teachers.domain")],
+)
+def test_a_changed_model_is_refused_by_its_keys(
+    run: RunDir, config: RunConfig, tmp_path: Path, model: str, keys: str
+) -> None:
+    train_to(run, config, steps=2)
+    (tmp_path / model / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ValueError, match=f"^{keys}: the files changed since"):
+        restore(run, FakeEngine(), config)
+
+
+def test_fingerprints_notice_content_size_and_name(tmp_path: Path) -> None:
+    marks = []
+    for content, name in ((b"abc", "a"), (b"abd", "a"), (b"abcd", "a"), (b"abc", "b")):
+        file = tmp_path / f"{name}.safetensors"
+        file.write_bytes(content)
+        marks.append(fingerprint(str(tmp_path)))
+        file.unlink()
+    assert len(set(marks)) == 4
+
+
+def test_fingerprints_do_not_depend_on_where_a_model_lies(tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    assert fingerprint(str(tmp_path / "here")) == fingerprint(str(tmp_path / "there"))
+
+
+def test_two_ranks_save_one_checkpoint_that_is_whole_only_when_both_have_written(
+    run: RunDir, config: RunConfig
+) -> None:
+    """Rank 1 holds its part back until it has seen what rank 0 calls whole meanwhile."""
+    seen: list[bool] = []
+
+    class Slow(FakeEngine):
+        def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
+            assert directory.is_dir()
+            seen.append(is_whole(directory))
+            super().save(directory, extra)
+
+    meeting, board = threading.Barrier(2), [None]
+    ranks = [FakeEngine(7, 0, meeting, board), Slow(8, 1, meeting, board)]
+    state = RunState(step=5, models={})
+    on_both(ranks, lambda engine: save(run, engine, state, 2))
+    assert seen == [False]
+    assert is_whole(run.checkpoint(5))
+    loaded = [FakeEngine(0, rank, meeting, board) for rank in (0, 1)]
+    with pytest.raises(ValueError, match="the files changed"):
+        restore(run, FakeEngine(), config)  # this state names no models
+    on_both(loaded, lambda engine: engine.load(run.checkpoint(5)))
+    assert [engine.weights for engine in loaded] == [7, 8]
+
+
+def test_two_ranks_restore_the_checkpoint_that_rank_zero_names(
+    run: RunDir, config: RunConfig
+) -> None:
+    meeting, board = threading.Barrier(2), [None]
+    ranks = [FakeEngine(rank + 1, rank, meeting, board) for rank in (0, 1)]
+    states: dict[int, RunState] = {}
+
+    def save_and_restore(engine: FakeEngine) -> None:
+        state = restore(run, engine, config)
+        save(run, engine, state.after(0, {}), 2)
+        states[engine.rank] = restore(run, engine, config)
+
+    on_both(ranks, save_and_restore)
+    assert states[0] == states[1]
+    assert states[0].step == 1
+
+
+def on_both(ranks: list[FakeEngine], work: Any) -> None:
+    """Run `work` on both ranks at once; what goes wrong on either is raised."""
+    errors: list[BaseException] = []
+
+    def guarded(engine: FakeEngine) -> None:
+        try:
+            work(engine)
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread
+            errors.append(error)
+            engine.meeting.abort()
+
+    threads = [threading.Thread(target=guarded, args=(engine,)) for engine in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_the_state_counts_steps_from_one_once_taken() -> None:
+    state = RunState(models={"student": "x"})
+    assert state.after(0, {"general": 4}) == RunState(
+        step=1, cursors={"general": 4}, models={"student": "x"}
+    )
+
+
+def test_a_state_keeps_its_own_copy_of_the_cursors() -> None:
+    cursors = {"general": 4}
+    state = RunState().after(0, cursors)
+    cursors["general"] = 8
+    assert state.cursors == {"general": 4}
