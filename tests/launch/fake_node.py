@@ -5,11 +5,13 @@ With NODE and OF it plays one of several nodes on this machine, otherwise its pl
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from megadistill.launch.layout import Role
 from megadistill.launch.node import run_node
 from megadistill.launch.place import LOCALHOST, Place, local_place, slurm_place
+from megadistill.launch.slurm import leave_unless_done
 from megadistill.launch.verdict import Waits
 from megadistill.rundir import RunDir
 
@@ -29,6 +31,19 @@ QUICK = Waits(
 def fake_command(run: RunDir, role: Role) -> list[str]:
     script = Path(__file__).with_name("fake_role.py")
     return [sys.executable, "-S", str(script), str(run.path), role.name]
+
+
+@dataclass(frozen=True)
+class FakeTask:
+    """Stands for `NodeTask` in jobs submitted through submitit."""
+
+    run_dir: Path
+
+    def __call__(self) -> int:
+        place = slurm_place()
+        return leave_unless_done(
+            run_node(self.run_dir, place=place, command=fake_command, waits=QUICK)
+        )
 
 
 def place_of(arguments: list[str]) -> Place:

@@ -1,0 +1,247 @@
+"""Whole jobs on a real Slurm of four nodes that this module starts; the roles are fakes."""
+
+import os
+import random
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadistill.launch import slurm
+from megadistill.launch.node import open_run
+from megadistill.rundir import RunDir
+from tests.launch.configs import write_config
+from tests.launch.fake_node import FakeTask
+
+pytestmark = pytest.mark.slurm
+
+ROOT = Path(__file__).parents[2]
+LOCAL_CLUSTER = ROOT / "slurm" / "local_cluster.sh"
+PATIENCE_S = 90.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    environment: dict[str, str]
+
+    def call(self, *command: str, cwd: Path = ROOT) -> str:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **self.environment},
+            cwd=cwd,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def power(self, verb: str, node: int) -> None:
+        self.call(str(LOCAL_CLUSTER), verb, str(node))
+
+    def state(self, job: str) -> str:
+        return self.call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
+
+    def wait_for_state(self, job: str, *states: str) -> None:
+        wait_until(lambda: self.state(job) in states, lambda: self.state(job))
+
+
+def wait_until(happened: Callable[[], bool], say: Callable[[], str] = str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline, f"waited in vain: {say()}"
+        time.sleep(0.1)
+
+
+def free_port_range() -> int:
+    """First of 400 ports, those of the daemons known to be free, for a cluster of our own."""
+    while True:
+        first = random.randrange(10000, 17000, 400)
+        with socket.socket() as control, socket.socket() as node:
+            try:
+                control.bind(("127.0.0.1", first))
+                node.bind(("127.0.0.1", first + 1))
+            except OSError:
+                continue
+        return first
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    state = tempfile.mkdtemp(prefix="megadistill-test-")  # short: it holds a socket
+    python = tmp_path_factory.mktemp("site") / "python"
+    # Stands where the job script expects python: -u -m megadistill node CONFIG becomes a fake node.
+    python.write_text(
+        f"#!/bin/bash\ncd {shlex.quote(str(ROOT))}\n"
+        f'exec {shlex.quote(sys.executable)} -u -m tests.launch.fake_node "$5"\n'
+    )
+    python.chmod(0o755)
+    environment = {
+        "MEGADISTILL_SLURM": state,
+        "MEGADISTILL_SLURM_PORT": str(free_port_range()),
+        "MEGADISTILL_PYTHON": str(python),
+    }
+    cluster = Cluster(environment=environment)
+    try:
+        cluster.call(str(LOCAL_CLUSTER), "start")
+        cluster.environment["SLURM_CONF"] = f"{state}/slurm.conf"
+        yield cluster
+    finally:
+        cluster.call(str(LOCAL_CLUSTER), "stop")
+        shutil.rmtree(state)
+
+
+@dataclass
+class Job:
+    """A run of fakes in `directory`, submitted with the job script as it is shipped."""
+
+    cluster: Cluster
+    directory: Path
+    id: str = ""
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.directory / "runs" / "launch")
+
+    @property
+    def log(self) -> str:
+        return next(self.directory.glob("*.log")).read_text()
+
+    def configure(self, **changed: Any) -> Path:
+        return write_config(self.directory, parallel={"dp": 2}, **changed)
+
+    def play(self, role: str, part: str) -> None:
+        (self.run.path / "parts").mkdir(parents=True, exist_ok=True)
+        (self.run.path / "parts" / role).write_text(part)
+
+    def sbatch(self, **changed: Any) -> None:
+        script = str(ROOT / "slurm" / "camopd_medical.sh")
+        config = str(self.configure(**changed))
+        self.id = self.cluster.call("sbatch", "--parsable", script, config, cwd=self.directory)
+
+    def reach(self, step: int) -> None:
+        wait_until(
+            lambda: self.run.read_progress().get("step", 0) >= step,
+            lambda: self.cluster.call("squeue", "--states=all", "--long"),
+        )
+
+    def let_end(self, state: str) -> None:
+        """Have rank 0 end three steps from here, and wait for the job to be in `state`."""
+        self.play("trainer-0", f"work {self.run.read_progress().get('step', 0) + 3}")
+        self.cluster.wait_for_state(self.id, "COMPLETED", "FAILED", "CANCELLED")
+        assert self.cluster.state(self.id) == state, self.log
+
+    def check_steps(self) -> None:
+        """No step was taken twice, none left out, over all attempts."""
+        logs = sorted((self.run.path / "logs").glob("trainer-0.*.log"))
+        text = "".join(log.read_text() for log in logs)
+        steps = [int(line.split()[1]) for line in text.splitlines() if line.startswith("step ")]
+        assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.fixture
+def job(cluster: Cluster, tmp_path: Path) -> Iterator[Job]:
+    job = Job(cluster, tmp_path)
+    yield job
+    if job.id:
+        cluster.call("scancel", "--quiet", job.id)
+
+
+def test_the_job_script_runs_a_cpu_config_on_gpu_nodes(job: Job) -> None:
+    job.play("trainer-0", "work 3 trainer-1 engine-0")
+    job.sbatch()
+    job.cluster.wait_for_state(job.id, "COMPLETED", "FAILED")
+    assert job.cluster.state(job.id) == "COMPLETED", job.log
+    assert "step 3" in job.log
+    seen = (job.run.path / "logs" / "seen-trainer-1.0.json").read_text()
+    assert '"MASTER_ADDR": "node1"' in seen
+    assert '"MEGADISTILL_HOST": "node2"' in seen
+    assert '"CUDA_VISIBLE_DEVICES": ""' in seen
+    assert (
+        '"MEGADISTILL_HOST": "node4"'
+        in (job.run.path / "logs" / "seen-engine-0.0.json").read_text()
+    )
+
+
+def test_a_warning_signal_saves_and_requeues_until_max_attempts(job: Job) -> None:
+    job.play("trainer-0", "work 1000")
+    job.sbatch(cluster={"max_attempts": 1})
+    job.reach(2)
+    job.cluster.call("scancel", "--signal=USR1", job.id)
+    wait_until(lambda: "is requeued" in job.log)
+    assert "saved" in job.log
+    step = job.run.read_progress()["step"]
+    job.reach(step + 1)
+    job.cluster.call("scancel", "--signal=USR1", job.id)
+    job.cluster.wait_for_state(job.id, "FAILED")
+    assert "cluster.max_attempts 1 is reached" in job.log
+    job.check_steps()
+
+
+def test_an_operators_requeue_resumes_the_run(job: Job) -> None:
+    job.play("trainer-0", "work 1000")
+    job.sbatch()
+    job.reach(2)
+    job.cluster.call("scontrol", "requeue", job.id)
+    wait_until(lambda: job.cluster.state(job.id) == "PENDING")
+    job.let_end("COMPLETED")
+    assert "attempt 1" in job.log
+
+
+def test_a_lost_node_requeues_the_run(job: Job) -> None:
+    job.play("trainer-0", "work 1000")
+    job.sbatch()
+    job.reach(2)
+    job.cluster.power("kill", 2)
+    # Slurm would notice by itself after its SlurmdTimeout and more; an operator is faster.
+    job.cluster.call("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    wait_until(lambda: job.cluster.state(job.id) == "PENDING")
+    job.cluster.power("node", 2)
+    job.cluster.call("scontrol", "update", "nodename=node2", "state=resume")
+    job.let_end("COMPLETED")
+    assert "attempt 1" in job.log
+
+
+def test_a_crashed_role_fails_the_job_with_its_last_words(job: Job) -> None:
+    job.play("trainer-0", "work 1000")
+    job.play("engine-0", "crash 0.1 trainer-0")
+    job.sbatch()
+    job.cluster.wait_for_state(job.id, "FAILED")
+    assert "engine-0 ended with exit code 3 on node 3 (node4)" in job.log
+    assert "NoLuckError" in job.log
+
+
+def test_a_submitit_job_requeues_and_returns(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in job.cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # submission may put a stand-in on it
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(slurm, "WAIT_POLL_S", 0.2)
+    config, run = open_run(job.configure(cluster={"nodes": 2, "signal_seconds": 60}), ())
+    run.create(config)
+    job.play("trainer-0", "work 1000")
+    executor = slurm.gang_executor(config.name, config.cluster, run)
+    submitted = slurm.submit_task(executor, FakeTask(run.path))
+    job.id = submitted.job_id
+    job.reach(2)
+    job.cluster.call("scancel", "--signal=USR1", job.id)
+    wait_until(lambda: job.cluster.state(job.id) == "PENDING")
+    job.play("trainer-0", f"work {run.read_progress()['step'] + 2}")
+    slurm.wait_for(submitted)
+    assert submitted.results() == [0, 0]
+    job.check_steps()
+
+
+def test_sbatch_accepts_the_job_scripts(cluster: Cluster) -> None:
+    for script in ("camopd_medical.sh", "camopd_roleplay.sh"):
+        cluster.call("sbatch", "--test-only", str(ROOT / "slurm" / script))
