@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadistill.head.projection import add_weight_gradient, hidden_gradient, is_narrow
+from megadistill.head.projection import add_weight_gradient, hidden_gradient, is_narrow, row_blocks
 from megadistill.head.vocabulary import VocabularyHead
 
 
@@ -92,7 +92,10 @@ def hand_out_weight(
         return announce_main_grad(weight_VD)
     if upstream is None:
         return gradient_VD.to(weight_VD.dtype)
-    return torch.mul(gradient_VD, upstream, out=torch.empty_like(weight_VD))
+    returned_VD = torch.empty_like(weight_VD)
+    for block in row_blocks(returned_VD):
+        returned_VD[block] = gradient_VD[block] * upstream
+    return returned_VD
 
 
 def announce_main_grad(weight_VD: Tensor) -> Tensor | None:
