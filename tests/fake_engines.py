@@ -1,0 +1,89 @@
+"""Fakes of the two engines that a run needs, for tests of what stands between them."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from megadistill.rollout.protocol import OnProgress
+from megadistill.types import FloatArray, Prompt, Rollout, TokenSpan
+
+Value = TypeVar("Value")
+
+
+@dataclass
+class FakeRolloutEngine:
+    """Samples three tokens that the seed decides; insists on versions as the real engines do."""
+
+    version: int = 0
+    asked: list[tuple[list[str], list[int], int | None]] = field(default_factory=list)
+    """(prompt ids, seeds, max_tokens) of every batch."""
+    published: list[tuple[int, tuple[Path, ...], str]] = field(default_factory=list)
+    before_generate: Callable[[], None] = lambda: None
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        expected_version: int,
+        max_tokens: int | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> list[Rollout]:
+        self.asked.append(([prompt.id for prompt in prompts], list(seeds), max_tokens))
+        self.before_generate()
+        assert expected_version == self.version, "stale weights"
+        return [
+            Rollout(
+                prompt=prompt,
+                response_ids_R=np.asarray([seed % 7, seed % 11, seed % 13], dtype=np.int32),
+                logprobs_R=-np.asarray([seed % 5, 1, 2], dtype=np.float32),
+                policy_version=self.version,
+                finish_reason="stop",
+            )
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+
+    def publish(self, version: int, files: Sequence[Path], checksum: str) -> None:
+        self.published.append((version, tuple(files), checksum))
+        self.version = version
+
+    def sleep(self) -> None:
+        raise AssertionError("nobody asked for the GPU")
+
+    def wake(self) -> None:
+        raise AssertionError("nobody gave the GPU away")
+
+    def shutdown(self) -> None:
+        raise AssertionError("the collector does not end engines")
+
+
+@dataclass
+class FakeScorer:
+    """A training engine whose log-probs are the negated ids, less what `offsets` says."""
+
+    offsets: dict[str, float] = field(default_factory=dict)
+    """Model -> how much likelier than the student it finds every token."""
+    asked: list[tuple[str, list[list[int]]]] = field(default_factory=list)
+    """(model, token ids of the spans) of every call."""
+    rank: int = 0
+    meeting: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+    board: list[object] = field(default_factory=lambda: [None])
+
+    def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
+        self.asked.append((model, [span.token_ids_N.tolist() for span in spans]))
+        offset = self.offsets.get(model, 0.0)
+        return [
+            (offset - span.token_ids_N[-span.num_scored :]).astype(np.float32) for span in spans
+        ]
+
+    def broadcast(self, value: Value) -> Value:
+        if self.rank == 0:
+            self.board[0] = value
+        self.meeting.wait(timeout=20)
+        received: Value = self.board[0]  # type: ignore[assignment]
+        self.meeting.wait(timeout=20)
+        return received

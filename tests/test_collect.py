@@ -1,0 +1,325 @@
+"""From a step's number to its batch, between fake engines: draws, seeds, teachers, look-ahead."""
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import pytest
+
+from megadistill.algorithms import Camopd, Mopd, Sft, make_algorithm
+from megadistill.collect import AnswerCollector, Batch, OnPolicyCollector, Sampler, timed
+from megadistill.data.pools import PromptPool, answer_ids
+from megadistill.publish.files import Published
+from megadistill.types import Prompt
+from tests.fake_engines import FakeRolloutEngine, FakeScorer
+from tests.tiny import Tree, camopd_tree, make_config, make_prompt, make_tokenizer
+
+NUM_STEPS = 6
+
+
+def make_pool(name: str, size: int = 10) -> PromptPool:
+    train = [make_prompt(f"{name}-{index}", pool=name, answer="a b") for index in range(size)]
+    return PromptPool(name=name, train=train, heldout=[], num_dropped=0, seed=0)
+
+
+POOLS = {name: make_pool(name) for name in ("general", "medical")}
+
+
+def make_sampler(engines: FakeRolloutEngine, *, look_ahead: bool = False, seed: int = 0) -> Sampler:
+    return Sampler(engines, seed=seed, num_steps=NUM_STEPS, look_ahead=look_ahead)
+
+
+def make_collector(
+    engines: FakeRolloutEngine | None = None,
+    scorer: FakeScorer | None = None,
+    *,
+    tree: Tree | None = None,
+    cursors: Mapping[str, int] | None = None,
+    sampler: Sampler | None = None,
+) -> OnPolicyCollector:
+    algorithm = make_algorithm(make_config(tree))
+    assert isinstance(algorithm, Camopd | Mopd)
+    sampler = sampler or make_sampler(engines or FakeRolloutEngine())
+    return OnPolicyCollector(
+        algorithm, algorithm.branches, POOLS, scorer or FakeScorer(), sampler, cursors or {}
+    )
+
+
+def prompt_ids(batch: Batch) -> list[str]:
+    return [item.rollout.prompt.id for item in batch.scored]
+
+
+def publish(sampler: Sampler, version: int) -> None:
+    """As the training loop does: first let rollouts end that are under way."""
+    sampler.settle()
+    sampler.publish(version, Published(files=(), checksum="0", num_bytes=0))
+
+
+def test_cursors_count_the_prompts_drawn_from_each_pool() -> None:
+    collector = make_collector()
+    assert collector.cursors == {"general": 0, "medical": 0}
+    counts = []
+    for step in range(5):
+        collector.collect(step)
+        counts.append((collector.cursors["general"], collector.cursors["medical"]))
+    assert counts == [(4, 0), (8, 0), (12, 0), (12, 4), (16, 4)]
+
+
+def test_a_pass_over_a_pool_repeats_no_prompt() -> None:
+    collector = make_collector()
+    drawn = [prompt for step in (0, 1) for prompt in prompt_ids(collector.collect(step))]
+    assert len(set(drawn)) == 8
+
+
+def test_a_collector_continues_from_its_cursors() -> None:
+    straight = make_collector()
+    batches = [prompt_ids(straight.collect(step)) for step in range(4)]
+    resumed = make_collector(cursors={"general": 8, "medical": 0})
+    assert [prompt_ids(resumed.collect(step)) for step in (2, 3)] == batches[2:]
+
+
+def test_each_branch_is_scored_by_its_own_teacher() -> None:
+    scorer = FakeScorer()
+    collector = make_collector(scorer=scorer)
+    for step in (2, 3):
+        collector.collect(step)
+    assert [model for model, _ in scorer.asked] == ["student", "general", "student", "domain"]
+
+
+def test_student_and_teacher_score_the_same_ids() -> None:
+    scorer = FakeScorer()
+    batch = make_collector(scorer=scorer).collect(0)
+    (_, student_ids), (_, teacher_ids) = scorer.asked
+    assert student_ids == teacher_ids
+    assert student_ids == [
+        [*item.rollout.prompt.token_ids, *item.rollout.response_ids_R.tolist()]
+        for item in batch.scored
+    ]
+
+
+def test_gaps_come_from_the_scorer_and_mu_from_the_rollout_engine() -> None:
+    batch = make_collector(scorer=FakeScorer({"general": 0.25})).collect(0)
+    for item in batch.scored:
+        assert item.gap_R.tolist() == [0.25] * 3
+        assert item.student_logprobs_R.tolist() == (-item.rollout.response_ids_R).tolist()
+        assert item.rollout.logprobs_R.tolist()[1:] == [-1.0, -2.0]
+
+
+def test_a_mixed_batch_gives_each_rollout_the_score_of_its_teacher() -> None:
+    branch = {"pool": "general", "teacher": "general"}
+    algorithm = {
+        "kind": "mopd",
+        "general": branch,
+        "domain": {"pool": "medical", "teacher": "domain"},
+    }
+    scorer = FakeScorer({"general": 0.5, "domain": -0.25})
+    batch = make_collector(scorer=scorer, tree=camopd_tree(algorithm=algorithm)).collect(0)
+    assert batch.branch == "general+domain"
+    found = {item.branch: float(item.gap_R[0]) for item in batch.scored}
+    assert found == {"general": 0.5, "domain": -0.25}
+    assert [item.branch for item in batch.scored] == ["general"] * 2 + ["domain"] * 2
+    assert all(item.rollout.prompt.pool == BRANCH_POOLS[item.branch] for item in batch.scored)
+
+
+BRANCH_POOLS = {"general": "general", "domain": "medical"}
+
+
+def test_seeds_differ_by_step_and_prompt_and_repeat_in_another_process() -> None:
+    engines, again = FakeRolloutEngine(), FakeRolloutEngine()
+    for fake in (engines, again):
+        collector = make_collector(fake)
+        for step in range(3):
+            collector.collect(step)
+    seeds = [seed for _, batch_seeds, _ in engines.asked for seed in batch_seeds]
+    assert len(set(seeds)) == len(seeds) == 12
+    assert again.asked == engines.asked
+
+
+def test_a_prompt_drawn_again_later_has_another_seed() -> None:
+    engines = FakeRolloutEngine()
+    collector = make_collector(engines)
+    for step in (0, 1, 2, 4):  # sixteen draws from ten prompts
+        collector.collect(step)
+    by_prompt: dict[str, set[int]] = {}
+    for ids, seeds, _ in engines.asked:
+        for prompt, seed in zip(ids, seeds, strict=True):
+            by_prompt.setdefault(prompt, set()).add(seed)
+    assert max(len(seeds) for seeds in by_prompt.values()) == 2
+
+
+def test_the_seed_of_the_run_changes_every_seed() -> None:
+    first, second = FakeRolloutEngine(), FakeRolloutEngine()
+    make_collector(sampler=make_sampler(first, seed=0)).collect(0)
+    make_collector(sampler=make_sampler(second, seed=1)).collect(0)
+    assert first.asked[0][0] == second.asked[0][0]
+    assert not set(first.asked[0][1]) & set(second.asked[0][1])
+
+
+def versions(look_ahead: bool) -> list[int]:
+    """The weights version that sampled each step's rollouts."""
+    engines = FakeRolloutEngine()
+    sampler = make_sampler(engines, look_ahead=look_ahead)
+    collector = make_collector(sampler=sampler)
+    found = []
+    for step in range(NUM_STEPS):
+        batch = collector.collect(step)
+        (version,) = {item.rollout.policy_version for item in batch.scored}
+        found.append(version)
+        publish(sampler, step + 1)
+    assert len(engines.asked) == NUM_STEPS
+    return found
+
+
+def test_on_policy_rollouts_come_from_the_newest_weights() -> None:
+    assert versions(look_ahead=False) == [0, 1, 2, 3, 4, 5]
+
+
+def test_look_ahead_rollouts_come_from_the_weights_before() -> None:
+    assert versions(look_ahead=True) == [0, 0, 1, 2, 3, 4]
+
+
+def test_look_ahead_draws_what_the_step_would_have_drawn() -> None:
+    batches = []
+    for look_ahead in (False, True):
+        collector = make_collector(sampler=make_sampler(FakeRolloutEngine(), look_ahead=look_ahead))
+        batches.append([prompt_ids(collector.collect(step)) for step in range(NUM_STEPS)])
+    assert batches[0] == batches[1]
+
+
+def test_look_ahead_samples_while_the_trainer_works() -> None:
+    engines = FakeRolloutEngine()
+    started = [threading.Event() for _ in range(2)]
+    engines.before_generate = lambda: started[len(engines.asked) - 1].set()
+    collector = make_collector(sampler=make_sampler(engines, look_ahead=True))
+    collector.collect(0)
+    assert started[1].wait(timeout=20)
+
+
+def test_look_ahead_ends_with_the_last_step() -> None:
+    engines = FakeRolloutEngine()
+    sampler = make_sampler(engines, look_ahead=True)
+    collector = make_collector(sampler=sampler)
+    for step in range(NUM_STEPS):
+        collector.collect(step)
+    sampler.settle()
+    assert len(engines.asked) == NUM_STEPS
+
+
+def test_look_ahead_leaves_the_cursors_where_training_stands() -> None:
+    collector = make_collector(sampler=make_sampler(FakeRolloutEngine(), look_ahead=True))
+    collector.collect(0)
+    assert collector.cursors == {"general": 4, "medical": 0}
+
+
+def test_new_weights_wait_for_rollouts_that_are_under_way() -> None:
+    engines = FakeRolloutEngine()
+    gate = threading.Event()
+
+    def hold_back_step_one() -> None:
+        if len(engines.asked) == 2:
+            assert gate.wait(timeout=20)
+
+    engines.before_generate = hold_back_step_one
+    sampler = make_sampler(engines, look_ahead=True)
+    collector = make_collector(sampler=sampler)
+    collector.collect(0)
+    with ThreadPoolExecutor(1) as thread:
+        publishing = thread.submit(publish, sampler, 1)
+        assert not wait([publishing], timeout=0.2).done
+        assert engines.published == []
+        gate.set()
+        publishing.result(timeout=20)
+    batch = collector.collect(1)
+    assert {item.rollout.policy_version for item in batch.scored} == {0}
+
+
+def test_an_engine_that_fails_ends_the_step() -> None:
+    engines = FakeRolloutEngine()
+
+    def fail() -> None:
+        raise RuntimeError("engine 0 on node-3 died")
+
+    engines.before_generate = fail
+    with pytest.raises(RuntimeError, match="engine 0 on node-3 died"):
+        make_collector(engines).collect(0)
+
+
+def test_stale_weights_end_the_step() -> None:
+    with pytest.raises(AssertionError, match="stale weights"):
+        make_collector(FakeRolloutEngine(version=3)).collect(0)
+
+
+def test_sampling_beside_the_stream_uses_what_is_published() -> None:
+    engines = FakeRolloutEngine()
+    sampler = make_sampler(engines)
+    publish(sampler, 1_000_000)
+    (rollout,) = sampler.generate([make_prompt("x")], [5], max_tokens=9)
+    assert rollout.policy_version == 1_000_000
+    assert engines.asked == [(["x"], [5], 9)]
+
+
+def test_every_rank_ends_with_the_same_batch() -> None:
+    """Only rank 0 has engines; the others get its rollouts and make the same selection."""
+    meeting = threading.Barrier(2)
+    board: list[object] = [None]
+    algorithm = make_algorithm(make_config())
+    assert isinstance(algorithm, Camopd)
+
+    def collect(rank: int) -> list[Batch]:
+        scorer = FakeScorer({"general": 1.0}, rank=rank, meeting=meeting, board=board)
+        sampler = make_sampler(FakeRolloutEngine()) if rank == 0 else None
+        collector = OnPolicyCollector(algorithm, algorithm.branches, POOLS, scorer, sampler, {})
+        return [collector.collect(step) for step in range(4)]
+
+    with ThreadPoolExecutor(2) as ranks:
+        first, second = ranks.map(collect, (0, 1))
+    for one, other in zip(first, second, strict=True):
+        assert prompt_ids(one) == prompt_ids(other)
+        assert list(one.selection.selected) == list(other.selection.selected)
+        weights = [[s.weights_R.tolist() for s in b.selection.samples] for b in (one, other)]
+        assert weights[0] == weights[1]
+
+
+def test_metrics_of_a_batch_hold_times_and_speed() -> None:
+    metrics = make_collector().collect(0).metrics
+    assert metrics["rollout/tokens"] == 12
+    expected = metrics["rollout/tokens"] / metrics["time/rollout"]
+    assert metrics["rollout/tokens_per_s"] == pytest.approx(expected)
+    assert metrics["time/score"] >= 0
+    assert "general/selected_fraction" in metrics
+
+
+def answer_collector(cursors: Mapping[str, int]) -> AnswerCollector:
+    return AnswerCollector(Sft(3), POOLS["medical"], TOKENIZER, cursors)
+
+
+TOKENIZER = make_tokenizer(["a b"])
+
+
+def test_answers_are_drawn_in_the_order_of_the_pool() -> None:
+    collector = answer_collector({})
+    assert collector.cursors == {"medical": 0}
+    drawn: list[Prompt] = []
+    for step in range(3):
+        batch = collector.collect(step)
+        assert batch.branch == "sft"
+        assert batch.metrics["sft/response_tokens"] == 3
+        drawn += POOLS["medical"].draw(3 * step, 3)
+        found = [sample.span.token_ids_N.tolist() for sample in batch.selection.samples]
+        expected = [[*p.token_ids, *answer_ids(p, TOKENIZER)] for p in drawn[-3:]]
+        assert found == expected
+    assert collector.cursors == {"medical": 9}
+
+
+def test_answers_continue_from_the_cursor() -> None:
+    collector = answer_collector({"medical": 6})
+    collector.collect(2)
+    assert collector.cursors == {"medical": 9}
+
+
+def test_times_of_one_name_add_up() -> None:
+    times: dict[str, float] = {}
+    for _ in range(2):
+        with timed(times, "time/x"):
+            threading.Event().wait(0.02)
+    assert 0.04 <= times["time/x"] < 5

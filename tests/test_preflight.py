@@ -1,0 +1,288 @@
+"""Start-up checks: each problem with its key, all at once, and nothing that passes by accident."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megadistill.config import ConfigError, RunConfig
+from megadistill.config.schema import BranchConfig, ChecksConfig
+from megadistill.data.pools import PromptPool
+from megadistill.preflight import (
+    check_config,
+    check_equal_start,
+    check_first_batch,
+    check_pools,
+    describe_run,
+    load_tokenizer,
+)
+from megadistill.rundir import RunDir
+from megadistill.types import FloatArray, TokenSpan
+from tests.tiny import (
+    Tree,
+    camopd_tree,
+    make_config,
+    make_prompt,
+    make_tokenizer,
+    write_model_config,
+)
+
+
+def tree_on(folder: Path, **changes: Tree | str) -> Tree:
+    """A run on two models in `folder`, whose student starts as its domain teacher."""
+    teachers = {name: {"path": str(folder / name)} for name in ("general", "domain")}
+    return camopd_tree(student=teachers["domain"], teachers=teachers) | changes
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder with the configurations of two small models."""
+    for name in ("general", "domain"):
+        write_model_config(tmp_path / name)
+    return tmp_path
+
+
+def problems(tree: Tree) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check_config(make_config(tree))
+    count, *lines = str(caught.value).splitlines()
+    assert count == f"tiny: {len(lines)} problem(s)"
+    return [line.strip() for line in lines]
+
+
+def test_a_run_that_can_be_started_passes(models: Path) -> None:
+    check_config(make_config(tree_on(models)))
+
+
+def test_models_on_the_hub_are_left_to_the_hub(models: Path) -> None:
+    check_config(make_config(tree_on(models, student={"path": "Qwen/Qwen3-8B"})))
+
+
+@pytest.mark.parametrize("path", ["cache:gone", "/nowhere/model", "~/gone", "a/b/c", "gone"])
+def test_a_model_that_does_not_exist_is_named(models: Path, path: str) -> None:
+    (line,) = problems(tree_on(models, student={"path": path}))
+    assert line.startswith("student.path: found")
+    assert line.endswith("which does not exist")
+
+
+def test_a_model_of_an_unknown_family_is_named(models: Path) -> None:
+    write_model_config(models / "general", model_type="mamba")
+    (line,) = problems(tree_on(models))
+    assert line.startswith("teachers.general.path:")
+    assert "found 'mamba'" in line
+
+
+def test_a_directory_without_a_model_is_named(models: Path) -> None:
+    (models / "general" / "config.json").unlink()
+    (line,) = problems(tree_on(models))
+    assert line.startswith("teachers.general.path:")
+    assert "no such file" in line
+
+
+def test_parallel_sizes_must_divide_the_model(models: Path) -> None:
+    write_model_config(models / "general", num_key_value_heads=1, num_attention_heads=3)
+    lines = problems(tree_on(models, parallel={"tp": 2, "pp": 3}))
+    assert lines == [
+        "parallel.pp: found 3, expected a divisor of the 4 layers of student",
+        "parallel.tp: found 2, expected a divisor of the 3 attention heads of teachers.general",
+        "parallel.tp: found 2, expected a divisor of the 1 key/value heads of teachers.general",
+        "parallel.pp: found 3, expected a divisor of the 4 layers of teachers.general",
+        "parallel.pp: found 3, expected a divisor of the 4 layers of teachers.domain",
+    ]
+
+
+def test_feed_forward_units_must_be_divisible(models: Path) -> None:
+    for name in ("general", "domain"):
+        write_model_config(
+            models / name, num_key_value_heads=3, num_attention_heads=3, num_hidden_layers=3
+        )
+    lines = problems(tree_on(models, parallel={"tp": 3}))
+    assert {line.split("the ")[1] for line in lines} == {
+        "64 feed-forward units of student",
+        "64 feed-forward units of teachers.general",
+        "64 feed-forward units of teachers.domain",
+    }
+
+
+def test_prompts_and_responses_must_fit_the_models(models: Path) -> None:
+    write_model_config(models / "general", max_position_embeddings=79)
+    (line,) = problems(tree_on(models))  # 64 prompt tokens and 16 of response
+    assert line.startswith("teachers.general: its context is 79 tokens, expected at least 80")
+    write_model_config(models / "general", max_position_embeddings=80)
+    check_config(make_config(tree_on(models)))
+
+
+def test_prompts_and_responses_must_fit_the_engines(models: Path) -> None:
+    (line,) = problems(tree_on(models, rollout={"max_tokens": 16, "max_model_len": 79}))
+    assert line == "rollout.max_model_len: found 79, expected at least 80"
+    check_config(make_config(tree_on(models, rollout={"max_tokens": 16, "max_model_len": 80})))
+
+
+def test_disk_space_must_be_free(models: Path) -> None:
+    tree = tree_on(models, checks={"min_free_gib": 1e9}, runs_dir=str(models / "not" / "yet"))
+    (line,) = problems(tree)
+    assert line.startswith("runs_dir:")
+    assert line.endswith(f"GiB are free at {models}, checks.min_free_gib is 1000000000.0")
+
+
+def test_all_problems_are_reported_at_once(models: Path) -> None:
+    tree = tree_on(models, student={"path": "cache:gone"}, parallel={"pp": 3})
+    tree |= {"rollout": {"max_model_len": 10, "max_tokens": 16}, "checks": {"min_free_gib": 1e9}}
+    keys = [line.split(":")[0] for line in problems(tree)]
+    assert keys == [
+        "student.path",
+        "parallel.pp",
+        "parallel.pp",
+        "rollout.max_model_len",
+        "runs_dir",
+    ]
+
+
+def save_tokenizers(folder: Path, **texts: str) -> RunConfig:
+    for name, text in texts.items():
+        make_tokenizer([text]).save_pretrained(folder / name)
+    return make_config(tree_on(folder))
+
+
+def test_models_with_one_tokenizer_pass(models: Path) -> None:
+    config = save_tokenizers(models, general="a b c", domain="a b c")
+    assert load_tokenizer(config).encode("b") == [6]
+
+
+def test_a_teacher_that_reads_ids_otherwise_is_refused(models: Path) -> None:
+    """As many tokens, the same words but one: only the ids tell."""
+    config = save_tokenizers(models, general="a b x", domain="a b c")
+    with pytest.raises(ConfigError, match=r"teachers\.general\.path: 2 tokens .* 'c', 'x'"):
+        load_tokenizer(config)
+
+
+def test_a_teacher_with_the_same_words_in_another_order_is_refused(models: Path) -> None:
+    config = save_tokenizers(models, general="a b c", domain="a b c")
+    tokenizer = make_tokenizer(["a b c"])
+    text = tokenizer.backend_tokenizer.to_str()
+    swapped = text.replace('"a":5,"b":6', '"a":6,"b":5')
+    assert swapped != text
+    (models / "general" / "tokenizer.json").write_text(swapped)
+    with pytest.raises(ConfigError, match=r"teachers\.general\.path: 2 tokens .* 'a', 'b'"):
+        load_tokenizer(config)
+
+
+def test_a_student_without_a_chat_template_is_refused(models: Path) -> None:
+    config = save_tokenizers(models, general="a", domain="a")
+    for file in (models / "domain").glob("*chat_template*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"student\.path: .* has no chat template"):
+        load_tokenizer(config)
+
+
+def test_a_student_without_an_end_token_is_refused(models: Path) -> None:
+    config = save_tokenizers(models, general="a", domain="a")
+    tokenizer = make_tokenizer(["a"])
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(models / "domain")
+    with pytest.raises(ValueError, match="no end token"):
+        load_tokenizer(config)
+
+
+def make_pools(num_heldout: int = 3) -> dict[str, PromptPool]:
+    prompts = [make_prompt(f"m{index}", pool="medical") for index in range(6)]
+    return {
+        "medical": PromptPool(
+            name="medical",
+            train=prompts[num_heldout:],
+            heldout=prompts[:num_heldout],
+            num_dropped=1,
+            seed=0,
+        )
+    }
+
+
+DOMAIN = BranchConfig(pool="medical", teacher="domain")
+
+
+def equal_start(config: RunConfig, differences: Sequence[float]) -> list[str]:
+    """Run the check with a teacher that differs by so much on each span; the models asked."""
+    asked: list[str] = []
+
+    def score(model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
+        asked.append(model)
+        extra = differences if model == "domain" else [0.0] * len(spans)
+        return [
+            np.full(span.num_scored, -1.0 + more, dtype=np.float32)
+            for span, more in zip(spans, extra, strict=True)
+        ]
+
+    check_equal_start(config, DOMAIN, make_pools(), score)
+    return asked
+
+
+def test_equal_scores_of_an_equal_start_pass(tmp_path: Path) -> None:
+    assert equal_start(make_config(tree_on(tmp_path)), [0.0, 0.0]) == ["student", "domain"]
+
+
+@pytest.mark.parametrize("differences", [[0.0, 1e-6], [-1e-6, 0.0], [0.0, math.nan]])
+def test_any_difference_of_an_equal_start_is_refused(
+    tmp_path: Path, differences: list[float]
+) -> None:
+    with pytest.raises(RuntimeError, match=r"differ by up to .* \(0 allowed\)"):
+        equal_start(make_config(tree_on(tmp_path)), differences)
+
+
+def test_a_student_that_starts_elsewhere_may_differ(tmp_path: Path) -> None:
+    config = make_config(tree_on(tmp_path, student={"path": str(tmp_path / "other")}))
+    assert equal_start(config, [0.5, 0.5]) == []
+
+
+LIMITS = ChecksConfig(max_mean_log_ratio=0.02, max_masked_fraction=0.005)
+GOOD = {"general/log_ratio_absolute": 0.02, "general/masked_fraction": 0.005, "loss": 99.0}
+
+
+def test_a_first_batch_within_the_limits_passes() -> None:
+    check_first_batch(GOOD, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "key"),
+    [
+        ("log_ratio_absolute", "max_mean_log_ratio"),
+        ("masked_fraction", "max_masked_fraction"),
+    ],
+)
+@pytest.mark.parametrize("value", [0.021, math.nan, math.inf])
+def test_a_first_batch_beyond_a_limit_is_refused(quantity: str, key: str, value: float) -> None:
+    with pytest.raises(RuntimeError, match=rf"branch 'general': {quantity} is .* checks\.{key}"):
+        check_first_batch(GOOD | {f"general/{quantity}": value}, LIMITS)
+
+
+def test_every_branch_of_a_first_batch_is_looked_at() -> None:
+    with pytest.raises(RuntimeError, match="branch 'domain'"):
+        check_first_batch(GOOD | {"domain/masked_fraction": 0.5}, LIMITS)
+
+
+def heldout_tree(prompts: int) -> Tree:
+    measurement = {"pool": "medical", "teacher": "domain", "prompts": prompts}
+    return camopd_tree(evaluate={"heldout": {"medical": measurement}})
+
+
+def test_enough_heldout_prompts_pass() -> None:
+    check_pools(make_pools(num_heldout=3), make_config(heldout_tree(3)))
+
+
+def test_too_few_heldout_prompts_are_refused() -> None:
+    message = r"evaluate\.heldout\.medical\.prompts: found 4, but pool 'medical' holds out 3"
+    with pytest.raises(ConfigError, match=message):
+        check_pools(make_pools(num_heldout=3), make_config(heldout_tree(4)))
+
+
+def test_a_run_is_described_by_its_pools(tmp_path: Path) -> None:
+    pool = make_pools(num_heldout=3)["medical"]
+    longer = replace(pool.train[0], token_ids=tuple(range(9)))
+    pools = {"medical": replace(pool, train=[longer, *pool.train[1:]])}
+    assert describe_run(RunDir(tmp_path), pools) == [
+        f"run directory {tmp_path}",
+        "pool medical: 3 prompts to train on, 3 held out, 1 too long; 5 tokens on average, "
+        "9 at most",
+    ]
