@@ -13,7 +13,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0
-#SBATCH --time=12:00:00
+#SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
 #SBATCH --open-mode=append

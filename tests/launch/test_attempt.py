@@ -1,0 +1,206 @@
+"""What nodes tell each other, and what node 0 makes of it, without processes."""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from megadistill.launch.board import (
+    Board,
+    End,
+    Failure,
+    Notice,
+    await_launch,
+    begin_launch,
+    launch_file,
+    sole_owner,
+)
+from megadistill.launch.layout import layout
+from megadistill.launch.node import check_restarts
+from megadistill.launch.place import Place, local_place, rendezvous_port, slurm_place
+from megadistill.launch.verdict import Member, Referee, Waits
+from megadistill.rundir import RunDir
+from tests.launch.configs import make_config
+from tests.launch.test_submit import make_command
+
+QUICK = Waits(silence_s=0.3, start_s=0.3, settle_s=0.1, grace_s=0.1, drain_s=0.2, stop_s=0.2)
+SLURM = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "41",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_RESTART_COUNT": "3",
+    "MEGADISTILL_LAUNCH": "77",
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    config = make_config(runs_dir=str(tmp_path))
+    run = RunDir.of(config)
+    run.create(config)
+    return run
+
+
+def place(node: int, launch_id: str = "now") -> Place:
+    return Place(node=node, num_nodes=2, hosts=("alpha", "beta"), launch_id=launch_id)
+
+
+@dataclass
+class Attempt:
+    """Node 0's referee and node 1's board of one attempt with a trainer on each."""
+
+    referee: Referee
+    mine: Board
+    theirs: Board
+
+    def until(self, own: Notice, patience_s: float = 3.0) -> End:
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            if end := self.referee.verdict(own):
+                return end
+            time.sleep(0.02)
+        raise AssertionError("no verdict")
+
+
+@pytest.fixture
+def attempt(run: RunDir, tmp_path: Path) -> Attempt:
+    mine, theirs = Board(directory=tmp_path, node=0), Board(directory=tmp_path, node=1)
+    plan = layout(make_config(parallel={"dp": 2}), 2, 0)
+    referee = Referee(run=run, plan=plan, place=place(0), board=mine, waits=QUICK)
+    return Attempt(referee, mine, theirs)
+
+
+def failure(node: int, what: str, when: float) -> Failure:
+    return Failure(node=node, what=what, when=when)
+
+
+def test_place_comes_from_slurms_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_command(tmp_path, "scontrol", 'echo "$3" >"$0.asked"; printf "n1\\nn2\\n"')
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = slurm_place(SLURM)
+    assert (tmp_path / "scontrol.asked").read_text() == "n[1-2]\n"
+    assert found == Place(
+        node=1, num_nodes=2, hosts=("n1", "n2"), launch_id="41-3-0-77", job_id="41", restarts=3
+    )
+    assert found.host == "n2"
+
+
+def test_a_place_outside_srun_or_beside_another_task_is_refused() -> None:
+    with pytest.raises(ValueError, match="SLURM_STEP_ID: not set"):
+        slurm_place({"SLURM_JOB_ID": "41"})
+    with pytest.raises(ValueError, match="SLURM_LOCALID: found 1, expected one task a node"):
+        slurm_place({**SLURM, "SLURM_LOCALID": "1"})
+
+
+def test_rendezvous_ports_differ_by_job_and_attempt() -> None:
+    first = replace(place(0), job_id="41")
+    ports = {rendezvous_port(replace(first, job_id=job), n) for job in ("41", "42") for n in (0, 1)}
+    assert len(ports) == 4
+    assert all(20000 <= port < 30000 for port in ports)
+    assert rendezvous_port(local_place(), 0) > 1024
+
+
+def test_the_other_nodes_find_the_launch_of_node_0_and_no_older_one(run: RunDir) -> None:
+    old = begin_launch(run, place(0, "before"))
+    with pytest.raises(
+        RuntimeError, match=r"node 1 \(beta\): waited 0 s in vain for node 0 \(alph"
+    ):
+        await_launch(run, place(1), timeout_s=0.2)
+    launch = begin_launch(run, place(0))
+    assert await_launch(run, place(1), timeout_s=0.2) == launch
+    assert (old.attempt, launch.attempt, launch.master_addr) == (0, 1, "alpha")
+    assert [path.name for path in run.path.glob("control/attempt-*")] == ["attempt-1"]
+    assert json.loads(launch_file(run).read_text())["launch_id"] == "now"
+
+
+def test_a_run_has_one_owner_at_a_time(run: RunDir) -> None:
+    begin_launch(run, place(0))
+    with (
+        sole_owner(run, wait_s=0),
+        pytest.raises(ValueError, match="found launch now at work on this run, expected none"),
+        sole_owner(run, wait_s=0.1),
+    ):
+        pass
+    with sole_owner(run, wait_s=0):
+        pass
+
+
+def test_a_restart_beyond_max_attempts_is_refused() -> None:
+    config = make_config(cluster={"max_attempts": 2})
+    check_restarts(config, replace(place(0), restarts=2))
+    with pytest.raises(ValueError, match=r"cluster\.max_attempts: found restart 3 of job None"):
+        check_restarts(config, replace(place(0), restarts=3))
+
+
+def test_notices_and_verdicts_survive_the_way(tmp_path: Path) -> None:
+    one, two = Board(directory=tmp_path, node=1), Board(directory=tmp_path, node=2)
+    assert two.read(1) is None
+    assert two.silent_s(1) is None
+    said = Notice(state="failed", stop="why", failure=failure(1, "x", 1.0))
+    one.post(said, every_s=9)
+    one.post(replace(one.notice), every_s=9)  # nothing new, not yet due
+    assert two.read(1) == replace(said, beat=1)
+    end = End(status="failed", message="m", failure=said.failure)
+    one.declare_end(end)
+    assert two.read_end() == end
+
+
+def test_the_earliest_failure_of_all_nodes_is_the_cause(attempt: Attempt) -> None:
+    own = Notice(state="failed", failure=failure(0, "second", 20.0))
+    assert attempt.referee.verdict(own) is None  # others may still be on their way
+    attempt.theirs.post(Notice(state="failed", failure=failure(1, "first", 10.0)), every_s=0)
+    end = attempt.until(own)
+    assert (end.status, end.message) == ("failed", "first")
+
+
+def test_a_node_that_never_appears_is_given_up(attempt: Attempt) -> None:
+    assert "node 1 (beta) has not appeared within 0 s" in attempt.until(Notice()).message
+
+
+def test_a_node_that_stops_changing_its_notice_is_given_up(attempt: Attempt) -> None:
+    attempt.theirs.post(Notice(), every_s=0)
+    assert "node 1 (beta) has shown no sign of life" in attempt.until(Notice()).message
+
+
+def test_trainers_that_do_not_end_with_the_others_are_a_failure(
+    run: RunDir, attempt: Attempt
+) -> None:
+    attempt.referee.waits = replace(QUICK, silence_s=60)
+    attempt.theirs.post(Notice(), every_s=0)
+    end = attempt.until(Notice(state="done"))
+    assert end.message.startswith("node 1 (beta) has trainers that do not end")
+
+
+def test_trainers_that_ignore_a_stop_request_are_a_failure(run: RunDir, attempt: Attempt) -> None:
+    attempt.referee.waits = replace(QUICK, silence_s=60)
+    attempt.theirs.post(Notice(stop="SIGUSR1"), every_s=0)
+    end = attempt.until(Notice())
+    assert end.message.startswith("node 0 (alpha) has trainers that have not ended 0 s after")
+    assert run.stop_file.read_text() == "SIGUSR1"
+
+
+def test_the_verdict_follows_the_progress_once_all_trainers_have_ended(
+    run: RunDir, attempt: Attempt
+) -> None:
+    done = Notice(state="done")
+    attempt.theirs.post(done, every_s=0)
+    assert attempt.until(done).status == "failed"
+    run.request_stop("why")
+    run.write_progress({"step": 2, "steps": 3, "done": False})
+    assert attempt.until(done) == End(status="stopped", message="stopped at step 2 of 3 (why)")
+    run.write_progress({"step": 3, "steps": 3, "done": True})
+    assert attempt.until(done).status == "done"
+
+
+def test_a_member_gives_up_without_node_0(tmp_path: Path) -> None:
+    board = Board(directory=tmp_path, node=1)
+    member = Member(place=place(1), board=board, waits=QUICK)
+    assert member.verdict(Notice()) is None
+    time.sleep(QUICK.silence_s + 0.1)
+    end = member.verdict(Notice())
+    assert end is not None
+    assert end.message.startswith("node 0 (alpha) has shown no sign of life")
