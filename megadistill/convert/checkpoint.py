@@ -50,16 +50,15 @@ _CONFIG = {
 _COMMON = {"content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False}}
 """Content of `common.pt`: how the keys were made, for loaders that ask."""
 _LAYERS = "decoder.layers."
-_STATEFUL_IN_LAYER = (
+_STATEFUL = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
     "self_attention.core_attention",
-    "self_attention.q_layernorm",
-    "self_attention.k_layernorm",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-"""Modules that may ask for an FP8 state on loading; a fresh one is stored as `None`."""
+_STATEFUL_QK_NORM = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+"""Modules of a layer that may ask for an FP8 state on loading; a fresh one is stored as `None`."""
 _EMPTY_STATE_BYTES = 2048
 """More than a pickled `[None]` takes; only used to size the plan."""
 
@@ -221,8 +220,9 @@ def _tensor_item(spec: ModelSpec, entry: Entry, dtype: torch.dtype) -> WriteItem
 
 def _states(spec: ModelSpec) -> Iterator[WriteItem]:
     """Empty FP8 states under the keys Megatron-Core gives its per-module objects."""
+    modules = (*_STATEFUL, *_STATEFUL_QK_NORM) if spec.qk_norm else _STATEFUL
     for layer in range(spec.num_layers):
-        for module in _STATEFUL_IN_LAYER:
+        for module in modules:
             yield _state_item(f"{_LAYERS}{module}", layer, spec.num_layers)
     yield _state_item("decoder.final_layernorm", 0, 1)
 

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,7 +14,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from megadistill.config import resolve_path
 
@@ -131,20 +131,16 @@ class SafetensorsWriter:
     """Streams tensors into a new Hugging Face model directory; whole or absent.
 
     Use as a context manager: files go to a hidden directory beside `out_dir`, which is renamed
-    when the block ends well and deleted when it does not. At most `max_shard_bytes` (or one
-    larger tensor) are held in memory.
+    when the block ends well and deleted when it does not. No tensor is kept in memory.
     """
 
     def __init__(self, out_dir: str | Path, max_shard_bytes: float = 5e9) -> None:
         """Raises `ValueError` when `out_dir` exists and is not an empty directory."""
         self.out_dir = Path(out_dir).absolute()
         self.max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._total_bytes = 0
-        self._shards: list[tuple[str, ...]] = []
-        self._dtypes: dict[torch.dtype, int] = {}
         self._directory = new_directory_beside(self.out_dir)
+        self._shards: list[_Shard] = []
+        self._dtypes: Counter[torch.dtype] = Counter()
 
     def __enter__(self) -> Self:
         return self
@@ -156,20 +152,21 @@ class SafetensorsWriter:
         trace: TracebackType | None,
     ) -> None:
         try:
+            for shard in self._shards[-1:]:
+                shard.close()
             if kind is None:
                 self._finish()
         finally:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Add one tensor; it is copied, so a view is fine."""
-        num_bytes = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + num_bytes > self.max_shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        self._pending_bytes += num_bytes
-        self._total_bytes += num_bytes
-        self._dtypes[tensor.dtype] = self._dtypes.get(tensor.dtype, 0) + tensor.numel()
+        """Add one tensor, from any device; it may be a view. A shard holds at least one."""
+        if not self._shards or not self._shards[-1].has_room(name, tensor, self.max_shard_bytes):
+            for shard in self._shards[-1:]:
+                shard.close()
+            self._shards.append(_Shard(self._directory / f"shard-{len(self._shards)}"))
+        self._shards[-1].write(name, tensor)
+        self._dtypes[tensor.dtype] += tensor.numel()
 
     def copy_metadata(self, source: str | Path) -> None:
         """Copy `config.json`, tokenizer and generation settings of the model directory `source`.
@@ -178,38 +175,86 @@ class SafetensorsWriter:
         """
         source = Path(source)
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        if self._dtypes:
-            set_dtype(config, max(self._dtypes, key=lambda dtype: self._dtypes[dtype]))
+        for dtype, _ in self._dtypes.most_common(1):
+            set_dtype(config, dtype)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (self._directory / "config.json").write_text(text, encoding="utf-8")
         copy_companions(source, self._directory)
 
-    def _flush(self) -> None:
-        save_file(
-            self._pending,
-            self._directory / f"shard-{len(self._shards)}",
-            metadata={"format": "pt"},
-        )
-        self._shards.append(tuple(self._pending))
-        self._pending = {}
-        self._pending_bytes = 0
-
     def _finish(self) -> None:
-        """Write what is pending, give the shards their final names, and publish the directory."""
-        if self._pending:
-            self._flush()
+        """Give the shards their final names, write the index, and publish the directory."""
         count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards):
-            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            file = SINGLE_FILE if count == 1 else file
-            (self._directory / f"shard-{number}").rename(self._directory / file)
-            weight_map.update(dict.fromkeys(names, file))
+        files: dict[str, str] = {}
+        for number, shard in enumerate(self._shards, start=1):
+            file = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE_FILE
+            shard.path.rename(self._directory / file)
+            files.update(dict.fromkeys(shard.header, file))
         if count > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            total = sum(shard.num_bytes for shard in self._shards)
+            index = {"metadata": {"total_size": total}, "weight_map": files}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (self._directory / INDEX_FILE).write_text(text, encoding="utf-8")
         publish_directory(self._directory, self.out_dir)
+
+
+class _Shard:
+    """One safetensors file, written front to back.
+
+    Its header tells where each tensor lies, which is known last, so that room is kept for it;
+    the format allows the spaces that fill what remains.
+    """
+
+    header_bytes = 128 * 1024 - 8
+    bytes_per_name = 200
+    """More than one tensor's line in the header takes beside its name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_bytes = 0
+        self.header: dict[str, dict[str, object]] = {}
+        self._room = self.header_bytes - self.bytes_per_name
+        self._stream = path.open("wb")
+        self._stream.seek(8 + self.header_bytes)
+
+    def has_room(self, name: str, tensor: torch.Tensor, max_bytes: float) -> bool:
+        """Whether `tensor` may follow: in size, in the header, and by its alignment."""
+        return (
+            self.num_bytes + tensor.nbytes <= max_bytes
+            and self._room >= len(name) + self.bytes_per_name
+            and self.num_bytes % tensor.itemsize == 0
+        )
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        data = tensor.detach().cpu().contiguous()
+        end = self.num_bytes + data.nbytes
+        self.header[name] = {
+            "dtype": _DTYPE_NAMES[data.dtype],
+            "shape": list(data.shape),
+            "data_offsets": [self.num_bytes, end],
+        }
+        self._stream.write(data.flatten().view(torch.uint8).numpy().data)
+        self.num_bytes = end
+        self._room -= len(name) + self.bytes_per_name
+
+    def close(self) -> None:
+        """Write the header into the room that was kept."""
+        header = {"__metadata__": {"format": "pt"}, **self.header}
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(self.header_bytes)
+        self._stream.seek(0)
+        self._stream.write(len(text).to_bytes(8, "little") + text)
+        self._stream.close()
+
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
 
 
 def set_dtype(config: dict[str, object], dtype: torch.dtype) -> None:
