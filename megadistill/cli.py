@@ -32,10 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(arguments: argparse.Namespace) -> int:
     """Run here, all roles on this machine."""
+    _check(arguments)
     from megadistill.launch.node import run_here
-    from megadistill.preflight import check_config
 
-    check_config(load_config(arguments.config, arguments.overrides))
     return run_here(arguments.config, arguments.overrides)
 
 
@@ -51,9 +50,7 @@ def submit(arguments: argparse.Namespace) -> int:
     from megadistill.launch import submit as submit_job
 
     if not arguments.dry_run:
-        from megadistill.preflight import check_config
-
-        check_config(load_config(arguments.config, arguments.overrides))
+        _check(arguments)
     submitted = submit_job(
         arguments.config, arguments.overrides, verb=arguments.job, dry_run=arguments.dry_run
     )
@@ -61,6 +58,14 @@ def submit(arguments: argparse.Namespace) -> int:
         print(f"job {submitted.job_id}, run directory {submitted.run_dir}")
         print(f"follow it with: megadistill status {submitted.run_dir} --watch")
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Complain of the configuration at once, and of the models once that is right."""
+    config = load_config(arguments.config, arguments.overrides)
+    from megadistill.preflight import check_config
+
+    check_config(config)
 
 
 def config_show(arguments: argparse.Namespace) -> int:

@@ -99,9 +99,9 @@ def _view(run: RunDir) -> RenderableType:
         table.add_column(heading, justify="right")
     for row in rows[-LAST_ROWS:]:
         table.add_row(*_cells(row))
-    done, total = progress.get("step", 0), progress.get("steps", 0) or 1
-    head = Text(f"{run.path.name}: step {done} of {total}  {_eta(run)}  ")
-    return Group(head, ProgressBar(total=total, completed=done, width=60), table)
+    done, total = progress.get("step", 0), progress.get("steps")
+    head = Text(f"{run.path.name}: step {done} of {total or '?'}  {_eta(run)}  ")
+    return Group(head, ProgressBar(total=total or 1, completed=done, width=60), table)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -1,0 +1,196 @@
+"""The command line: help without heavy imports, one message and code 2 for a user's mistake."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megadistill.cli import main
+from megadistill.config import parse_config
+from megadistill.rundir import RunDir
+from tests.tiny import Tree, camopd_tree, make_config, write_model_config
+
+VERBS = (
+    ["train"],
+    ["node"],
+    ["submit"],
+    ["config"],
+    ["config", "show"],
+    ["config", "check"],
+    ["config", "schema"],
+    ["status"],
+    ["report"],
+    ["prepare-model"],
+    ["convert"],
+)
+
+
+def run_cli(*arguments: str) -> int:
+    """The exit code of a command run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def write(file: Path, tree: Tree) -> str:
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return str(file)
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_every_verb_has_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(*verb, "--help") == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: megadistill {' '.join(verb)}")
+    assert len(text.split("\n\n")) >= 3  # usage, what it does, its arguments
+
+
+def test_the_list_of_verbs_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("--help") == 0
+    text = capsys.readouterr().out
+    listed = set(re.findall(r"^    (\S+)", text, flags=re.MULTILINE))
+    assert listed == {verb[0] for verb in VERBS}
+
+
+def test_help_needs_no_machine_learning_library() -> None:
+    code = (
+        "import sys\n"
+        "from megadistill.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'megatron', 'vllm'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_module_runs_as_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megadistill", "status", "nowhere"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "megadistill: nowhere: found no config.yaml, expected a run directory\n"
+
+
+@pytest.mark.parametrize("verb", [["train"], ["config", "show"], ["submit", "train"]], ids=" ".join)
+def test_a_wrong_configuration_is_one_message_and_code_two(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(tmp_path / "run.yaml", camopd_tree(steps="soon", bogus=1))
+    assert run_cli(*verb, config) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.splitlines()
+    assert lines[0] == f"megadistill: {config}: 2 problem(s)"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["steps", "bogus"]
+
+
+@pytest.mark.parametrize("verb", [["train"], ["submit", "train"]], ids=" ".join)
+def test_missing_models_are_found_before_anything_starts(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(tmp_path / "run.yaml", camopd_tree(runs_dir=str(tmp_path / "runs")))
+    assert run_cli(*verb, config) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "megadistill: tiny: 3 problem(s)"
+    assert all(line.endswith("which does not exist") for line in lines[1:])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["dance"], ["train"], ["submit", "dance", "x"], ["convert", "jax", "a", "b"]]
+)
+def test_a_wrong_command_line_is_code_two_with_usage(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(*arguments) == 2
+    assert "usage: megadistill" in capsys.readouterr().err
+
+
+def test_config_show_prints_what_would_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(tmp_path / "run.yaml", camopd_tree())
+    assert run_cli("config", "show", config, "steps=9", "optimizer.lr=1e-5") == 0
+    shown = parse_config(yaml.safe_load(capsys.readouterr().out))
+    assert shown == parse_config(camopd_tree(steps=9, optimizer={"lr": 1e-5}))
+
+
+def test_config_check_counts_valid_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write(tmp_path / "good.yaml", camopd_tree())
+    assert run_cli("config", "check", good, good) == 0
+    assert capsys.readouterr().out == "2 of 2 files are valid\n"
+
+
+def test_config_check_reports_every_problem_of_every_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write(tmp_path / "good.yaml", camopd_tree())
+    bad = write(tmp_path / "bad.yaml", camopd_tree(steps=0, seed="x"))
+    assert run_cli("config", "check", bad, good, str(tmp_path / "gone.yaml")) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "1 of 3 files are valid\n"
+    assert f"{bad}: 2 problem(s)" in printed.err
+    assert "  steps: found 0" in printed.err
+    assert '  seed: found "x"' in printed.err
+    assert "gone.yaml: no such file" in printed.err
+
+
+def test_config_check_looks_into_models_only_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = {"path": str(write_model_config(tmp_path / "model", model_type="mamba"))}
+    tree = camopd_tree(student=path, teachers={"general": path, "domain": path})
+    config = write(tmp_path / "run.yaml", tree)
+    assert run_cli("config", "check", config) == 0
+    assert run_cli("config", "check", "--models", config) == 1
+    assert "student.path" in capsys.readouterr().err
+
+
+def test_config_schema_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("config", "schema") == 0
+    assert "steps" in json.loads(capsys.readouterr().out)["properties"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run that took one step and is done."""
+    run = RunDir(tmp_path / "tiny")
+    run.create(make_config())
+    run.metrics_file.write_text('{"step": 0, "branch": "start"}\n')
+    run.write_progress({"step": 1, "steps": 1, "phase": "done", "done": True})
+    return run
+
+
+@pytest.mark.parametrize("options", [[], ["--watch"]])
+def test_status_of_a_run(
+    run: RunDir, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("status", str(run.path), *options) == 0
+    assert "done" in capsys.readouterr().out
+
+
+def test_status_of_a_run_that_never_starts_is_code_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["status", str(tmp_path / "later"), "--watch", "--give-up", "0"]
+    assert run_cli(*arguments) == 2
+    assert "nothing was written" in capsys.readouterr().err
+
+
+def test_report_writes_the_picture_where_it_is_told(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("report", str(run.path)) == 0
+    assert (run.report / "effect.png").exists()
+    assert run_cli("report", str(run.path), "--picture", str(tmp_path / "mine.png")) == 0
+    assert (tmp_path / "mine.png").exists()
+    assert "held-out divergence" in capsys.readouterr().out

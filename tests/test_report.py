@@ -1,0 +1,293 @@
+"""What people look at: the table, the picture, the rollout store, and the progress display."""
+
+import io
+import json
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_dataset
+from matplotlib import image
+from rich.console import Console
+
+from megadistill.algorithms import Camopd, make_algorithm
+from megadistill.collect import Batch
+from megadistill.report.effect import effect_picture, effect_table, heldout_names
+from megadistill.report.rollouts import store_rollouts
+from megadistill.report.status import show, watch
+from megadistill.rundir import RunDir
+from megadistill.types import Scored
+from tests.tiny import make_config, make_scored
+
+Row = dict[str, Any]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """An empty run directory."""
+    run = RunDir(tmp_path / "tiny")
+    run.create(make_config())
+    return run
+
+
+def measured(name: str, reverse: float, forward: float) -> Row:
+    return {
+        f"heldout/{name}/reverse_kl": reverse,
+        f"heldout/{name}/reverse_kl_stderr": 0.01,
+        f"heldout/{name}/forward_kl": forward,
+        f"heldout/{name}/forward_kl_stderr": 0.02,
+    }
+
+
+def step_row(step: int, branch: str, **changes: Any) -> Row:
+    row = {
+        "step": step,
+        "branch": branch,
+        "loss": -0.1234,
+        "grad_norm": 3.21,
+        f"{branch}/gap": -0.25,
+        f"{branch}/gap_absolute": 0.5,
+        f"{branch}/selected_fraction": 0.75,
+        "rollout/tokens_per_s": 123.4,
+        "train/tokens_per_s": 55.0,
+        "time/step": 2.0,
+    }
+    return row | changes
+
+
+ROWS: list[Row] = [
+    {"step": 0, "branch": "start", **measured("general", 0.8, 0.6), **measured("domain", 0.0, 0.0)},
+    step_row(1, "general"),
+    step_row(2, "general", **measured("general", 0.5, 0.5), **measured("domain", 0.1, 0.1)),
+    step_row(3, "domain"),
+    step_row(4, "general", **measured("general", 0.2, 0.3), **measured("domain", 0.05, 0.04)),
+]
+
+
+def write_rows(run: RunDir, rows: list[Row]) -> None:
+    run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rendered(table: Any) -> list[list[str]]:
+    """The cells of a table's rows, as text."""
+    return [list(cells) for cells in zip(*(column.cells for column in table.columns), strict=True)]
+
+
+def test_the_table_shows_before_after_and_change(run: RunDir) -> None:
+    write_rows(run, ROWS)
+    table = effect_table(run)
+    assert [column.header for column in table.columns] == [
+        "held out",
+        "quantity",
+        "before",
+        "after",
+        "change",
+    ]
+    assert rendered(table) == [
+        ["domain", "KL(student ‖ teacher)", "0.0000 ± 0.0100", "0.0500 ± 0.0100", "+0.0500"],
+        ["domain", "KL(teacher ‖ student)", "0.0000 ± 0.0200", "0.0400 ± 0.0200", "+0.0400"],
+        ["general", "KL(student ‖ teacher)", "0.8000 ± 0.0100", "0.2000 ± 0.0100", "-75%"],
+        ["general", "KL(teacher ‖ student)", "0.6000 ± 0.0200", "0.3000 ± 0.0200", "-50%"],
+    ]
+
+
+@pytest.mark.parametrize("rows", [[], ROWS[1:2]])
+def test_a_run_that_measured_nothing_has_an_empty_table(run: RunDir, rows: list[Row]) -> None:
+    write_rows(run, rows)
+    assert rendered(effect_table(run)) == []
+
+
+def test_heldout_measurements_are_found_by_name() -> None:
+    assert heldout_names(ROWS) == ["domain", "general"]
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], ROWS[1:2], []], ids=["all", "0", "1", "none"])
+def test_the_picture_is_a_png_of_three_plots(run: RunDir, rows: list[Row]) -> None:
+    write_rows(run, rows)
+    file = effect_picture(run, run.report / "effect.png")
+    assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = image.imread(file)
+    height, width, _ = pixels.shape
+    assert width > 3 * height
+    assert pixels.min() < 0.5 < pixels.max()
+
+
+def test_more_data_draw_another_picture(run: RunDir) -> None:
+    pictures = []
+    for rows in (ROWS[:3], ROWS):
+        write_rows(run, rows)
+        pictures.append(image.imread(effect_picture(run, run.report / "effect.png")))
+    assert (pictures[0] != pictures[1]).any()
+
+
+def make_batch() -> tuple[Batch, list[Scored]]:
+    algorithm = make_algorithm(make_config())
+    assert isinstance(algorithm, Camopd)
+    scored = [
+        make_scored([-0.5, -1.25], [-0.1, -3.0], rollout_R=[-0.5, -1.0], prompt_id="one"),
+        make_scored([-0.3], [-0.3], prompt_id="two"),
+    ]
+    return Batch(branch="general", selection=algorithm.select(scored), scored=scored), scored
+
+
+def test_rollouts_come_back_from_their_file(run: RunDir) -> None:
+    batch, scored = make_batch()
+    store_rollouts(run.rollout_file(1), batch)
+    rows = pq.read_table(run.rollout_file(1)).to_pylist()
+    assert [row["prompt_id"] for row in rows] == ["one", "two"]
+    for row, item in zip(rows, scored, strict=True):
+        for name, values in (
+            ("student_logprobs", item.student_logprobs_R),
+            ("teacher_logprobs", item.teacher_logprobs_R),
+            ("rollout_logprobs", item.rollout.logprobs_R),
+        ):
+            np.testing.assert_array_equal(np.asarray(row[name], dtype=np.float32), values)
+        assert row["response_ids"] == item.rollout.response_ids_R.tolist()
+        assert row["prompt_ids"] == list(item.rollout.prompt.token_ids)
+        assert row["messages"] == [dict(turn) for turn in item.rollout.prompt.messages]
+    assert [row["selected"] for row in rows] == [True, False]
+    assert [row["score"] for row in rows] == pytest.approx([(0.4 + 1.75) / 2, 0.0], abs=1e-6)
+    assert {(row["pool"], row["branch"], row["policy_version"]) for row in rows} == {
+        ("general", "general", 0)
+    }
+
+
+def test_rollouts_are_browsable_as_a_data_set(run: RunDir, tmp_path: Path) -> None:
+    for step in (1, 2):
+        store_rollouts(run.rollout_file(step), make_batch()[0])
+    files = str(run.path / "rollouts" / "*.parquet")
+    data = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "c"))
+    assert len(data) == 4
+    assert data.filter(lambda row: row["selected"])["prompt_id"][:] == ["one", "one"]
+
+
+def test_a_step_can_be_replayed_from_its_rollouts(run: RunDir) -> None:
+    """Log-probs and scores in the file give the same selection again."""
+    batch, _ = make_batch()
+    store_rollouts(run.rollout_file(1), batch)
+    scored = [
+        make_scored(row["student_logprobs"], row["teacher_logprobs"], branch=row["branch"])
+        for row in pq.read_table(run.rollout_file(1)).to_pylist()
+    ]
+    algorithm = make_algorithm(make_config())
+    assert isinstance(algorithm, Camopd)
+    assert list(algorithm.select(scored).selected) == list(batch.selection.selected)
+
+
+def test_a_batch_without_rollouts_writes_no_file(run: RunDir) -> None:
+    batch = Batch(branch="sft", selection=make_batch()[0].selection)
+    store_rollouts(run.rollout_file(1), batch)
+    assert list((run.path / "rollouts").iterdir()) == []
+
+
+def test_no_partial_file_is_left(run: RunDir) -> None:
+    store_rollouts(run.rollout_file(1), make_batch()[0])
+    assert list((run.path / "rollouts").iterdir()) == [run.rollout_file(1)]
+
+
+def text_console() -> tuple[Console, io.StringIO]:
+    stream = io.StringIO()
+    return Console(file=stream, width=160), stream
+
+
+def shown(run: RunDir) -> str:
+    console, stream = text_console()
+    show(run, console)
+    return stream.getvalue()
+
+
+def progress(run: RunDir, step: int, *, done: bool = False, phase: str = "general") -> None:
+    run.write_progress({"step": step, "steps": 8, "phase": phase, "done": done})
+
+
+def test_a_run_that_has_not_begun_is_starting(run: RunDir) -> None:
+    assert "tiny: step 0 of ?  starting" in shown(run)
+
+
+def test_the_status_shows_the_last_steps_with_their_branch(run: RunDir) -> None:
+    write_rows(run, ROWS)
+    progress(run, 4)
+    text = shown(run)
+    assert "tiny: step 4 of 8  ETA 0:08" in text
+    (line,) = [line for line in text.splitlines() if line.split()[:2] == ["3", "domain"]]
+    assert line.split()[2:] == ["-0.1234", "-0.250", "75%", "3.21", "123", "55", "2.0"]
+
+
+def test_time_left_counts_evaluations(run: RunDir) -> None:
+    write_rows(run, [step_row(1, "general", **{"time/evaluate": 60.0})])
+    progress(run, 1)
+    assert "ETA 7:14" in shown(run)
+
+
+def test_a_run_before_its_first_step_says_what_it_does(run: RunDir) -> None:
+    write_rows(run, ROWS[:1])
+    progress(run, 0, phase="start")
+    assert "step 0 of 8  start" in shown(run)
+
+
+def test_watching_prints_each_step_once_until_the_run_is_done(run: RunDir) -> None:
+    write_rows(run, ROWS[:2])
+    progress(run, 1)
+    console, stream = text_console()
+
+    def train_on() -> None:
+        time.sleep(0.1)
+        write_rows(run, ROWS)
+        progress(run, 8, done=True)
+
+    trainer = threading.Thread(target=train_on)
+    trainer.start()
+    watch(run, console, interval_s=0.01, give_up_s=20)
+    trainer.join()
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["0", "1", "2", "3", "4"]
+    assert "phase domain" in lines[3]
+
+
+def test_watching_a_finished_run_shows_it_and_ends(run: RunDir) -> None:
+    write_rows(run, ROWS)
+    progress(run, 8, done=True)
+    console, stream = text_console()
+    watch(run, console, interval_s=60, give_up_s=60)
+    assert len(stream.getvalue().splitlines()) == 5
+
+
+def test_watching_gives_up_on_a_silent_run(run: RunDir) -> None:
+    console, _ = text_console()
+    with pytest.raises(ValueError, match="nothing was written for 0 s"):
+        watch(run, console, interval_s=0.01, give_up_s=0.05)
+
+
+def write_end(run: RunDir, attempt: int, end: Mapping[str, Any]) -> None:
+    directory = run.path / "control" / f"attempt-{attempt}"
+    directory.mkdir()
+    (directory / "ended.json").write_text(json.dumps(end))
+
+
+def test_watching_a_run_that_fails_ends_with_the_cause(run: RunDir) -> None:
+    console, _ = text_console()
+    failure = {"node": 1, "what": "engine 0", "when": 0.0, "detail": "out of memory"}
+    end = {"status": "failed", "message": "engine 0 on node-1 ended", "failure": failure}
+
+    def fail() -> None:
+        time.sleep(0.1)
+        write_end(run, 0, end)
+
+    launcher = threading.Thread(target=fail)
+    launcher.start()
+    with pytest.raises(ValueError, match="engine 0 on node-1 ended\nout of memory"):
+        watch(run, console, interval_s=0.01, give_up_s=20)
+    launcher.join()
+
+
+def test_a_live_terminal_shows_the_run_until_it_is_done(run: RunDir) -> None:
+    write_rows(run, ROWS)
+    progress(run, 8, done=True)
+    stream = io.StringIO()
+    watch(run, Console(file=stream, width=120, force_terminal=True), interval_s=1, give_up_s=5)
+    assert "step 8 of 8" in stream.getvalue()
