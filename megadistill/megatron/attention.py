@@ -103,4 +103,6 @@ class CoreAttention(torch.nn.Module):
             scale=self.scale,
             enable_gqa=q.size(1) != k.size(1),
         )
-        return out.permute(2, 0, 1, 3).flatten(2).to(value.dtype)
+        # Through plain rows, for the reason given in RMSNormColumnParallelLinear.
+        rows = out.permute(2, 0, 1, 3).reshape(-1, q.size(1) * q.size(3)).to(value.dtype)
+        return rows.view(query.size(0), query.size(1), -1)

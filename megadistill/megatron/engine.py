@@ -161,7 +161,8 @@ class Engine:
         Collective: every rank must exhaust the iterator. One parameter is held at a time; copy a
         tensor to keep it past the next.
         """
-        return export.hf_tensors(self._scorables[STUDENT].model, self._spec, self.world)
+        parameters = dict(self._student.model.named_parameters())
+        return export.hf_tensors(parameters, self._spec, self.world)
 
     @_names_rank
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:

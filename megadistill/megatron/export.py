@@ -1,10 +1,9 @@
 """The model's weights as Hugging Face tensors, streamed to rank 0 one parameter at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megadistill.convert.families import ModelSpec
@@ -15,14 +14,17 @@ from megadistill.megatron.world import World
 LAYERS = "decoder.layers."
 
 
-def hf_tensors(model: GPTModel, spec: ModelSpec, world: World) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(
+    parameters: Mapping[str, Tensor], spec: ModelSpec, world: World
+) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, CPU tensor) of every weight on rank 0; nothing on the other ranks.
 
-    Collective: every rank must exhaust the iterator. Rank 0 holds one full parameter at a time.
+    `parameters` are this rank's, by their names in the model. Collective: every rank must exhaust
+    the iterator. Rank 0 holds one full parameter at a time.
     """
     if world.groups.dp_cp.rank() != 0:
         return
-    own = {_global_name(n, spec, world): p.detach() for n, p in model.named_parameters()}
+    own = {_global_name(name, spec, world): p.detach() for name, p in parameters.items()}
     for stage, names in enumerate(_names_by_stage(own, spec, world)):
         for name in names:
             shards = _shards(own[name], world) if name in own else []

@@ -87,9 +87,11 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         fp8="hybrid" if precision in FP8_RECIPES else None,
         fp8_recipe=FP8_RECIPES.get(precision, "delayed"),
-        # Every parameter is read from a checkpoint, so nothing is drawn at random first.
-        perform_initialization=False,
-        use_cpu_initialization=not on_gpu,
+        # Every parameter is read from a checkpoint, so nothing is drawn at random first. Switching
+        # initialisation off would also skip the marks by which Megatron tells shards from copies.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         # Gradients stay sums: a sample's weights already hold its normaliser.
         calculate_per_token_loss=True,
         # Fused kernels are CUDA kernels; gradient accumulation would also need apex.
@@ -156,6 +158,11 @@ def scaled_frequencies(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
     between = (1 - smooth) * slow / scaling.factor + smooth * slow
     is_between = ~(wavelength < shortest) * ~(wavelength > longest)
     return torch.where(is_between, between, slow)
+
+
+def _leave(weight: Tensor) -> Tensor:
+    """Initialise a weight by leaving it as it is."""
+    return weight
 
 
 def _shape(spec: ModelSpec) -> dict[str, Any]:

@@ -58,9 +58,16 @@ class RMSNormColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
         self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Output and, if it is not added yet, the bias; arguments as in the parent."""
-        normed = functional.rms_norm(x, (x.size(-1),), self.layer_norm_weight, self.eps)
-        result: tuple[Tensor, Tensor | None] = super().forward(normed, *args, **kwargs)
+        """Output and, if it is not added yet, the bias; arguments as in the parent.
+
+        The norm sees plain rows: a batch dimension of one may have any stride, and with an unusual
+        one torch multiplies token by token where the weight is frozen, slower and rounded otherwise.
+        """
+        rows = x.reshape(-1, x.size(-1))
+        normed = functional.rms_norm(rows, rows.shape[1:], self.layer_norm_weight, self.eps)
+        result: tuple[Tensor, Tensor | None] = super().forward(
+            normed.view(x.shape), *args, **kwargs
+        )
         return result
 
     def sharded_state_dict(
