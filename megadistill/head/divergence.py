@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from megadistill.head.alignment import align
 from megadistill.head.checks import check_hidden, check_pair, check_weights
-from megadistill.head.gradients import GradientSums, hand_out_hidden, hand_out_weight
+from megadistill.head.gradients import GradientSums
 from megadistill.head.projection import project, row_blocks
 from megadistill.head.rows import combine, exponentiate, sum_ranks
 from megadistill.head.vocabulary import VocabularyHead
@@ -262,7 +262,8 @@ class _WeightedDivergence(torch.autograd.Function):
         )
         weights_T = weights_T.to(pair.student.compute_dtype)
         values_T = _sweep(pair, weights_T, kind, sums)
-        ctx.head, ctx.sums, ctx.weight_VD = pair.student, sums, weight_VD
+        sums.keep(ctx)
+        ctx.head = pair.student
         ctx.mark_non_differentiable(values_T)
         loss = (weights_T * values_T).sum(dtype=torch.float64).to(weights_T.dtype)
         return loss, values_T
@@ -270,11 +271,7 @@ class _WeightedDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            hand_out_hidden(ctx.head, ctx.sums, upstream),
-            hand_out_weight(ctx.head, ctx.weight_VD, ctx.sums, upstream),
-            *(None,) * 4,
-        )
+        return *GradientSums.kept(ctx).hand_out(ctx.head, upstream), *(None,) * 4
 
 
 def _sweep(pair: _Pair, weights_T: Tensor, kind: _Kind, sums: GradientSums) -> Tensor:

@@ -1,6 +1,7 @@
 """Gradient sums of a sweep, and how backward hands them out."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,38 +65,48 @@ class GradientSums:
                 hidden_CD = (hidden_CD * scale_C[:, None]).to(tile_CV.dtype)
             add_weight_gradient(self.weight_VD[: head.num_true_rows], tile_CV, hidden_CD)
 
+    def keep(self, ctx: Any) -> None:  # torch types no context
+        """Save for backward: autograd drops what it saved right after, plain attributes later."""
+        ctx.save_for_backward(self.hidden_TD, self.weight_VD)
 
-def hand_out_hidden(
-    head: VocabularyHead, sums: GradientSums, upstream: Tensor | None = None
-) -> Tensor | None:
-    """Hidden gradient times the upstream scalar: this rank's partial sum unless asked otherwise."""
-    gradient_TD = sums.hidden_TD
-    if gradient_TD is None:
-        return None
-    if upstream is not None:
-        gradient_TD = gradient_TD * upstream.to(gradient_TD.dtype)
-    if head.reduce_hidden_gradient and head.group is not None:
-        dist.all_reduce(gradient_TD, group=head.group)
-    return gradient_TD
+    @classmethod
+    def kept(cls, ctx: Any) -> "GradientSums":
+        """The sums that `keep` saved."""
+        hidden_TD, weight_VD = ctx.saved_tensors
+        return cls(hidden_TD=hidden_TD, weight_VD=weight_VD)
 
+    def hand_out(
+        self, head: VocabularyHead, upstream: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Both gradients times the upstream scalar, the weight's as the head wants it."""
+        return self._hand_out_hidden(head, upstream), self._hand_out_weight(head, upstream)
 
-def hand_out_weight(
-    head: VocabularyHead, weight_VD: Tensor, sums: GradientSums, upstream: Tensor | None = None
-) -> Tensor | None:
-    """Weight gradient times the upstream scalar: returned, or added to Megatron's main_grad."""
-    gradient_VD = sums.weight_VD
-    if gradient_VD is None:
-        return None
-    if head.accumulate_into_main_grad:
-        scale = gradient_VD.new_ones(()) if upstream is None else upstream
-        weight_VD.main_grad.addcmul_(gradient_VD, scale)  # type: ignore[attr-defined]
-        return announce_main_grad(weight_VD)
-    if upstream is None:
-        return gradient_VD.to(weight_VD.dtype)
-    returned_VD = torch.empty_like(weight_VD)
-    for block in row_blocks(returned_VD):
-        returned_VD[block] = gradient_VD[block] * upstream
-    return returned_VD
+    def _hand_out_hidden(self, head: VocabularyHead, upstream: Tensor | None) -> Tensor | None:
+        """This rank's partial sum unless the head reduces it."""
+        gradient_TD = self.hidden_TD
+        if gradient_TD is None:
+            return None
+        if upstream is not None:
+            gradient_TD = gradient_TD * upstream.to(gradient_TD.dtype)
+        if head.reduce_hidden_gradient and head.group is not None:
+            dist.all_reduce(gradient_TD, group=head.group)
+        return gradient_TD
+
+    def _hand_out_weight(self, head: VocabularyHead, upstream: Tensor | None) -> Tensor | None:
+        """Returned in the weight's type, or added to Megatron's main_grad."""
+        gradient_VD, weight_VD = self.weight_VD, head.weight_VD
+        if gradient_VD is None:
+            return None
+        if head.accumulate_into_main_grad:
+            scale = gradient_VD.new_ones(()) if upstream is None else upstream
+            weight_VD.main_grad.addcmul_(gradient_VD, scale)  # type: ignore[attr-defined]
+            return announce_main_grad(weight_VD)
+        if upstream is None:
+            return gradient_VD.to(weight_VD.dtype)
+        returned_VD = torch.empty_like(weight_VD)
+        for block in row_blocks(returned_VD):
+            returned_VD[block] = gradient_VD[block] * upstream
+        return returned_VD
 
 
 def announce_main_grad(weight_VD: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megadistill.head.checks import check_hidden, check_ids
-from megadistill.head.gradients import GradientSums, hand_out_hidden, hand_out_weight
+from megadistill.head.gradients import GradientSums
 from megadistill.head.projection import project, row_blocks
 from megadistill.head.rows import RowStatistics, locate
 from megadistill.head.score import sweep_statistics
@@ -41,14 +41,14 @@ class _Logprobs(torch.autograd.Function):
         temperature: float,
     ) -> Tensor:
         sweep = sweep_statistics(head, hidden_TD, ids_TK, temperature=temperature)
-        ctx.save_for_backward(hidden_TD, weight_VD, ids_TK)
+        ctx.save_for_backward(hidden_TD, ids_TK)
         ctx.head, ctx.total, ctx.temperature = head, sweep.total, temperature
         return sweep.total.logprobs(sweep.picked_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream_TK: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, ids_TK = ctx.saved_tensors
+        hidden_TD, ids_TK = ctx.saved_tensors
         sums = GradientSums.start(
             ctx.head,
             hidden_TD,
@@ -56,11 +56,7 @@ class _Logprobs(torch.autograd.Function):
             for_weight=ctx.needs_input_grad[1],
         )
         _sweep(ctx, hidden_TD, ids_TK, upstream_TK, sums)
-        return (
-            hand_out_hidden(ctx.head, sums),
-            hand_out_weight(ctx.head, weight_VD, sums),
-            *(None,) * 3,
-        )
+        return *sums.hand_out(ctx.head), *(None,) * 3
 
 
 def _sweep(

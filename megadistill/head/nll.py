@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megadistill.head.checks import check_hidden, check_targets, check_weights
-from megadistill.head.gradients import GradientSums, hand_out_hidden, hand_out_weight
+from megadistill.head.gradients import GradientSums
 from megadistill.head.projection import project
 from megadistill.head.rows import RowStatistics, combine, exponentiate, locate, pick, sum_ranks
 from megadistill.head.vocabulary import VocabularyHead
@@ -71,7 +71,8 @@ class _WeightedNll(torch.autograd.Function):
         )
         weights_T = weights_T.to(head.compute_dtype)
         logprobs_T, entropy_T = _sweep(head, hidden_TD, targets_T, weights_T, temperature, sums)
-        ctx.head, ctx.sums, ctx.weight_VD = head, sums, weight_VD
+        sums.keep(ctx)
+        ctx.head = head
         ctx.mark_non_differentiable(logprobs_T, entropy_T)
         loss = -(weights_T * logprobs_T).sum(dtype=torch.float64).to(weights_T.dtype)
         return loss, logprobs_T, entropy_T
@@ -79,11 +80,7 @@ class _WeightedNll(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            hand_out_hidden(ctx.head, ctx.sums, upstream),
-            hand_out_weight(ctx.head, ctx.weight_VD, ctx.sums, upstream),
-            *(None,) * 5,
-        )
+        return *GradientSums.kept(ctx).hand_out(ctx.head, upstream), *(None,) * 5
 
 
 def _sweep(

@@ -7,7 +7,7 @@ because they were bf16, and which uses the CPU's bf16 units where it has them.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ def project(hidden_CD: Tensor, weight_VD: Tensor, temperature: float, out_CV: Te
 def _project_upcast(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
     hidden_CD = hidden_CD.float()
     block_VD = torch.empty(CPU_BLOCK_ROWS, weight_VD.shape[1])
-    with _bf16_inputs_are_exact():
+    exact = weight_VD.dtype == torch.bfloat16
+    with _bf16_inputs_are_exact() if exact else nullcontext():
         for start in range(0, weight_VD.shape[0], CPU_BLOCK_ROWS):
             rows = weight_VD[start : start + CPU_BLOCK_ROWS]
             upcast = block_VD[: rows.shape[0]].copy_(rows)
