@@ -112,11 +112,11 @@ def weight_map(directory: Path) -> dict[str, str]:
     index = directory / INDEX_FILE
     if index.exists():
         files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if strange := sorted({file for file in files.values() if Path(file).name != file}):
+            raise ValueError(f"{index}: found {strange}, expected plain file names")
         missing = sorted({file for file in files.values() if not (directory / file).exists()})
         if missing:
             raise ValueError(f"{index}: names missing files {missing}; download the model again")
-        if strange := sorted({file for file in files.values() if Path(file).name != file}):
-            raise ValueError(f"{index}: found {strange}, expected plain file names")
         return files
     if not (directory / SINGLE_FILE).exists():
         raise ValueError(
