@@ -1,0 +1,166 @@
+"""What the ranks of a test world do: build engines in many layouts, compare, report the largest gaps.
+
+Runs in the spawned processes, so it imports no transformers; references come ready-made in files.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megadistill.config.schema import (
+    BatchConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PoolConfig,
+    RunConfig,
+    SftConfig,
+)
+from megadistill.head import VocabularyHead, weighted_nll
+from megadistill.megatron import export
+from megadistill.megatron.engine import STUDENT, Engine
+from megadistill.types import MicroBatch, Sample
+
+Layout = dict[str, Any]
+"""Arguments of ParallelConfig."""
+MICRO_BATCH_TOKENS = 48
+
+
+def run_config(model_dir: Path, layout: Layout, **changes: Any) -> RunConfig:
+    """A run of one model, which is also its own teacher."""
+    settings: dict[str, Any] = {
+        "name": "parity",
+        "steps": 1,
+        "device": "cpu",
+        "precision": "fp32",
+        "student": ModelConfig(path=str(model_dir)),
+        "teachers": {"same": ModelConfig(path=str(model_dir))},
+        "algorithm": SftConfig(pool="pool"),
+        "data": DataConfig(pools={"pool": PoolConfig(sources=[])}),
+        "optimizer": OptimizerConfig(lr=1e-3, beta2=0.999, weight_decay=0.0, clip_grad=1.0),
+        "batch": BatchConfig(micro_batch_tokens=MICRO_BATCH_TOKENS),
+        "parallel": ParallelConfig(**layout),
+    }
+    return RunConfig(**{**settings, **changes})
+
+
+def nll(
+    head: VocabularyHead, hidden_WD: Tensor, batch: MicroBatch
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The loss of the tests, and two metrics."""
+    loss, statistics = weighted_nll(head, hidden_WD, batch.targets_W, batch.weights_W)
+    return loss, {
+        "rows": torch.tensor(float(len(batch.rows_W))),
+        "logprob": statistics.logprobs_T.sum(),
+    }
+
+
+def compare(
+    model_dirs: Mapping[str, Path], references: Path, layouts: Mapping[str, Layout]
+) -> dict[tuple[str, str], dict[str, float]]:
+    """Largest gaps from the reference, by (layout, model); equal on every rank."""
+    found = {}
+    for layout_name, layout in layouts.items():
+        for model_name, model_dir in model_dirs.items():
+            reference = torch.load(references / model_name, weights_only=False)
+            engine = Engine(run_config(model_dir, layout))
+            gaps = {**_scoring(engine, reference), **_training(engine, reference, model_dir)}
+            engine.close()
+            found[layout_name, model_name] = _worst(gaps)
+    return found
+
+
+def _scoring(engine: Engine, reference: Any) -> dict[str, float]:
+    scores = engine.score(STUDENT, reference.spans)
+    same, entropies = engine.score_with_entropy("same", reference.spans)
+    forward_kl, reverse_kl = engine.divergences(STUDENT, "same", reference.spans)
+    assert len(entropies) == len(scores)
+    return {
+        "logprob": _largest(zip(scores, reference.logprobs, strict=True)),
+        "gap to itself": _largest(zip(scores, same, strict=True)),
+        "kl to itself": float(max(np.abs(forward_kl).max(), np.abs(reverse_kl).max())),
+    }
+
+
+def _training(engine: Engine, reference: Any, model_dir: Path) -> dict[str, float]:
+    gaps = {"round trip": _differences(engine, model_dir)}
+    results = []
+    for step in range(len(reference.losses)):
+        results.append(engine.step(reference.samples, nll, learning_rate=1e-3))
+        if step == 0:
+            gradients = {n: g for n, g in _gradients(engine)}
+            gaps["gradient"] = _relative(gradients, reference.gradients)
+    rows = sum(sample.span.num_scored for sample in reference.samples)
+    gaps["rows"] = abs(results[0].metrics["rows"] - rows)
+    gaps["loss"] = max(abs(r.loss - x) for r, x in zip(results, reference.losses, strict=True))
+    gaps["grad norm"] = max(
+        abs(r.grad_norm / x - 1) for r, x in zip(results, reference.grad_norms, strict=True)
+    )
+    weights = dict(engine.hf_tensors())
+    gaps["weights"] = _absolute(weights, reference.weights)
+    return gaps
+
+
+def _differences(engine: Engine, model_dir: Path) -> float:
+    """How many exported tensors are not bit for bit those that were loaded, or are missing."""
+    from megadistill.convert.hf_files import SafetensorsReader
+
+    reader = SafetensorsReader(model_dir)
+    exported = dict(engine.hf_tensors())
+    if not engine.is_writer:
+        assert not exported
+        return 0.0
+    missing = set(reader.names) ^ set(exported)
+    return float(len(missing) + sum(not torch.equal(t, reader(n)) for n, t in exported.items()))
+
+
+def _gradients(engine: Engine) -> Any:
+    """The first step's gradients as Hugging Face tensors, on rank 0."""
+    student = engine._student
+    for buffer in student.parallel_model.buffers:
+        for bucket in buffer.buckets:
+            # After the reduction each data-parallel rank holds its own piece of the sum.
+            group = engine.world.groups.dp_cp
+            pieces = list(bucket.grad_data.chunk(group.size()))
+            dist.all_gather(pieces, pieces[group.rank()].clone(), group=group)
+    gradients = {name: p.main_grad for name, p in student.model.named_parameters()}
+    return export.hf_tensors(gradients, engine._spec, engine.world)
+
+
+def _largest(pairs: Any) -> float:
+    return float(max(np.abs(a - b).max() for a, b in pairs))
+
+
+def _absolute(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    if not found:
+        return 0.0
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    return max(float((found[name] - expected[name]).abs().max()) for name in found)
+
+
+def _relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest gap of any entry of any tensor, over that tensor's largest entry."""
+    if not found:
+        return 0.0
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    return max(float((found[n] - expected[n]).abs().max() / expected[n].abs().max()) for n in found)
+
+
+def _worst(gaps: dict[str, float]) -> dict[str, float]:
+    everywhere: list[dict[str, float]] = [{}] * dist.get_world_size()
+    if dist.get_world_size() > 1:
+        dist.all_gather_object(everywhere, gaps)
+    else:
+        everywhere = [gaps]
+    return {name: max(part[name] for part in everywhere) for name in gaps}
+
+
+def few_samples(engine: Engine, samples: Sequence[Sample]) -> float:
+    """The loss of a step with fewer samples than ranks."""
+    return engine.step(samples[:1], nll, learning_rate=1e-3).loss
