@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).parents[2]
 LOCAL_CLUSTER = ROOT / "slurm" / "local_cluster.sh"
-PATIENCE_S = 90.0
+PATIENCE_S = 150.0
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from megadistill.rundir import RunDir
 QUICK = Waits(
     poll_s=0.05,
     heartbeat_s=0.2,
-    silence_s=float(os.environ.get("FAKE_SILENCE_S", "20")),
-    start_s=20,
+    silence_s=float(os.environ.get("FAKE_SILENCE_S", "60")),
+    start_s=60,
     lock_s=2,
     settle_s=0.3,
     grace_s=0.5,
-    drain_s=20,
+    drain_s=60,
     stop_s=60,
 )
 

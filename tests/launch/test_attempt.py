@@ -186,6 +186,7 @@ def test_trainers_that_ignore_a_stop_request_are_a_failure(run: RunDir, attempt:
 def test_the_verdict_follows_the_progress_once_all_trainers_have_ended(
     run: RunDir, attempt: Attempt
 ) -> None:
+    attempt.referee.waits = replace(QUICK, silence_s=60)
     done = Notice(state="done")
     attempt.theirs.post(done, every_s=0)
     assert attempt.until(done).status == "failed"
