@@ -113,10 +113,15 @@ class Connection:
         connection = http.client.HTTPConnection(
             self.address.host, self.address.port, timeout=CONNECT_TIMEOUT_S
         )
-        connection.connect()
-        connection.sock.settimeout(idle_s)
-        connection.request(method, path, body, {"Authorization": f"Bearer {self.token}"})
-        return connection.getresponse()
+        try:
+            connection.connect()
+            connection.sock.settimeout(idle_s)
+            connection.request(method, path, body, {"Authorization": f"Bearer {self.token}"})
+            return connection.getresponse()
+        except BaseException:
+            # An engine stops working for a client as soon as the connection is closed.
+            connection.close()
+            raise
 
 
 def _message(content: bytes) -> str:

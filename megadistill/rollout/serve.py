@@ -24,6 +24,10 @@ SOCKET_TIMEOUT_S = 60
 """Seconds a client may take to send its request or to accept an answer."""
 
 
+POLL_S = 0.05
+"""Seconds until the accepting thread notices a shutdown."""
+
+
 class RequestError(ValueError):
     """The caller asked for something that this engine cannot do; the engine is unharmed."""
 
@@ -76,7 +80,7 @@ class EngineServer(ThreadingHTTPServer):
         self.token = token
         self.jobs: queue.Queue[Job] = queue.Queue()
         self.busy = False
-        self._acceptor = threading.Thread(target=self.serve_forever, daemon=True)
+        self._acceptor = threading.Thread(target=self.serve_forever, args=(POLL_S,), daemon=True)
         self._acceptor.start()
 
     def health(self) -> wire.Health:

@@ -14,7 +14,8 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from megadistill.config import RunConfig, resolve_path
+from megadistill.config import RunConfig
+from megadistill.convert.hf_files import resolve_model
 from megadistill.rollout import wire
 from megadistill.rollout.model_files import eos_token_ids, kv_bytes_per_token, read_model_config
 from megadistill.rollout.serve import RequestError
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 CPU_BLOCK = 128
 """Tokens in one block of vLLM's key/value cache on a CPU."""
+
+PREFILL_TOKENS = 2048
+"""Most prompt tokens in one engine step on a CPU, unless one prompt is longer."""
 
 
 class VllmEngine:
@@ -35,7 +39,7 @@ class VllmEngine:
         self.checksum: str | None = None
         self._gpu = gpu
         self._colocated = config.rollout.placement == "colocated"
-        path = Path(resolve_path(config.student.path))
+        path = resolve_model(config.student.path)
         self._stop_ids = eos_token_ids(path)
         arguments = engine_arguments(config, path, gpu=gpu)
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
@@ -191,4 +195,7 @@ def engine_arguments(config: RunConfig, path: Path, *, gpu: bool) -> dict[str, A
     needed = block_tokens * kv_bytes_per_token(read_model_config(path), bytes_per_value)
     arguments["kv_cache_memory_bytes"] = min(rollout.kv_cache_gib << 30, needed)
     arguments["enforce_eager"] = True
+    # A prompt cut in two makes vLLM rewind its sampling generator, which a CPU generator cannot.
+    arguments["enable_chunked_prefill"] = False
+    arguments["max_num_batched_tokens"] = max(max_model_len, PREFILL_TOKENS)
     return arguments

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from megadistill.config import RunConfig
+from megadistill.config import RunConfig, resolve_path
 from megadistill.rollout import wire
 from megadistill.rollout.serve import EngineServer, HostedEngine
 from megadistill.rundir import RunDir, write_atomic
@@ -76,6 +76,8 @@ def start_engine(config: RunConfig, version: int) -> HostedEngine:
         raise ValueError("rollout.publish: nccl is not built yet; use files")
     gpu = config.device != "cpu" and config.cluster.gpus_per_node > 0
     os.environ.update(vllm_environment(rollout.threads, gpu=gpu))
+    if Path(resolve_path(config.student.path)).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
     # Importing allocates millions of objects that live for ever: collecting meanwhile, or
     # scanning them later, costs seconds and frees nothing.
     gc.disable()
@@ -98,8 +100,6 @@ def vllm_environment(threads: int, *, gpu: bool) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     if not gpu:

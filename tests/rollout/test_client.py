@@ -1,0 +1,282 @@
+import logging
+import time
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+
+from megadistill.config.schema import RolloutConfig
+from megadistill.rollout import connection, wire
+from megadistill.rollout.client import EnginePool
+from megadistill.rollout.connection import EngineError, EngineTimeoutError
+from megadistill.rollout.protocol import RolloutEngine
+from megadistill.rundir import RunDir
+from tests.rollout.fakes import (
+    TOKEN,
+    EchoEngine,
+    address,
+    free_port,
+    pool_of,
+    prompt,
+    scripted,
+    send,
+    sequence,
+    serving,
+    wait_until,
+    write_address,
+)
+
+NAMED = r"rollout engine 0 on node7 at 127\.0\.0\.1:\d+"
+
+
+def generate_one(port: int, timeout_s: int = 5) -> None:
+    pool_of(port, timeout_s=timeout_s).generate([prompt(1), prompt(2)], [0, 1], expected_version=0)
+
+
+def test_rollouts_come_back_in_prompt_order_from_several_engines() -> None:
+    first, second = EchoEngine(), EchoEngine()
+    progress: list[tuple[int, int, int]] = []
+    with serving(first) as port, serving(second) as other:
+        engine: RolloutEngine = pool_of(port, other)
+        prompts = [prompt(index, 7) for index in range(1, 6)]
+        rollouts = engine.generate(
+            prompts,
+            list(range(5)),
+            expected_version=0,
+            on_progress=lambda *counts: progress.append(counts),
+        )
+    assert [rollout.prompt for rollout in rollouts] == prompts
+    assert [rollout.response_ids_R.tolist() for rollout in rollouts] == [
+        [7, index] for index in range(1, 6)
+    ]
+    assert rollouts[0].logprobs_R.tolist() == [-0.5, -0.5]
+    assert {rollout.policy_version for rollout in rollouts} == {0}
+    assert progress[-1] == (5, 5, 10)
+    assert [done for done, _, _ in progress] == [1, 2, 3, 4, 5]
+
+
+def test_the_cap_on_tokens_can_be_lowered_for_one_batch() -> None:
+    with serving(EchoEngine()) as port:
+        (rollout,) = pool_of(port).generate(
+            [prompt(1, 2, 3)], [0], expected_version=0, max_tokens=2
+        )
+    assert rollout.response_ids_R.tolist() == [3, 2]
+
+
+def test_an_empty_batch_asks_nobody() -> None:
+    assert pool_of(free_port()).generate([], [], expected_version=0) == []
+
+
+def test_as_many_seeds_as_prompts_are_expected() -> None:
+    with pytest.raises(ValueError, match="found 1 seeds for 2 prompts"):
+        pool_of(free_port()).generate([prompt(1), prompt(2)], [0], expected_version=0)
+
+
+def test_a_wrong_token_is_refused() -> None:
+    with serving(EchoEngine()) as port:
+        wrong = pool_of(port, token="wrong")
+        with pytest.raises(EngineError, match=f"{NAMED}.*missing or wrong token"):
+            wrong.generate([prompt(1)], [0], expected_version=0)
+
+
+def test_an_engine_with_other_weights_refuses_the_batch() -> None:
+    with (
+        serving(EchoEngine()) as port,
+        pytest.raises(EngineError, match="found weights version 0, expected 4"),
+    ):
+        pool_of(port).generate([prompt(1)], [0], expected_version=4)
+
+
+def test_a_rollout_of_another_version_is_an_error() -> None:
+    with (
+        scripted(lambda handler: send(handler, sequence(0), sequence(1, version=3))) as port,
+        pytest.raises(EngineError, match=f"{NAMED}.*found weights version 3, expected 0"),
+    ):
+        generate_one(port)
+
+
+def test_a_refused_request_says_why_and_leaves_the_engine_usable() -> None:
+    with serving(EchoEngine()) as port:
+        pool = pool_of(port)
+        with pytest.raises(EngineError, match="request 1: only zeros"):
+            pool.generate([prompt(1), prompt(0)], [0, 1], expected_version=0)
+        assert len(pool.generate([prompt(1)], [0], expected_version=0)) == 1
+
+
+def test_a_missing_sequence_is_an_error() -> None:
+    with (
+        scripted(lambda handler: send(handler, sequence(1), wire.End(count=1))) as port,
+        pytest.raises(EngineError, match=r"without 1 of 2 sequences, e\.g\. \[0\]"),
+    ):
+        generate_one(port)
+
+
+def test_a_doubled_sequence_is_an_error() -> None:
+    with (
+        scripted(lambda handler: send(handler, sequence(1), sequence(1))) as port,
+        pytest.raises(EngineError, match="sequence 1 came twice"),
+    ):
+        generate_one(port)
+
+
+def test_a_sequence_with_too_few_logprobs_is_an_error() -> None:
+    short = wire.Sequence(id=0, token_ids=[1, 2], logprobs=[-1.0], finish_reason="stop", version=0)
+    with (
+        scripted(lambda handler: send(handler, short)) as port,
+        pytest.raises(EngineError, match="found 2 tokens and 1 log-prob"),
+    ):
+        generate_one(port)
+
+
+def test_a_garbage_line_is_an_error() -> None:
+    with (
+        scripted(lambda handler: send(handler, sequence(0), b"<html>\n")) as port,
+        pytest.raises(EngineError, match=f"(?s){NAMED}.*garbage in the answer"),
+    ):
+        generate_one(port)
+
+
+def test_an_engine_that_dies_midway_is_an_error() -> None:
+    with (
+        scripted(lambda handler: send(handler, sequence(0))) as port,
+        pytest.raises(EngineError, match="without 1 of 2 sequences"),
+    ):
+        generate_one(port)
+
+
+def test_a_failure_reported_midway_is_an_error() -> None:
+    failure = wire.Failure(message="RuntimeError: out of memory")
+    with (
+        scripted(lambda handler: send(handler, sequence(0), failure)) as port,
+        pytest.raises(EngineError, match=f"{NAMED}.*out of memory"),
+    ):
+        generate_one(port)
+
+
+def test_a_silent_engine_times_out() -> None:
+    def hang(handler: BaseHTTPRequestHandler) -> None:
+        send(handler, sequence(0))
+        time.sleep(3)
+
+    with (
+        scripted(hang) as port,
+        pytest.raises(EngineTimeoutError, match=f"{NAMED}.*no answer for 1 s"),
+    ):
+        generate_one(port, timeout_s=1)
+
+
+def test_an_engine_that_never_ends_times_out_although_it_is_alive() -> None:
+    def alive(handler: BaseHTTPRequestHandler) -> None:
+        send(handler)
+        for _ in range(40):
+            handler.wfile.write(wire.LINE.dump_json(wire.Alive(unfinished=2)) + b"\n")
+            time.sleep(0.05)
+
+    with (
+        scripted(alive) as port,
+        pytest.raises(EngineTimeoutError, match=f"{NAMED}.*took over 1 s"),
+    ):
+        generate_one(port, timeout_s=1)
+
+
+def test_nobody_listening_is_tried_again_and_then_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection, "RETRY_PAUSE_S", 0.01)
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(EngineError, match=f"{NAMED}.*connection lost"),
+    ):
+        generate_one(free_port())
+    assert len([record for record in caplog.records if "attempt" in record.message]) == 2
+
+
+def test_one_failing_engine_stops_the_work_of_the_others() -> None:
+    working = EchoEngine()
+    failure = wire.Failure(message="broken")
+    with serving(working) as port, scripted(lambda handler: send(handler, failure)) as other:
+        with pytest.raises(EngineError, match="broken"):
+            pool_of(port, other).generate([prompt(99), prompt(1)], [0, 1], expected_version=0)
+        wait_until(lambda: working.cancellations == 1)
+
+
+def test_publishing_reaches_every_engine_and_changes_the_version() -> None:
+    first, second = EchoEngine(), EchoEngine()
+    with serving(first) as port, serving(second) as other:
+        pool = pool_of(port, other)
+        pool.publish(3, [Path("a.safetensors")], "c0ffee")
+        assert (first.version, second.version) == (3, 3)
+        (rollout,) = pool.generate([prompt(1)], [0], expected_version=3)
+        assert rollout.policy_version == 3
+        assert pool.engines[1].health() == wire.Health(version=3, checksum="c0ffee", busy=False)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        wire.Loaded(version=3, checksum="other", seconds=0.1),
+        wire.Loaded(version=2, checksum="c0ffee", seconds=0.1),
+        wire.Done(),
+    ],
+)
+def test_publishing_is_refused_unless_version_and_checksum_are_echoed(line: wire.Line) -> None:
+    with (
+        scripted(lambda handler: send(handler, line)) as port,
+        pytest.raises(EngineError, match=NAMED),
+    ):
+        pool_of(port).publish(3, [Path("a.safetensors")], "c0ffee")
+
+
+def test_sleep_and_wake_reach_the_engine_and_shutdown_ends_it() -> None:
+    engine = EchoEngine()
+    with serving(engine) as port:
+        pool = pool_of(port)
+        pool.sleep()
+        pool.wake()
+        pool.shutdown()
+        assert engine.calls == ["sleep", "wake"]
+        pool.shutdown()
+
+
+def test_connecting_waits_until_every_engine_has_written_its_address(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    waits: list[list[int]] = []
+    with serving(EchoEngine()) as port:
+        write_address(run.engine_file(0), address(port))
+        (tmp_path / "control" / "token").write_text(TOKEN)
+
+        def on_wait(seconds: float, missing: object) -> None:
+            waits.append(list(missing))  # type: ignore[call-overload]
+            write_address(run.engine_file(1), address(port))
+
+        pool = EnginePool.connect(run, RolloutConfig(engines=2), on_wait=on_wait)
+    assert waits == [[1]]
+    assert [engine.index for engine in pool.engines] == [0, 1]
+
+
+def test_an_engine_that_does_not_come_up_is_named_with_its_log(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    log = run.log_file("engine-1", 0)
+    log.parent.mkdir()
+    log.touch()
+    with serving(EchoEngine()) as port:
+        write_address(run.engine_file(0), address(port))
+        (tmp_path / "control" / "token").write_text(TOKEN)
+        with pytest.raises(EngineTimeoutError) as raised:
+            EnginePool.connect(run, RolloutConfig(engines=2, start_timeout_s=1))
+    assert f"did not come up in 1 s: rollout engine 1 (log: {log})" in str(raised.value)
+
+
+def test_an_engine_that_could_not_start_ends_the_waiting(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    write_address(run.engine_file(0), address(0, error="ValueError: no such model"))
+    with pytest.raises(EngineError, match=r"engine 0 on node7 could not start: .*no such model"):
+        EnginePool.connect(run, RolloutConfig())
+
+
+def test_a_torn_address_file_is_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.engine_file(0).parent.mkdir()
+    run.engine_file(0).write_text("{")
+    with pytest.raises(EngineError, match=r"engine-0\.json is not an address"):
+        EnginePool.connect(run, RolloutConfig())
