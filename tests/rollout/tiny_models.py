@@ -46,7 +46,8 @@ def _model(config: LlamaConfig | Qwen2Config, seed: int) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def save(model: PreTrainedModel, directory: Path) -> Path:
