@@ -136,7 +136,8 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 
 def main() -> None:
     """Entry point of one trainer rank; the launcher sets RANK, WORLD_SIZE and MASTER_*."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
     parts, state = assemble(RunDir(Path(sys.argv[1])))
     train(parts, state)
     parts.engine.close()
