@@ -40,7 +40,8 @@ def check_config(config: RunConfig) -> None:
             problems.append(f"{key}.path: {error}")
     for key, spec in specs.items():
         problems += _parallel_problems(key, spec, config)
-    problems += [*_length_problems(specs, config), *_disk_problems(config)]
+    problems += _length_problems(specs, config)
+    problems += [*_vocabulary_problems(specs, config), *_disk_problems(config)]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ConfigError(f"{config.name}: {len(problems)} problem(s)\n{lines}")
@@ -86,6 +87,18 @@ def _length_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> list[
     if room < needed:
         problems.append(f"rollout.max_model_len: found {room}, expected at least {needed}")
     return problems
+
+
+def _vocabulary_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> list[str]:
+    """A divergence over the full vocabulary needs as many rows on both sides."""
+    sizes = {key: spec.vocab_size for key, spec in specs.items()}
+    return [
+        f"evaluate.heldout.{name}.teacher: teachers.{heldout.teacher} has {sizes[teacher]} "
+        f"vocabulary rows, expected {sizes['student']} like the student"
+        for name, heldout in config.evaluate.heldout.items()
+        if (teacher := f"teachers.{heldout.teacher}") in sizes
+        and sizes[teacher] != sizes.get("student", sizes[teacher])
+    ]
 
 
 def _disk_problems(config: RunConfig) -> list[str]:

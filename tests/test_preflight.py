@@ -121,6 +121,17 @@ def test_prompts_and_responses_must_fit_the_engines(models: Path) -> None:
     check_config(make_config(tree_on(models, rollout={"max_tokens": 16, "max_model_len": 80})))
 
 
+def test_heldout_divergences_need_vocabularies_of_one_size(models: Path) -> None:
+    write_model_config(models / "general", vocab_size=101)
+    check_config(make_config(tree_on(models)))  # gaps on sampled tokens do not need them
+    heldout = {name: {"pool": "general", "teacher": name} for name in ("general", "domain")}
+    (line,) = problems(tree_on(models, evaluate={"heldout": heldout}))
+    assert line == (
+        "evaluate.heldout.general.teacher: teachers.general has 101 vocabulary rows, "
+        "expected 100 like the student"
+    )
+
+
 def test_disk_space_must_be_free(models: Path) -> None:
     tree = tree_on(models, checks={"min_free_gib": 1e9}, runs_dir=str(models / "not" / "yet"))
     (line,) = problems(tree)
