@@ -11,7 +11,7 @@ probabilities, each divergence has the gradient S (g - sum S g) on the student's
 where M = b T + (1-b) S. A row's gradient depends on that row alone: it is made in the same sweep.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from megadistill.head.alignment import align
 from megadistill.head.checks import check_hidden, check_pair, check_weights
 from megadistill.head.gradients import GradientSums
 from megadistill.head.projection import project, row_blocks
-from megadistill.head.rows import combine, exponentiate, sum_ranks
+from megadistill.head.rows import RowStatistics, combine, exponentiate, sum_ranks
 from megadistill.head.vocabulary import VocabularyHead
 
 
@@ -109,10 +109,8 @@ def divergences(
     values_T2 = student_hidden_TD.new_zeros(num_tokens, 2, dtype=student_head.compute_dtype)
     logits = pair.buffers()
     for rows in pair.student.chunks(num_tokens):
-        student_CV, teacher_CV = pair.logprobs(rows, logits)
         values_C2 = values_T2[rows]
-        for block in row_blocks(student_CV):
-            a, b = student_CV[block], teacher_CV[block]
+        for block, a, b in pair.logprobs(rows, logits):
             values_C2[block, 0] = _forward_terms(a, b).value_C
             values_C2[block, 1] = _reverse_terms(a, b).value_C
     sum_ranks(values_T2, student_head.group)
@@ -215,19 +213,26 @@ class _Pair:
             self.student_hidden_TD.new_empty(shape, dtype=self.teacher.compute_dtype),
         )
 
-    def logprobs(self, rows: slice, logits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of one chunk over this rank's ids, for student and teacher."""
+    def logprobs(
+        self, rows: slice, logits: tuple[Tensor, Tensor]
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Log-probabilities of one chunk over this rank's ids, for student and teacher.
+
+        Block by block, as views of `logits` made when they are asked for: still in cache.
+        """
         hidden = self.student_hidden_TD.detach(), self.teacher_hidden_TD
-        for head, hidden_TD, buffer in zip(
-            (self.student, self.teacher), hidden, logits, strict=True
+        student_CV, teacher_CV = (buffer[: rows.stop - rows.start] for buffer in logits)
+        totals: list[RowStatistics] = []
+        for head, hidden_TD, z_CV in zip(
+            (self.student, self.teacher), hidden, (student_CV, teacher_CV), strict=True
         ):
-            z_CV = buffer[: rows.stop - rows.start]
             project(hidden_TD[rows], head.true_weight, self.temperature, z_CV)
-            total = combine(exponentiate(z_CV, keep_logits=True), head.group)
-            maximum_C1, log_sum_C1 = total.maximum_C[:, None], total.log_sum[:, None]
-            for block in row_blocks(z_CV):
-                z_CV[block].sub_(maximum_C1[block]).sub_(log_sum_C1[block])
-        return logits[0][: rows.stop - rows.start], logits[1][: rows.stop - rows.start]
+            totals.append(combine(exponentiate(z_CV, keep_logits=True), head.group))
+        student, teacher = totals
+        for block in row_blocks(student_CV):
+            a = student.normalise_(student_CV[block], block)
+            b = teacher.normalise_(teacher_CV[block], block)
+            yield block, a, b
 
 
 def _weighted_sum(pair: _Pair, weights_T: Tensor, kind: _Kind) -> tuple[Tensor, Tensor]:
@@ -281,18 +286,19 @@ def _sweep(pair: _Pair, weights_T: Tensor, kind: _Kind, sums: GradientSums) -> T
     logits = pair.buffers()
     tiles = sums.tile(logits[0], head)
     for rows in head.chunks(weights_T.shape[0]):
-        student_CV, teacher_CV = pair.logprobs(rows, logits)
         totals_C2 = values_T2[rows]
-        for block in row_blocks(student_CV):
-            terms = kind(student_CV[block], teacher_CV[block])
+        for block, a, b in pair.logprobs(rows, logits):
+            terms = kind(a, b)
             totals_C2[block, 0], totals_C2[block, 1] = terms.value_C, terms.baseline_C
-            student_CV[block], teacher_CV[block] = terms.slope_CV, terms.student_CV
+            if sums.wanted:
+                a.copy_(terms.slope_CV)
+                b.copy_(terms.student_CV)
         sum_ranks(totals_C2, head.group)
         if not sums.wanted:
             continue
-        tile_CV = tiles[: rows.stop - rows.start]
-        for block in row_blocks(student_CV):
-            teacher_CV[block] *= totals_C2[block, 1:]
-            tile_CV[block] = student_CV[block].sub_(teacher_CV[block])
+        slope_CV, probs_CV, tile_CV = (x[: rows.stop - rows.start] for x in (*logits, tiles))
+        for block in row_blocks(tile_CV):
+            probs_CV[block] *= totals_C2[block, 1:]
+            torch.sub(slope_CV[block], probs_CV[block], out=tile_CV[block])
         sums.add(head, hidden_TD, rows, tile_CV, weights_T[rows] / pair.temperature)
     return values_T2[:, 0].clone()

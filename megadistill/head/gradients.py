@@ -101,7 +101,8 @@ class GradientSums:
             scale = gradient_VD.new_ones(()) if upstream is None else upstream
             weight_VD.main_grad.addcmul_(gradient_VD, scale)  # type: ignore[attr-defined]
             return announce_main_grad(weight_VD)
-        if upstream is None:
+        if upstream is None or bool(upstream == 1.0):
+            # As it is where the types agree: autograd takes it over without a copy.
             return gradient_VD.to(weight_VD.dtype)
         returned_VD = torch.empty_like(weight_VD)
         for block in row_blocks(returned_VD):

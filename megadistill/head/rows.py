@@ -39,6 +39,12 @@ class RowStatistics:
         """Log-probabilities of some logits of each row."""
         return logits_CK - self.maximum_C[:, None] - self.log_sum[:, None]
 
+    def normalise_(self, logits_BV: Tensor, block: slice) -> Tensor:
+        """Turn the logits of a block of rows into log-probabilities, in place."""
+        logits_BV -= self.maximum_C[block, None]
+        logits_BV -= self.sum_exp_C[block, None].log()
+        return logits_BV
+
     @property
     def entropy(self) -> Tensor:
         """Entropy of the soft-max, in nats."""

@@ -4,6 +4,7 @@ Shape suffixes in this package: T tokens (rows), C rows of one chunk, D hidden s
 rows of this rank, K ids per row or top-K, R ranks of the group.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 # One chunk of logits, in elements. On a CPU larger chunks only cost memory; on a GPU every chunk
 # also reads and writes the whole fp32 weight gradient, so chunks are larger there.
-CHUNK_ELEMENTS_CPU = 24 * 2**20
+CHUNK_ELEMENTS_CPU = 16 * 2**20
 CHUNK_ELEMENTS_GPU = 256 * 2**20
 CHUNK_ROW_MULTIPLE = 64
 
@@ -82,6 +83,8 @@ class VocabularyHead:
         size = self.chunk_tokens
         if size is None:
             elements = CHUNK_ELEMENTS_GPU if self.weight_VD.is_cuda else CHUNK_ELEMENTS_CPU
-            size = elements // max(self.num_true_rows, 1) // CHUNK_ROW_MULTIPLE
-            size = max(size, 1) * CHUNK_ROW_MULTIPLE
+            most = max(elements // max(self.num_true_rows, 1), CHUNK_ROW_MULTIPLE)
+            # Chunks of about one size: a short last one would be slow.
+            even = math.ceil(num_tokens / math.ceil(num_tokens / most))
+            size = math.ceil(even / CHUNK_ROW_MULTIPLE) * CHUNK_ROW_MULTIPLE
         return [slice(s, min(s + size, num_tokens)) for s in range(0, num_tokens, size)]
