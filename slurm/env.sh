@@ -32,8 +32,10 @@ run_nodes() { # default config, then the job script's arguments: [CONFIG] [key=v
   read -r -a options <<<"${MEGADISTILL_SRUN_OPTIONS:-}"
   MEGADISTILL_LAUNCH=$(date +%s%N) # tells this start of the job from every other
   export MEGADISTILL_LAUNCH
+  # A warning that comes while Python still loads must not kill it: USR1 starts out ignored.
+  local start=(bash -c 'trap "" USR1; exec "$@"' node)
   # One node process a node. It starts the trainers and engines itself, so it is bound to no core;
   # when one node fails or ends, the others do not go on without it.
   exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=120 --cpu-bind=none --input=none \
-    ${options[@]+"${options[@]}"} "$python" -u -m megadistill node "$config" "$@"
+    ${options[@]+"${options[@]}"} "${start[@]}" "$python" -u -m megadistill node "$config" "$@"
 }

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,21 +60,16 @@ class Processes:
         self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
     ) -> None:
         """Start a role with both its outputs in `log`. Only from the main thread."""
-        if self._guard is None:
-            self._guard = start_guard()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
-        try:
-            with log.open("wb") as stream:
-                process = subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with shielded(), log.open("wb") as stream:
+            self._guard = self._guard or start_guard()
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self._tell_guard("add", process.pid)
         self.running[name] = process
         waiter = threading.Thread(target=self._wait_for, args=(name, process.pid, log), daemon=True)
@@ -126,6 +122,16 @@ class Processes:
         assert self._guard.stdin is not None
         self._guard.stdin.write(f"{verb} {pid}\n")
         self._guard.stdin.flush()
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """What is started inside has Slurm's signals blocked; here they wait until the end."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def start_guard() -> "subprocess.Popen[str]":

@@ -3,6 +3,7 @@
 import getpass
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 import time
@@ -23,6 +24,9 @@ NO_ACCOUNTING = Path(__file__).parents[2] / "slurm" / "no_accounting"
 """Holds the stand-in for sacct."""
 WAIT_POLL_S = 5.0
 SRUN_ARGS = ("--kill-on-bad-exit=1", "--cpu-bind=none")
+
+# A warning that comes while Python still loads must not kill it: USR1 starts out ignored.
+PYTHON = shlex.join(["bash", "-c", 'trap "" USR1; exec "$@"', "node", sys.executable])
 
 JOB_SETUP = (
     'export MEGADISTILL_LAUNCH="$(date +%s%N)"',  # tells this start of the job from others
@@ -111,7 +115,7 @@ def gang_executor(
 ) -> GangExecutor:
     """An executor set up as the configuration asks; its files are in a fresh folder of the run."""
     folder = run.path / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    executor = (GangExecutor if check else DryGangExecutor)(folder)
+    executor = (GangExecutor if check else DryGangExecutor)(folder, python=PYTHON)
     executor.update_parameters(**sbatch_parameters(name, cluster))
     return executor
 

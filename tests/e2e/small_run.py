@@ -38,7 +38,7 @@ def make_models(directory: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
     for name in ("general", "domain"):
         model.save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / name)

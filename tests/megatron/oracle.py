@@ -89,6 +89,8 @@ class Reference:
     """Of the first step, clipped."""
     weights: dict[str, torch.Tensor]
     """After the last step."""
+    last_loss: float
+    """Of the first sample alone, after the last step."""
 
 
 def write_model(case: Case, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -130,6 +132,7 @@ def reference(model_dir: Path, lengths: Sequence[int]) -> Reference:
         grad_norms=grad_norms,
         gradients=gradients,
         weights={name: p.detach().clone() for name, p in model.named_parameters()},
+        last_loss=float(loss(model, samples[:1])),
     )
 
 

@@ -62,17 +62,20 @@ def nll(
 
 
 def compare(
-    model_dirs: Mapping[str, Path], references: Path, layouts: Mapping[str, Layout]
+    directory: Path, cases: Sequence[tuple[str, Layout, str]]
 ) -> dict[tuple[str, str], dict[str, float]]:
-    """Largest gaps from the reference, by (layout, model); equal on every rank."""
+    """Largest gaps from the reference over all ranks, by (layout name, model name).
+
+    `cases` are (layout name, layout, model name); `directory` holds models and references.
+    """
     found = {}
-    for layout_name, layout in layouts.items():
-        for model_name, model_dir in model_dirs.items():
-            reference = torch.load(references / model_name, weights_only=False)
-            engine = Engine(run_config(model_dir, layout))
-            gaps = {**_scoring(engine, reference), **_training(engine, reference, model_dir)}
-            engine.close()
-            found[layout_name, model_name] = _worst(gaps)
+    for layout_name, layout, model_name in cases:
+        model_dir = directory / model_name
+        reference = torch.load(directory / f"{model_name}.reference", weights_only=False)
+        engine = Engine(run_config(model_dir, layout))
+        gaps = {**_scoring(engine, reference), **_training(engine, reference, model_dir)}
+        found[layout_name, model_name] = worst(gaps)
+        engine.close()
     return found
 
 
@@ -82,8 +85,8 @@ def _scoring(engine: Engine, reference: Any) -> dict[str, float]:
     forward_kl, reverse_kl = engine.divergences(STUDENT, "same", reference.spans)
     assert len(entropies) == len(scores)
     return {
-        "logprob": _largest(zip(scores, reference.logprobs, strict=True)),
-        "gap to itself": _largest(zip(scores, same, strict=True)),
+        "logprob": _largest_of(zip(scores, reference.logprobs, strict=True)),
+        "gap to itself": _largest_of(zip(scores, same, strict=True)),
         "kl to itself": float(max(np.abs(forward_kl).max(), np.abs(reverse_kl).max())),
     }
 
@@ -94,7 +97,7 @@ def _training(engine: Engine, reference: Any, model_dir: Path) -> dict[str, floa
     for step in range(len(reference.losses)):
         results.append(engine.step(reference.samples, nll, learning_rate=1e-3))
         if step == 0:
-            gradients = {n: g for n, g in _gradients(engine)}
+            gradients = dict(_gradients(engine))
             gaps["gradient"] = _relative(gradients, reference.gradients)
     rows = sum(sample.span.num_scored for sample in reference.samples)
     gaps["rows"] = abs(results[0].metrics["rows"] - rows)
@@ -103,7 +106,10 @@ def _training(engine: Engine, reference: Any, model_dir: Path) -> dict[str, floa
         abs(r.grad_norm / x - 1) for r, x in zip(results, reference.grad_norms, strict=True)
     )
     weights = dict(engine.hf_tensors())
-    gaps["weights"] = _absolute(weights, reference.weights)
+    gaps["weights"] = largest_gap(weights, reference.weights)
+    # Fewer samples than data-parallel ranks: the others take part without any.
+    last = engine.step(reference.samples[:1], nll, learning_rate=1e-3)
+    gaps["last loss"] = abs(last.loss - reference.last_loss)
     return gaps
 
 
@@ -133,11 +139,11 @@ def _gradients(engine: Engine) -> Any:
     return export.hf_tensors(gradients, engine._spec, engine.world)
 
 
-def _largest(pairs: Any) -> float:
+def _largest_of(pairs: Any) -> float:
     return float(max(np.abs(a - b).max() for a, b in pairs))
 
 
-def _absolute(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def largest_gap(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     if not found:
         return 0.0
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
@@ -152,15 +158,7 @@ def _relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[n] - expected[n]).abs().max() / expected[n].abs().max()) for n in found)
 
 
-def _worst(gaps: dict[str, float]) -> dict[str, float]:
+def worst(gaps: dict[str, float]) -> dict[str, float]:
     everywhere: list[dict[str, float]] = [{}] * dist.get_world_size()
-    if dist.get_world_size() > 1:
-        dist.all_gather_object(everywhere, gaps)
-    else:
-        everywhere = [gaps]
+    dist.all_gather_object(everywhere, gaps)
     return {name: max(part[name] for part in everywhere) for name in gaps}
-
-
-def few_samples(engine: Engine, samples: Sequence[Sample]) -> float:
-    """The loss of a step with fewer samples than ranks."""
-    return engine.step(samples[:1], nll, learning_rate=1e-3).loss
