@@ -142,8 +142,10 @@ def convert(arguments: argparse.Namespace) -> int:
     """Hugging Face to Megatron's distributed checkpoint, or back, in bounded memory."""
     from megadistill.convert.conversion import hf_to_megatron, megatron_to_hf
 
-    convert_files = hf_to_megatron if arguments.to == "megatron" else megatron_to_hf
-    convert_files(arguments.source, arguments.target)
+    if arguments.to == "megatron":
+        print(hf_to_megatron(arguments.source, arguments.target))
+    else:
+        print(megatron_to_hf(arguments.source, arguments.target, model=arguments.model))
     return 0
 
 
@@ -186,6 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("to", choices=("megatron", "hf"), help="format of TARGET")
     command.add_argument("source", help="Hugging Face directory, or Megatron checkpoint")
     command.add_argument("target", help="directory to write; must not exist")
+    command.add_argument(
+        "--model", help="model whose configuration and tokenizer to take (to hf, from a run's own)"
+    )
     return parser
 
 
