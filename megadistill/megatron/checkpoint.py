@@ -55,15 +55,27 @@ def load(student: Student, directory: Path) -> dict[str, Any]:
 
 
 def _sharded_state(student: Student, *, is_loading: bool) -> ShardedStateDict:
-    metadata = {
-        **_stored_metadata(),
-        "dp_cp_group": student.world.groups.dp_cp,
-    }
+    metadata = {**_stored_metadata(), "dp_cp_group": student.world.groups.dp_cp}
+    _count_padding(student)
     model = student.model.sharded_state_dict(metadata=metadata)
     optimizer = student.optimizer.sharded_state_dict(
         model, is_loading=is_loading, metadata=metadata
     )
     return {"model": model, "optimizer": optimizer}
+
+
+def _count_padding(student: Student) -> None:
+    """Make the optimizer write every parameter's state from where it lies.
+
+    Megatron joins the buckets of a buffer without the padding at their ends, and then looks up
+    parameters by their places with it. Where a padded bucket is not the last (tied embeddings over
+    pipeline stages, overlapped reduction) later parameters' states are saved shifted. A bucket that
+    declares no padding is joined whole.
+    """
+    for buffer in student.parallel_model.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _stored_metadata() -> dict[str, Any]:
