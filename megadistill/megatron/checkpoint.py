@@ -20,18 +20,19 @@ Extra = Mapping[str, Any]  # JSON: whatever the caller must find again
 
 @on_cpu_too
 def save(student: Student, directory: Path, extra: Extra) -> None:
-    """Write the student's whole state, and rank 0's `extra`, into an empty or new directory.
+    """Write the student's whole state, and `extra`, into an empty or new directory.
 
-    Collective. `extra` must survive JSON. The caller makes the write atomic (write aside, rename).
+    Collective; rank 0's `directory` and `extra` count, and all ranks must reach that directory.
+    `extra` must survive JSON. The caller makes the write atomic (write aside, rename).
     """
     if student.world.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
-    texts = [json.dumps(extra)]
+    texts = [str(directory), json.dumps(extra)]
     dist.broadcast_object_list(texts, src=0)
     state = _sharded_state(student, is_loading=False)
-    state["extra"] = texts[0]
+    state["extra"] = texts[1]
     state["random_states"] = _gather_random_states(student.world)
-    dist_checkpointing.save(state, str(directory), content_metadata=_stored_metadata())
+    dist_checkpointing.save(state, texts[0], content_metadata=_stored_metadata())
     dist.barrier()
 
 

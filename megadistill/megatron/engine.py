@@ -12,13 +12,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from megadistill.config import resolve_path
 from megadistill.config.schema import ModelConfig, Precision, RunConfig
 from megadistill.convert.families import read_spec
 from megadistill.convert.hf_files import resolve_model
 from megadistill.data.packing import PackingRules, num_inputs
 from megadistill.head import VocabularyHead
 from megadistill.megatron import checkpoint, export
-from megadistill.megatron.model import build_model, load_hf
+from megadistill.megatron.model import build_model, check_model, load_hf
 from megadistill.megatron.offload import Residence
 from megadistill.megatron.scoring import Scorable, mean_divergences, own_batches, score_spans
 from megadistill.megatron.training import Student
@@ -59,11 +60,11 @@ def _names_rank(
 class Engine:
     """Scores with student and teachers, trains the student, exports and saves it."""
 
-    def __init__(self, config: RunConfig, resolve: Callable[[str], Path] = resolve_model) -> None:
+    def __init__(self, config: RunConfig) -> None:
         """Join the other processes, build all models and load their Hugging Face weights.
 
-        `resolve` turns a model's configured path into its local directory. Raises `ValueError` for
-        a layout, precision or model that cannot be had, before large memory is allocated.
+        Raises `ValueError` for a layout, precision or model that cannot be had, before large memory
+        is allocated.
         """
         device = pick_device(config.device, config.cluster.gpus_per_node)
         rollout_time = timedelta(seconds=config.rollout.timeout_s if config.rollout else 0)
@@ -71,8 +72,11 @@ class Engine:
         self.world = connect(
             config.parallel, device=device, seed=config.seed, timeout=rollout_time + SLACK
         )
-        self._resolve = resolve
-        self._spec = read_spec(resolve(config.student.path))
+        for model in (config.student, *config.teachers.values()):
+            check_model(
+                read_spec(_directory(model)), config.parallel, self._precision(model), device
+            )
+        self._spec = read_spec(_directory(config.student))
         student = self._load(config.student)
         self._student = Student(student.model, config.optimizer, self.world)
         self._residence = Residence(self.world.device)
@@ -166,7 +170,10 @@ class Engine:
 
     @_names_rank
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
-        """Write weights, optimizer, random states and rank 0's `extra` (JSON) to `directory`."""
+        """Write weights, optimizer, random states and `extra` (JSON) to `directory`.
+
+        Rank 0's `directory` and `extra` count; the directory is on a file system that all share.
+        """
         checkpoint.save(self._student, directory, extra)
 
     @_names_rank
@@ -220,7 +227,7 @@ class Engine:
         return model.precision or self.config.precision
 
     def _load(self, model: ModelConfig) -> Scorable:
-        directory = self._resolve(model.path)
+        directory = _directory(model)
         spec = read_spec(directory)
         parallel = self.config.parallel
         built = build_model(spec, parallel, self._precision(model), self.world)
@@ -232,13 +239,17 @@ class Engine:
         loaded: dict[tuple[Path, Precision], Scorable] = {}
         teachers: dict[str, Scorable] = {}
         for name, model in self.config.teachers.items():
-            key = self._resolve(model.path), self._precision(model)
+            key = _directory(model), self._precision(model)
             if key not in loaded:
                 loaded[key] = self._load(model)
                 loaded[key].model.requires_grad_(False)
                 self._residence.park(loaded[key].model)
             teachers[name] = loaded[key]
         return teachers
+
+
+def _directory(model: ModelConfig) -> Path:
+    return resolve_model(resolve_path(model.path))
 
 
 def _check_samples(samples: Sequence[Sample]) -> None:

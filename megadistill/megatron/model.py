@@ -39,6 +39,18 @@ class OutputWeight(ColumnParallelLinear):  # type: ignore[misc]
         return hidden, None
 
 
+def check_model(
+    spec: ModelSpec, parallel: ParallelConfig, precision: Precision, device: torch.device
+) -> None:
+    """Raise `ValueError` if the layout does not divide the model, or it cannot have `precision`."""
+    check_precision(precision, device)
+    check_tp(spec, parallel.tp)
+    if spec.num_layers % parallel.pp:
+        raise ValueError(
+            f"parallel.pp: found {parallel.pp}, expected a divisor of {spec.num_layers} layers"
+        )
+
+
 @on_cpu_too
 def build_model(
     spec: ModelSpec, parallel: ParallelConfig, precision: Precision, world: World
@@ -47,10 +59,9 @@ def build_model(
 
     Parameters are bf16, or fp32 with `precision: fp32`; fp8 keeps bf16 parameters and multiplies in
     fp8. The last stage's output is `[1, T, hidden_size]` (T / tp with sequence parallelism).
-    Raises `ValueError` where the layout does not divide the model or the precision is not to be had.
+    Raises `ValueError` as `check_model` does.
     """
-    check_precision(precision, world.device)
-    _check_layout(spec, parallel)
+    check_model(spec, parallel, precision, world.device)
     config = transformer_config(spec, parallel, precision, world.device)
     model = GPTModel(
         config,
@@ -207,14 +218,6 @@ def _recompute(what: str) -> dict[str, Any]:
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
     }
-
-
-def _check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
-    check_tp(spec, parallel.tp)
-    if spec.num_layers % parallel.pp:
-        raise ValueError(
-            f"parallel.pp: found {parallel.pp}, expected a divisor of {spec.num_layers} layers"
-        )
 
 
 def _return_hidden_states(model: GPTModel) -> None:
