@@ -244,6 +244,7 @@ def test_a_signal_to_any_node_stops_the_run(job: Job) -> None:
     job.play("trainer-0", "work 1000")
     job.start(num_nodes=3)
     wait_until(lambda: job.run.read_progress().get("step", 0) >= 1)
+    wait_until((job.run.path / "control" / "attempt-0" / "node-2.json").exists)
     job.nodes[2].send_signal(signal.SIGUSR1)
     results = [job.finish(node) for node in range(3)]
     assert [code for code, _ in results] == [75, 75, 75], results
