@@ -16,7 +16,7 @@ import torch
 class GroupStepAdam(torch.optim.Optimizer):
     """Adam with decoupled (default) or L2 weight decay; `step` counts per parameter group."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - FusedAdam's arguments, as Megatron passes them
         self,
         params: Iterable[dict[str, Any]],  # torch's own type of a parameter group
         lr: float = 1e-3,
@@ -25,7 +25,9 @@ class GroupStepAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         *,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
+        assert not capturable, "CUDA graphs need FusedAdam itself"
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults)
         self._kernel = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_

@@ -1,7 +1,9 @@
 """Checkpoints of the student: weights, optimizer and random states, readable at another layout."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ def save(student: Student, directory: Path, extra: Extra) -> None:
     state = _sharded_state(student, is_loading=False)
     state["extra"] = texts[1]
     state["random_states"] = _gather_random_states(student.world)
-    dist_checkpointing.save(state, texts[0], content_metadata=_stored_metadata())
+    with _quiet():
+        dist_checkpointing.save(state, texts[0], content_metadata=_stored_metadata())
     dist.barrier()
 
 
@@ -45,7 +48,9 @@ def load(student: Student, directory: Path) -> dict[str, Any]:
     """
     if not (directory / "metadata.json").is_file():
         raise ValueError(f"{directory}: found no metadata.json, expected a Megatron checkpoint")
-    state = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(directory))
+    wanted = _sharded_state(student, is_loading=True)
+    with _quiet():
+        state = dist_checkpointing.load(wanted, str(directory))
     student.model.load_state_dict(state["model"])
     with torch.no_grad():
         # Main parameters are leaves that want gradients; they are written in place.
@@ -53,6 +58,14 @@ def load(student: Student, directory: Path) -> dict[str, Any]:
     _restore_random_states(student.world, state["random_states"])
     extra: dict[str, Any] = json.loads(state["extra"])
     return extra
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Megatron stores tensors as torch's ShardedTensor, which warns of its end at every touch."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
+        yield
 
 
 def _sharded_state(student: Student, *, is_loading: bool) -> ShardedStateDict:

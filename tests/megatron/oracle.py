@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
-from megadistill.types import FloatArray, Sample, TokenSpan
+from megadistill.types import Sample, TokenSpan
+from tests.megatron.reference import VOCAB_SIZE, Reference, random_samples, random_spans
 
-VOCAB_SIZE = 259
-"""Odd, so that tensor parallelism must pad it."""
 NUM_STEPS = 3
 LEARNING_RATE = 1e-3
 
@@ -76,95 +76,84 @@ CASES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """What Hugging Face and torch give in fp32 for one model."""
-
-    spans: list[TokenSpan]
-    logprobs: list[FloatArray]
-    samples: list[Sample]
-    losses: list[float]
-    grad_norms: list[float]
-    gradients: dict[str, torch.Tensor]
-    """Of the first step, clipped."""
-    weights: dict[str, torch.Tensor]
-    """After the last step."""
-    last_loss: float
-    """Of the first sample alone, after the last step."""
-
-
-def write_model(case: Case, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+def write_model(
+    case: Case, directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Path:
     """Save the case's random model and return its directory."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = case.model(case.config(**{**_SHAPE, **case.settings}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         # Norm weights start at one and biases at zero: a wrong mapping would not show.
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    model.to(dtype).save_pretrained(directory / case.name)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    torch.nn.Module.to(model, dtype=dtype)  # in place; transformers' own method is not typed
+    model.save_pretrained(directory / case.name)
     return directory / case.name
 
 
 def reference(model_dir: Path, lengths: Sequence[int]) -> Reference:
-    """Log-probabilities, and three AdamW steps with the gradient clipped to norm one."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    """Scores, and three AdamW steps with the gradient clipped to norm one."""
+    model = read_model(model_dir)
     spans, samples = random_spans(lengths), random_samples(lengths)
     with torch.no_grad():
-        scores = [logprobs(model, span).numpy() for span in spans]
+        scores = [token_logprobs(model, span) for span in spans]
+    start = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    losses, grad_norms, gradients = [], [], {}
+    losses, grad_norms = [], []
+    gradients: dict[str, Tensor] = {}
     for _ in range(NUM_STEPS):
         optimizer.zero_grad()
         total = loss(model, samples)
-        total.backward()
+        torch.autograd.backward(total)
         grad_norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
-        losses.append(float(total))
+        losses.append(total.item())
         if not gradients:
-            gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+            named = model.named_parameters()
+            gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
         optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
     return Reference(
         spans=spans,
-        logprobs=scores,
+        logprobs=[scored(rows, span).numpy() for rows, span in zip(scores, spans, strict=True)],
+        entropies=[
+            (-(rows.exp() * rows).sum(-1))[-span.num_scored :].numpy()
+            for rows, span in zip(scores, spans, strict=True)
+        ],
         samples=samples,
         losses=losses,
         grad_norms=grad_norms,
         gradients=gradients,
         weights={name: p.detach().clone() for name, p in model.named_parameters()},
-        last_loss=float(loss(model, samples[:1])),
+        last_loss=loss(model, samples[:1]).item(),
     )
 
 
-def random_spans(lengths: Sequence[int], seed: int = 0) -> list[TokenSpan]:
-    """Spans of these lengths; about two thirds of each are scored."""
-    rng = np.random.default_rng(seed)
-    return [
-        TokenSpan(token_ids_N=rng.integers(0, VOCAB_SIZE, n, dtype=np.int32), num_scored=2 * n // 3)
-        for n in lengths
-    ]
+def read_model(model_dir: Path) -> torch.nn.Module:
+    """The saved model in fp32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    assert isinstance(model, torch.nn.Module)
+    return model
 
 
-def random_samples(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
-    """Samples of these lengths with weights of both signs, some zero."""
-    rng = np.random.default_rng(seed + 1)
-    samples = []
-    for span in random_spans(lengths, seed):
-        weights = rng.normal(0.3, 1.0, span.num_scored) / len(lengths) / span.num_scored
-        weights[rng.random(span.num_scored) < 0.2] = 0.0
-        samples.append(Sample(span=span, weights_R=weights.astype(np.float32), component="general"))
-    return samples
-
-
-def logprobs(model: torch.nn.Module, span: TokenSpan) -> torch.Tensor:
-    """fp32 log-probabilities of the scored tail, with gradient."""
+def token_logprobs(model: torch.nn.Module, span: TokenSpan) -> Tensor:
+    """fp32 `[N - 1, vocabulary]` log-probabilities, with gradient."""
     ids = torch.from_numpy(span.token_ids_N.astype(np.int64))
-    logits = model(input_ids=ids[None]).logits[0].float()
-    scored = logits[:-1].log_softmax(-1).gather(1, ids[1:, None])
-    return scored[len(ids) - 1 - span.num_scored :, 0]
+    rows: Tensor = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1)
+    return rows
 
 
-def loss(model: torch.nn.Module, samples: Sequence[Sample]) -> torch.Tensor:
+def scored(rows: Tensor, span: TokenSpan) -> Tensor:
+    """The scored tokens' entries of `token_logprobs`."""
+    targets = torch.from_numpy(span.token_ids_N[1:].astype(np.int64))
+    return rows.gather(1, targets[:, None])[len(rows) - span.num_scored :, 0]
+
+
+def loss(model: torch.nn.Module, samples: Sequence[Sample]) -> Tensor:
     """-sum of weights x log-probabilities."""
-    terms = [(logprobs(model, s.span) * torch.from_numpy(s.weights_R)).sum() for s in samples]
+    terms = [
+        (scored(token_logprobs(model, s.span), s.span) * torch.from_numpy(s.weights_R)).sum()
+        for s in samples
+    ]
     return -torch.stack(terms).sum()

@@ -25,7 +25,8 @@ from megadistill.config.schema import (
 from megadistill.head import VocabularyHead, weighted_nll
 from megadistill.megatron import export
 from megadistill.megatron.engine import STUDENT, Engine
-from megadistill.types import MicroBatch, Sample
+from megadistill.types import MicroBatch
+from tests.megatron.reference import Reference
 
 Layout = dict[str, Any]
 """Arguments of ParallelConfig."""
@@ -50,6 +51,13 @@ def run_config(model_dir: Path, layout: Layout, **changes: Any) -> RunConfig:
     return RunConfig(**{**settings, **changes})
 
 
+def read_reference(directory: Path, model_name: str) -> Reference:
+    """What the oracle wrote for this model."""
+    found = torch.load(directory / f"{model_name}.reference", weights_only=False)
+    assert isinstance(found, Reference)
+    return found
+
+
 def nll(
     head: VocabularyHead, hidden_WD: Tensor, batch: MicroBatch
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -71,7 +79,7 @@ def compare(
     found = {}
     for layout_name, layout, model_name in cases:
         model_dir = directory / model_name
-        reference = torch.load(directory / f"{model_name}.reference", weights_only=False)
+        reference = read_reference(directory, model_name)
         engine = Engine(run_config(model_dir, layout))
         gaps = {**_scoring(engine, reference), **_training(engine, reference, model_dir)}
         found[layout_name, model_name] = worst(gaps)
@@ -79,19 +87,19 @@ def compare(
     return found
 
 
-def _scoring(engine: Engine, reference: Any) -> dict[str, float]:
+def _scoring(engine: Engine, reference: Reference) -> dict[str, float]:
     scores = engine.score(STUDENT, reference.spans)
     same, entropies = engine.score_with_entropy("same", reference.spans)
     forward_kl, reverse_kl = engine.divergences(STUDENT, "same", reference.spans)
-    assert len(entropies) == len(scores)
     return {
         "logprob": _largest_of(zip(scores, reference.logprobs, strict=True)),
+        "entropy": _largest_of(zip(entropies, reference.entropies, strict=True)),
         "gap to itself": _largest_of(zip(scores, same, strict=True)),
         "kl to itself": float(max(np.abs(forward_kl).max(), np.abs(reverse_kl).max())),
     }
 
 
-def _training(engine: Engine, reference: Any, model_dir: Path) -> dict[str, float]:
+def _training(engine: Engine, reference: Reference, model_dir: Path) -> dict[str, float]:
     gaps = {"round trip": _differences(engine, model_dir)}
     results = []
     for step in range(len(reference.losses)):

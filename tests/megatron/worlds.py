@@ -71,7 +71,7 @@ def _rank(
         if rank == 0:
             (directory / "result").write_bytes(pickle.dumps(result))
         dist.destroy_process_group()
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - reported, and the process ends with an error
         report = directory / f".failure{rank}"
         report.write_text(f"rank {rank} of {size}:\n{traceback.format_exc()}")
         report.rename(directory / f"failure{rank}")

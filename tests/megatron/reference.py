@@ -1,0 +1,54 @@
+"""What our engine is compared with: random spans and samples, and the oracle's numbers for them.
+
+Apart from the oracle, so that the ranks of a test world need not import transformers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from megadistill.types import FloatArray, Sample, TokenSpan
+
+VOCAB_SIZE = 259
+"""Odd, so that tensor parallelism must pad it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What Hugging Face and torch give in fp32 for one model."""
+
+    spans: list[TokenSpan]
+    logprobs: list[FloatArray]
+    entropies: list[FloatArray]
+    samples: list[Sample]
+    losses: list[float]
+    """Of each of the steps, before it."""
+    grad_norms: list[float]
+    gradients: dict[str, Tensor]
+    """Of the first step, clipped."""
+    weights: dict[str, Tensor]
+    """After the last step."""
+    last_loss: float
+    """Of the first sample alone, after the last step."""
+
+
+def random_spans(lengths: Sequence[int], seed: int = 0) -> list[TokenSpan]:
+    """Spans of these lengths; about two thirds of each are scored."""
+    rng = np.random.default_rng(seed)
+    return [
+        TokenSpan(token_ids_N=rng.integers(0, VOCAB_SIZE, n, dtype=np.int32), num_scored=2 * n // 3)
+        for n in lengths
+    ]
+
+
+def random_samples(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
+    """Samples of these lengths with weights of both signs, some zero."""
+    rng = np.random.default_rng(seed + 1)
+    samples = []
+    for span in random_spans(lengths, seed):
+        weights = rng.normal(0.3, 1.0, span.num_scored) / len(lengths) / span.num_scored
+        weights[rng.random(span.num_scored) < 0.2] = 0.0
+        samples.append(Sample(span=span, weights_R=weights.astype(np.float32), component="general"))
+    return samples
