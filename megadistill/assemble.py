@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megadistill import preflight
+from megadistill import startup
 from megadistill.algorithms import Sft, make_algorithm
 from megadistill.collect import AnswerCollector, Collector, OnPolicyCollector, Sampler
 from megadistill.config import RunConfig, resolve_path
@@ -43,15 +43,15 @@ class Parts:
 def assemble(run: RunDir) -> tuple[Parts, RunState]:
     """Load models, data and engines; restore the newest whole checkpoint. Collective."""
     config = run.load_config()
-    tokenizer = preflight.load_tokenizer(config)
+    tokenizer = startup.load_tokenizer(config)
     pools = make_pools(config.data, tokenizer, config.seed, used_pools(config))
-    preflight.check_pools(pools, config)
+    startup.check_pools(pools, config)
     engine = Engine(config)
     state = restore(run, engine, config)
     parts = Parts(run=run, config=config, engine=engine)
     if engine.is_writer:
         parts.metrics = MetricWriter(run.metrics_file, config.log, config.name, state.step)
-        for line in preflight.describe_run(run, pools):
+        for line in startup.describe_run(run, pools):
             logging.info(line)
     algorithm = make_algorithm(config)
     if isinstance(algorithm, Sft):
@@ -59,7 +59,7 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
         parts.collector = AnswerCollector(algorithm, pool, tokenizer, state.cursors)
         return parts, state
     if state.step == 0:
-        preflight.check_equal_start(config, algorithm.branches["domain"], pools, engine.score)
+        startup.check_equal_start(config, algorithm.branches["domain"], pools, engine.score)
     if engine.is_writer:
         parts.sampler = _connect(run, config)
     parts.collector = OnPolicyCollector(

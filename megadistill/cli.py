@@ -40,6 +40,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 def node(arguments: argparse.Namespace) -> int:
     """This node's part of a Slurm job."""
+    _check(arguments)
     from megadistill.launch.node import run_under_slurm
 
     return run_under_slurm(arguments.config, arguments.overrides)
@@ -62,9 +63,10 @@ def submit(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Complain of the configuration at once, and of the models once that is right."""
-    config = load_config(arguments.config, arguments.overrides)
+    from megadistill.launch.node import open_run
     from megadistill.preflight import check_config
 
+    config, _ = open_run(arguments.config, arguments.overrides)
     check_config(config)
 
 

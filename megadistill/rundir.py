@@ -170,7 +170,7 @@ class RunDir:
 
 def write_atomic(file: Path, text: str) -> None:
     """Write so that a reader sees the old content or the new, never a part; survives a crash."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()

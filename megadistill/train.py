@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from megadistill import preflight
+from megadistill import startup
 from megadistill.assemble import Parts, assemble, publish_student
 from megadistill.collect import Batch, timed
 from megadistill.config import resolve_path
@@ -32,7 +32,7 @@ def train(parts: Parts, state: RunState) -> None:
         with timed(times, "time/step"):
             batch = parts.collector.collect(step)
             if step == 0:
-                preflight.check_first_batch(batch.selection.metrics, config.checks)
+                startup.check_first_batch(batch.selection.metrics, config.checks)
             with timed(times, "time/train"):
                 rate = learning_rate(config.optimizer, step, config.steps)
                 samples = batch.selection.samples

@@ -11,15 +11,15 @@ import pytest
 from megadistill.config import ConfigError, RunConfig
 from megadistill.config.schema import BranchConfig, ChecksConfig
 from megadistill.data.pools import PromptPool
-from megadistill.preflight import (
-    check_config,
+from megadistill.preflight import check_config
+from megadistill.rundir import RunDir
+from megadistill.startup import (
     check_equal_start,
     check_first_batch,
     check_pools,
     describe_run,
     load_tokenizer,
 )
-from megadistill.rundir import RunDir
 from megadistill.types import FloatArray, TokenSpan
 from tests.tiny import (
     Tree,
