@@ -7,7 +7,10 @@ reported beside them. Set OMP_WAIT_POLICY=passive where other processes share th
 """
 
 import argparse
+import ctypes
+import gc
 import json
+import os
 import platform
 import statistics
 import sys
@@ -166,6 +169,9 @@ def resident_mb(field: str) -> float | None:
 
 def peak_extra_mb(function: Callable[[], object]) -> float | None:
     """How much further resident memory rises while `function` runs."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc kept would hide new memory
     before = resident_mb("VmRSS")
     if before is None:
         return None
@@ -230,7 +236,7 @@ def scaling(hidden: int, rounds: int) -> dict[str, list[dict[str, float | None]]
                 "size": num_tokens if name == "T" else vocab_size,
                 "cpu_s": min(row.cpu_s),
                 "peak_extra_mb": row.peak_extra_mb,
-                "weight_gradient_mb": 2 * vocab_size * hidden * 4 / 2**20,
+                "weight_gradient_mb": vocab_size * hidden * 4 / 2**20,
             }
         )
     return found
@@ -242,7 +248,8 @@ def table(report: dict[str, Any]) -> str:
         f"# Vocabulary head, {report['machine']}",
         "",
         f"T={report['T']} D={report['D']} V={report['V']}, {report['threads']} threads, "
-        f"{report['rounds']} rounds, torch {report['torch']}.",
+        f"{report['rounds']} rounds, torch {report['torch']}. The machine's load was "
+        f"{report['load_before']:.1f} before and {report['load_after']:.1f} after.",
         "",
         "| ratio | dtype | CPU time | wall min | wall median | limit | met |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -277,7 +284,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     left.barh(labels, [r["cpu"] for r in shown], color="#4c78a8", label="measured (CPU time)")
     left.plot([r["limit"] for r in shown], labels, "k|", markersize=16, label="limit")
     left.invert_yaxis()
-    left.legend()
+    left.legend(loc="lower left", bbox_to_anchor=(-0.9, -0.18))
     left.set_title("ratio to bare products, or speed-up")
     for name, points in report["scaling"].items():
         sizes = [p["size"] / points[0]["size"] for p in points]
@@ -317,6 +324,7 @@ def main() -> None:
         "V": options.vocabulary,
         "threads": options.threads,
         "rounds": options.rounds,
+        "load_before": os.getloadavg()[0],
     }
     measure(Problem(8, 8, 64, torch.float32), 1)  # what the first call of anything allocates
     all_ratios: list[dict[str, object]] = []
@@ -330,6 +338,7 @@ def main() -> None:
         errors[name] = problem.error()
         del problem
     scaled = scaling(options.hidden, options.rounds)
+    report["load_after"] = os.getloadavg()[0]
     report |= {"ratios": all_ratios, "rows": rows, "error": errors, "scaling": scaled}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "head_cpu.json").write_text(json.dumps(report, indent=1) + "\n")
