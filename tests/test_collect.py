@@ -124,6 +124,14 @@ def test_a_mixed_batch_gives_each_rollout_the_score_of_its_teacher() -> None:
 BRANCH_POOLS = {"general": "general", "domain": "medical"}
 
 
+def test_two_branches_of_one_pool_draw_different_prompts() -> None:
+    branch = {"pool": "general", "teacher": "general"}
+    algorithm = {"kind": "mopd", "general": branch, "domain": branch}
+    collector = make_collector(tree=camopd_tree(algorithm=algorithm))
+    assert prompt_ids(collector.collect(0)) == [p.id for p in POOLS["general"].draw(0, 4)]
+    assert collector.cursors == {"general": 4}
+
+
 def test_seeds_differ_by_step_and_prompt_and_repeat_in_another_process() -> None:
     engines, again = FakeRolloutEngine(), FakeRolloutEngine()
     for fake in (engines, again):
