@@ -1,9 +1,7 @@
 """Checkpoints of the student: weights, optimizer and random states, readable at another layout."""
 
-import contextlib
 import json
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megadistill.megatron.cpu import on_cpu_too
+from megadistill.megatron.boundary import calls_megatron
 from megadistill.megatron.training import Student
 from megadistill.megatron.world import World
 
 Extra = Mapping[str, Any]  # JSON: whatever the caller must find again
 
 
-@on_cpu_too
+@calls_megatron
 def save(student: Student, directory: Path, extra: Extra) -> None:
     """Write the student's whole state, and `extra`, into an empty or new directory.
 
@@ -34,12 +32,11 @@ def save(student: Student, directory: Path, extra: Extra) -> None:
     state = _sharded_state(student, is_loading=False)
     state["extra"] = texts[1]
     state["random_states"] = _gather_random_states(student.world)
-    with _quiet():
-        dist_checkpointing.save(state, texts[0], content_metadata=_stored_metadata())
+    dist_checkpointing.save(state, texts[0], content_metadata=_stored_metadata())
     dist.barrier()
 
 
-@on_cpu_too
+@calls_megatron
 def load(student: Student, directory: Path) -> dict[str, Any]:
     """Restore what `save` wrote, at this layout, and return `extra`; collective.
 
@@ -49,8 +46,7 @@ def load(student: Student, directory: Path) -> dict[str, Any]:
     if not (directory / "metadata.json").is_file():
         raise ValueError(f"{directory}: found no metadata.json, expected a Megatron checkpoint")
     wanted = _sharded_state(student, is_loading=True)
-    with _quiet():
-        state = dist_checkpointing.load(wanted, str(directory))
+    state = dist_checkpointing.load(wanted, str(directory))
     student.model.load_state_dict(state["model"])
     with torch.no_grad():
         # Main parameters are leaves that want gradients; they are written in place.
@@ -58,14 +54,6 @@ def load(student: Student, directory: Path) -> dict[str, Any]:
     _restore_random_states(student.world, state["random_states"])
     extra: dict[str, Any] = json.loads(state["extra"])
     return extra
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Megatron stores tensors as torch's ShardedTensor, which warns of its end at every touch."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
-        yield
 
 
 def _sharded_state(student: Student, *, is_loading: bool) -> ShardedStateDict:

@@ -19,7 +19,7 @@ from megadistill.config.schema import ParallelConfig, Precision
 from megadistill.convert.families import ModelSpec, RopeScaling, check_tp, padded_vocab
 from megadistill.convert.hf_files import SafetensorsReader
 from megadistill.convert.mapping import load_shard
-from megadistill.megatron.cpu import on_cpu_too
+from megadistill.megatron.boundary import calls_megatron
 from megadistill.megatron.spec import block_spec, check_precision
 from megadistill.megatron.world import World
 
@@ -51,7 +51,7 @@ def check_model(
         )
 
 
-@on_cpu_too
+@calls_megatron
 def build_model(
     spec: ModelSpec, parallel: ParallelConfig, precision: Precision, world: World
 ) -> GPTModel:

@@ -21,7 +21,7 @@ from megadistill.data.packing import (
     num_inputs,
 )
 from megadistill.head import VocabularyHead, divergences, score
-from megadistill.megatron.cpu import on_cpu_too
+from megadistill.megatron.boundary import calls_megatron
 from megadistill.megatron.model import output_weight
 from megadistill.megatron.schedule import forward
 from megadistill.megatron.world import World
@@ -59,7 +59,7 @@ def own_batches(
     return own or [empty_micro_batch(rules)]
 
 
-@on_cpu_too
+@calls_megatron
 def score_spans(
     scorable: Scorable, spans: Sequence[TokenSpan], rules: PackingRules, *, with_entropy: bool
 ) -> tuple[list[FloatArray], list[FloatArray]]:
@@ -86,7 +86,7 @@ def score_spans(
     return columns[0], columns[1] if with_entropy else []
 
 
-@on_cpu_too
+@calls_megatron
 def mean_divergences(
     student: Scorable, teacher: Scorable, spans: Sequence[TokenSpan], rules: PackingRules
 ) -> tuple[FloatArray, FloatArray]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megadistill.config.schema import OptimizerConfig
 from megadistill.megatron.adam import GroupStepAdam
-from megadistill.megatron.cpu import on_cpu_too
+from megadistill.megatron.boundary import calls_megatron
 from megadistill.megatron.schedule import Loss, forward_backward
 from megadistill.megatron.world import World
 from megadistill.types import MicroBatch
@@ -27,7 +27,7 @@ from megadistill.types import MicroBatch
 class Student:
     """The model that is trained: its parameters, gradients and optimizer state."""
 
-    @on_cpu_too
+    @calls_megatron
     def __init__(self, model: GPTModel, config: OptimizerConfig, world: World) -> None:
         """`model` with its weights loaded; the optimizer copies them to fp32 here."""
         self.world = world
@@ -47,7 +47,7 @@ class Student:
         if world.device.type == "cuda":
             model.config.no_sync_func = self.parallel_model.no_sync
 
-    @on_cpu_too
+    @calls_megatron
     def step(
         self, batches: Sequence[MicroBatch], loss: Loss, learning_rate: float
     ) -> tuple[dict[str, float], float]:

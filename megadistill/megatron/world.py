@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megadistill.config.schema import ParallelConfig
-from megadistill.megatron.cpu import on_cpu_too
+from megadistill.megatron.boundary import calls_megatron
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class World:
         return self.is_last_stage and bool(self.groups.tp.rank() == 0)
 
 
-@on_cpu_too
+@calls_megatron
 def connect(
     parallel: ParallelConfig, *, device: torch.device, seed: int, timeout: timedelta
 ) -> World:
