@@ -127,4 +127,4 @@ def _heldout(parts: Parts, pools: Mapping[str, PromptPool], state: RunState) -> 
         return parts.engine.broadcast(rollouts)
 
     file = parts.run.path / "state" / "heldout.json"
-    return HeldoutKl.prepare(config.evaluate.heldout, pools, file, sample, parts.engine.is_writer)
+    return HeldoutKl.prepare(config.evaluate.heldout, pools, file, sample, parts.engine)

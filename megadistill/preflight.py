@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megadistill.config import ConfigError, RunConfig, resolve_path
 from megadistill.convert.families import ModelSpec, read_spec
+from megadistill.rundir import RunDir
 
 
 def check_config(config: RunConfig) -> None:
@@ -28,7 +29,11 @@ def check_config(config: RunConfig) -> None:
     for key, spec in specs.items():
         problems += _parallel_problems(key, spec, config)
     problems += _length_problems(specs, config)
-    problems += [*_vocabulary_problems(specs, config), *_disk_problems(config)]
+    problems += [
+        *_vocabulary_problems(specs, config),
+        *_disk_problems(config),
+        *_export_problems(config),
+    ]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ConfigError(f"{config.name}: {len(problems)} problem(s)\n{lines}")
@@ -85,6 +90,19 @@ def _vocabulary_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> l
         for name, heldout in config.evaluate.heldout.items()
         if (teacher := f"teachers.{heldout.teacher}") in sizes
         and sizes[teacher] != sizes.get("student", sizes[teacher])
+    ]
+
+
+def _export_problems(config: RunConfig) -> list[str]:
+    """A run that begins must not find its export made by another."""
+    named = config.checkpoint.export_dir
+    if named is None or not Path(resolve_path(named)).exists():
+        return []
+    if RunDir.of(config).whole_checkpoints():
+        return []
+    return [
+        f"checkpoint.export_dir: found {resolve_path(named)!r}, which another run has written; "
+        "delete it or name another"
     ]
 
 

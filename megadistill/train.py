@@ -5,6 +5,7 @@ Every trainer rank runs this module (`python -m megadistill.train RUN_DIR`) in l
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,9 +139,15 @@ def main() -> None:
     """Entry point of one trainer rank; the launcher sets RANK, WORLD_SIZE and MASTER_*."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
-    parts, state = assemble(RunDir(Path(sys.argv[1])))
-    train(parts, state)
-    parts.engine.close()
+    try:
+        parts, state = assemble(RunDir(Path(sys.argv[1])))
+        train(parts, state)
+        parts.engine.close()
+    except Exception:
+        # Rollouts that are sampled ahead run in a thread that an ordinary exit would wait for.
+        logging.exception("this trainer ends")
+        logging.shutdown()
+        os._exit(1)
 
 
 if __name__ == "__main__":

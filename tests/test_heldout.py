@@ -1,7 +1,9 @@
 """Held-out divergences: texts sampled once, measured on the same tokens ever after."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from megadistill.data.pools import PromptPool
 from megadistill.evaluate.heldout import HeldoutKl
 from megadistill.types import FloatArray, Prompt, Rollout, TokenSpan
 from tests.tiny import float32, make_prompt, make_rollout
+
+Value = TypeVar("Value")
 
 CONFIGS = {
     "recovery": HeldoutConfig(pool="general", teacher="base", prompts=3, max_tokens=5),
@@ -61,8 +65,18 @@ def make_pools() -> dict[str, PromptPool]:
 VALUES = {"base": ((0.1, 0.2, 0.6), (0.3, 0.3, 0.3)), "specialist": ((1.0, 3.0), (0.0, 0.5))}
 
 
+@dataclass(frozen=True)
+class OneRank:
+    """A world of one process."""
+
+    is_writer: bool
+
+    def broadcast(self, value: Value) -> Value:
+        return value
+
+
 def prepare(file: Path, teachers: FakeTeachers, is_writer: bool = True) -> HeldoutKl:
-    return HeldoutKl.prepare(CONFIGS, make_pools(), file, teachers.sample, is_writer)
+    return HeldoutKl.prepare(CONFIGS, make_pools(), file, teachers.sample, OneRank(is_writer))
 
 
 def test_teachers_answer_the_first_heldout_prompts_of_their_pool(tmp_path: Path) -> None:
@@ -102,7 +116,7 @@ def test_the_student_is_measured_against_each_teacher_on_whole_sequences(tmp_pat
 def test_one_prompt_has_no_spread(tmp_path: Path) -> None:
     configs = {"x": HeldoutConfig(pool="general", teacher="base", prompts=1, max_tokens=2)}
     file = tmp_path / "heldout.json"
-    heldout = HeldoutKl.prepare(configs, make_pools(), file, FakeTeachers().sample, True)
+    heldout = HeldoutKl.prepare(configs, make_pools(), file, FakeTeachers().sample, OneRank(True))
     metrics = heldout.measure(FakeTrainer({"base": ((0.5,), (0.25,))}))
     assert metrics["heldout/x/forward_kl"] == 0.5
     assert metrics["heldout/x/forward_kl_stderr"] == 0.0

@@ -297,3 +297,10 @@ def test_a_run_is_described_by_its_pools(tmp_path: Path) -> None:
         "pool medical: 3 prompts to train on, 3 held out, 1 too long; 5 tokens on average, "
         "9 at most",
     ]
+
+
+def test_an_export_that_another_run_made_is_refused(models: Path) -> None:
+    (models / "old").mkdir()
+    tree = tree_on(models, checkpoint={"export_dir": str(models / "old")})
+    with pytest.raises(ConfigError, match=r"checkpoint\.export_dir: found .* another run"):
+        check_config(make_config(tree))

@@ -50,5 +50,5 @@ echo "installing Python packages into $venv (a few minutes the first time) ..."
 requirements=()
 for list in "${lists[@]}"; do requirements+=(-r "$list"); done
 "${pip[@]}" install --no-deps "${requirements[@]}"
-"${pip[@]}" install --no-deps --no-build-isolation -e "$root"
+PYTHONWARNINGS=ignore "${pip[@]}" install --no-deps --no-build-isolation -e "$root"
 if [[ ${1:-} == --dev ]]; then echo "$wanted" >"$venv/.dev"; else echo "$wanted" >"$venv/.cpu"; fi

@@ -7,7 +7,7 @@ same tokens and the curve shows the student's change alone.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,20 @@ class Diverger(Protocol):
         self, student: str, teacher: str, spans: Sequence[TokenSpan]
     ) -> tuple[FloatArray, FloatArray]:
         """Per span the mean KL(teacher || student) and KL(student || teacher), on every rank."""
+
+
+Value = TypeVar("Value")
+
+
+class Ranks(Protocol):
+    """The other processes as this measurement sees them."""
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is rank 0."""
+
+    def broadcast(self, value: Value) -> Value:
+        """Rank 0's value on every rank."""
 
 
 SampleFrom = Callable[[str, Sequence[Prompt], int], list[Rollout]]
@@ -47,15 +61,16 @@ class HeldoutKl:
         pools: Mapping[str, PromptPool],
         file: Path,
         sample: SampleFrom,
-        is_writer: bool,
+        ranks: Ranks,
     ) -> "HeldoutKl":
-        """Read the teachers' answers from `file`, or sample them and write it.
+        """Read the teachers' answers from `file`, or sample them and write it. Collective.
 
-        Collective: every rank calls it with the same arguments but `is_writer`.
+        Rank 0 alone looks at the file: a shared filesystem may show it to some ranks only.
         """
         teachers = {name: config.teacher for name, config in configs.items()}
-        if file.exists():
-            return cls(_read(file), teachers)
+        saved = ranks.broadcast(_read(file) if ranks.is_writer and file.exists() else None)
+        if saved is not None:
+            return cls(saved, teachers)
         texts = {
             name: [
                 response_span(rollout)
@@ -65,7 +80,7 @@ class HeldoutKl:
             ]
             for name, config in configs.items()
         }
-        if is_writer:
+        if ranks.is_writer:
             _write(file, texts)
         return cls(texts, teachers)
 

@@ -108,7 +108,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     """Formatted values of one step; empty where a step has no such metric."""
     cells = []
     for key, _, pattern in COLUMNS:
-        value = row.get(key, row.get(f"{row['branch']}/{key}"))
+        value = row.get(key, row.get(f"{row['branch'].split('+')[0]}/{key}"))
         cells.append("" if value is None else pattern.format(value))
     return cells
 

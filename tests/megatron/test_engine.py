@@ -1,0 +1,220 @@
+"""One engine in this process: what it refuses, and what must not change its numbers."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megadistill.config.schema import BatchConfig, ModelConfig, ParallelConfig
+from megadistill.convert.families import read_spec
+from megadistill.head import VocabularyHead
+from megadistill.megatron.engine import STUDENT, Engine
+from megadistill.megatron.model import check_model
+from megadistill.types import FloatArray, MicroBatch, Sample, TokenSpan
+from tests.megatron import oracle
+from tests.megatron.ranks import Layout, nll, read_reference, run_config
+from tests.megatron.reference import random_samples, random_spans
+
+pytestmark = [pytest.mark.megatron, pytest.mark.timeout(600)]
+
+MODEL = "qwen3_untied"
+
+
+@contextmanager
+def opened(models: Path, layout: Layout | None = None, **changes: Any) -> Iterator[Engine]:
+    engine = Engine(run_config(models / MODEL, layout or {}, **changes))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def engine(models: Path) -> Iterator[Engine]:
+    """Shared by tests that leave its weights alone; closed when they are done."""
+    with opened(models) as engine:
+        yield engine
+
+
+def largest(a: list[FloatArray], b: list[FloatArray]) -> float:
+    return float(max(np.abs(x - y).max(initial=0.0) for x, y in zip(a, b, strict=True)))
+
+
+def test_it_knows_its_place(engine: Engine) -> None:
+    assert (engine.rank, engine.size, engine.is_writer) == (0, 1, True)
+    assert engine.broadcast({"a": 1}) == {"a": 1}
+    engine.barrier()
+
+
+def test_nothing_to_score_gives_nothing(engine: Engine) -> None:
+    assert engine.score(STUDENT, []) == []
+
+
+def test_spans_without_scored_tokens_keep_their_place(engine: Engine) -> None:
+    spans = random_spans((9, 14))
+    empty = TokenSpan(token_ids_N=spans[0].token_ids_N, num_scored=0)
+    scores = engine.score(STUDENT, [empty, spans[1], empty])
+    assert [len(score) for score in scores] == [0, spans[1].num_scored, 0]
+    assert largest([scores[1]], engine.score(STUDENT, spans[1:])) == 0.0
+    forward_kl, _ = engine.divergences(STUDENT, "same", [empty, spans[1]])
+    assert np.isnan(forward_kl[0])
+    assert forward_kl[1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: e.score("nobody", []), r"found 'nobody', expected one of \['same', 'student'\]"),
+        (lambda e: e.step([], nll, learning_rate=1e-3), "samples: found none"),
+        (
+            lambda e: e.step(
+                [
+                    Sample(
+                        span=random_spans((9,))[0],
+                        weights_R=np.ones(2, dtype=np.float32),
+                        component="general",
+                    )
+                ],
+                nll,
+                learning_rate=1e-3,
+            ),
+            r"samples\[0\]\.weights_R: found 2 weights",
+        ),
+        (
+            lambda e: e.score(
+                STUDENT, [TokenSpan(token_ids_N=np.arange(4, dtype=np.int32), num_scored=4)]
+            ),
+            "num_scored: found 4",
+        ),
+    ],
+)
+def test_wrong_input_is_refused_with_the_rank(engine: Engine, call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        call(engine)
+    assert any("rank 0 of 1" in note for note in caught.value.__notes__)
+
+
+def test_models_that_the_layout_does_not_divide_are_refused(models: Path) -> None:
+    spec = read_spec(models / MODEL)
+    for layout, message in (({"pp": 3}, "parallel.pp: found 3"), ({"tp": 3}, "tp: found 3")):
+        with pytest.raises(ValueError, match=message):
+            check_model(spec, ParallelConfig(**layout), "fp32", torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp8 can be had here")
+def test_fp8_and_gpus_are_refused_where_there_is_none(models: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"precision: found 'fp8_blockwise'.*expected 'bf16'"),
+        opened(models, precision="fp8_blockwise"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="device: found 'cuda'"), opened(models, device="cuda"):
+        pass
+
+
+def test_a_world_of_another_size_is_refused(models: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"found 1 trainer processes.*expected 2"),
+        opened(models, {"tp": 2}),
+    ):
+        pass
+
+
+def test_packing_does_not_change_scores(models: Path) -> None:
+    spans = random_spans((7, 30, 12, 33, 70, 5))
+    found = []
+    for max_tokens in (1, 48, 4096):
+        with opened(models, batch=BatchConfig(micro_batch_tokens=max_tokens)) as engine:
+            found.append(engine.score(STUDENT, spans))
+    assert largest(found[0], found[1]) <= 2e-6
+    assert largest(found[0], found[2]) <= 2e-6
+
+
+def test_a_teacher_is_another_model(models: Path, tmp_path: Path) -> None:
+    """Log-probabilities and full-vocabulary divergences of two models against dense fp32."""
+    other = oracle.write_model(oracle.CASES[0], tmp_path, seed=7)
+    spans = random_spans((20, 9))
+    dense = [oracle.read_model(path) for path in (models / MODEL, other)]
+    teachers = {"other": ModelConfig(path=str(other)), "again": ModelConfig(path=str(other))}
+    with opened(models, teachers=teachers) as engine:
+        assert engine._scorables["other"] is engine._scorables["again"]
+        scores = engine.score("other", spans)
+        forward_kl, reverse_kl = engine.divergences(STUDENT, "other", spans)
+    for index, span in enumerate(spans):
+        with torch.no_grad():
+            student, teacher = (oracle.token_logprobs(model, span) for model in dense)
+        expected = oracle.scored(teacher, span).numpy()
+        np.testing.assert_allclose(scores[index], expected, atol=1e-5)
+        student, teacher = student[-span.num_scored :], teacher[-span.num_scored :]
+        forward = (teacher.exp() * (teacher - student)).sum(-1).mean()
+        reverse = (student.exp() * (student - teacher)).sum(-1).mean()
+        assert forward_kl[index] == pytest.approx(forward.item(), abs=1e-5)
+        assert reverse_kl[index] == pytest.approx(reverse.item(), abs=1e-5)
+
+
+def test_bf16_is_close_to_fp32_and_equal_to_itself(models: Path) -> None:
+    reference = read_reference(models, MODEL)
+    with opened(models, precision="bf16") as engine:
+        scores = engine.score(STUDENT, reference.spans)
+        same = engine.score("same", reference.spans)
+        result = engine.step(reference.samples, nll, learning_rate=1e-3)
+    assert largest(scores, same) == 0.0
+    assert largest(scores, reference.logprobs) <= 6e-2
+    assert result.loss == pytest.approx(reference.losses[0], abs=3e-2)
+    assert result.grad_norm == pytest.approx(reference.grad_norms[0], rel=3e-2)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation_changes_no_bit(models: Path, recompute: str) -> None:
+    samples = random_samples((9, 40, 17))
+    results = []
+    for how in ("none", recompute):
+        with opened(models, {"recompute": how}) as engine:
+            steps = [engine.step(samples, nll, learning_rate=1e-3) for _ in range(2)]
+            results.append([(step.loss, step.grad_norm, step.metrics) for step in steps])
+    assert results[0] == results[1]
+
+
+def test_the_loss_sees_which_sample_a_row_belongs_to(models: Path) -> None:
+    samples = random_samples((9, 40, 17, 60))
+    seen: dict[int, int] = {}
+
+    def watching(
+        head: VocabularyHead, hidden_WD: Tensor, batch: MicroBatch
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        assert sum(batch.rows_per_sample) == len(hidden_WD)
+        seen.update(zip(batch.sample_ids, batch.rows_per_sample, strict=True))
+        return nll(head, hidden_WD, batch)
+
+    with opened(models) as engine:
+        result = engine.step(samples, watching, learning_rate=1e-3)
+    assert seen == {index: sample.span.num_scored for index, sample in enumerate(samples)}
+    assert result.num_tokens == 9 + 40 + 17 + 60 - 4
+    assert result.metrics["rows"] == sum(seen.values())
+    assert result.learning_rate == 1e-3
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight(models: Path) -> None:
+    sample = random_samples((12,))[0]
+    broken = Sample(
+        span=sample.span, weights_R=sample.weights_R + np.float32("nan"), component="general"
+    )
+    with opened(models) as engine:
+        before = {name: tensor.clone() for name, tensor in engine.hf_tensors()}
+        with pytest.raises(FloatingPointError, match="expected a finite number"):
+            engine.step([broken], nll, learning_rate=1e-3)
+        after = dict(engine.hf_tensors())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_gradients_do_not_leak_into_the_next_step(models: Path) -> None:
+    """Two equal steps with learning rate zero report equal losses and norms."""
+    samples = random_samples((9, 40))
+    with opened(models) as engine:
+        first, second = (engine.step(samples, nll, learning_rate=0.0) for _ in range(2))
+    assert (first.loss, first.grad_norm) == (second.loss, second.grad_norm)
