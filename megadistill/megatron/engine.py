@@ -66,16 +66,15 @@ class Engine:
         Raises `ValueError` for a layout, precision or model that cannot be had, before large memory
         is allocated.
         """
-        device = pick_device(config.device, config.cluster.gpus_per_node)
-        rollout_time = timedelta(seconds=config.rollout.timeout_s if config.rollout else 0)
         self.config = config
+        device = pick_device(config.device, config.cluster.gpus_per_node)
+        for model in (config.student, *config.teachers.values()):
+            spec = read_spec(_directory(model))
+            check_model(spec, config.parallel, self._precision(model), device)
+        rollout_time = timedelta(seconds=config.rollout.timeout_s if config.rollout else 0)
         self.world = connect(
             config.parallel, device=device, seed=config.seed, timeout=rollout_time + SLACK
         )
-        for model in (config.student, *config.teachers.values()):
-            check_model(
-                read_spec(_directory(model)), config.parallel, self._precision(model), device
-            )
         self._spec = read_spec(_directory(config.student))
         student = self._load(config.student)
         self._student = Student(student.model, config.optimizer, self.world)

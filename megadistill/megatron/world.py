@@ -71,6 +71,7 @@ def connect(
         torch.set_num_threads(parallel.threads)
     opened_here = not dist.is_initialized()
     if opened_here:
+        _check_size(parallel, int(os.environ.get("WORLD_SIZE", "1")))
         _open(device, timeout)
     _check_size(parallel, dist.get_world_size())
     parallel_state.initialize_model_parallel(

@@ -19,8 +19,9 @@ def test_cuda_means_the_cpu_within() -> None:
         assert made.to(torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
         assert torch.zeros(1, device=torch.cuda.current_device()).is_cpu
         torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
+        stream = torch.cuda.current_stream()
+        with torch.cuda.stream(stream):
+            stream.wait_stream(stream)
 
 
 def test_torch_is_as_before_afterwards() -> None:

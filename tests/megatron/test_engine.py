@@ -34,9 +34,8 @@ def opened(models: Path, layout: Layout | None = None, **changes: Any) -> Iterat
         engine.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def engine(models: Path) -> Iterator[Engine]:
-    """Shared by tests that leave its weights alone; closed when they are done."""
     with opened(models) as engine:
         yield engine
 
@@ -101,9 +100,9 @@ def test_wrong_input_is_refused_with_the_rank(engine: Engine, call: Any, message
 
 def test_models_that_the_layout_does_not_divide_are_refused(models: Path) -> None:
     spec = read_spec(models / MODEL)
-    for layout, message in (({"pp": 3}, "parallel.pp: found 3"), ({"tp": 3}, "tp: found 3")):
-        with pytest.raises(ValueError, match=message):
-            check_model(spec, ParallelConfig(**layout), "fp32", torch.device("cpu"))
+    for parallel in (ParallelConfig(pp=3), ParallelConfig(tp=3)):
+        with pytest.raises(ValueError, match="p: found 3, expected a divisor"):
+            check_model(spec, parallel, "fp32", torch.device("cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp8 can be had here")
