@@ -15,14 +15,20 @@ from tests.megatron.ranks import Layout, largest_gap, nll, read_reference, run_c
 EXTRA = {"step": 2, "cursor": {"general": [3, 4]}}
 
 
+Job = tuple[str, Precision, tuple[Layout, ...]]
+"""Model, precision, and layouts: the first saves, all load."""
+
+
 def save_then_load_all(
-    directory: Path, jobs: Sequence[tuple[str, Precision, Sequence[Layout]]]
-) -> list[list[dict[str, float]]]:
-    """For each job (model, precision, layouts) the gaps of every layout from the first."""
-    found = []
+    directory: Path, jobs: Sequence[Job]
+) -> dict[tuple[str, Precision], list[dict[str, float]]]:
+    """For each job, by model and precision, the gaps of every layout from the first."""
+    found = {}
     for model_name, precision, layouts in jobs:
         save_and_go_on(directory, model_name, precision, layouts[0])
-        found.append([load_and_go_on(directory, model_name, precision, own) for own in layouts])
+        found[model_name, precision] = [
+            load_and_go_on(directory, model_name, precision, own) for own in layouts
+        ]
     return found
 
 

@@ -7,49 +7,32 @@ import pytest
 from megadistill.config.schema import Precision
 from megadistill.megatron.engine import Engine
 from tests.megatron import resuming
-from tests.megatron.ranks import Layout, run_config
-from tests.megatron.worlds import run_world
+from tests.megatron.conftest import Measured
+from tests.megatron.jobs import RESUMING
+from tests.megatron.ranks import run_config
 
 pytestmark = [pytest.mark.megatron, pytest.mark.timeout(600)]
 
-TIED: list[Layout] = [
-    {"pp": 2, "dp": 2},
-    {"tp": 2, "dp": 2, "sequence_parallel": True},
-]
-UNTIED: list[Layout] = [{"tp": 2, "pp": 2}, {"dp": 4}]
 
-
-@pytest.fixture(scope="module")
-def gaps(models: Path) -> dict[tuple[str, Precision], list[dict[str, float]]]:
-    """Saved by four ranks in the first layout of each list, loaded by them in all its layouts."""
-    jobs: list[tuple[str, Precision, list[Layout]]] = [
-        ("qwen2_tied", "fp32", TIED),
-        ("qwen3_untied", "fp32", UNTIED),
-        ("qwen2_tied", "bf16", TIED[:1]),
-    ]
-    found = run_world(resuming.save_then_load_all, 4, models, jobs, timeout_s=560)
-    return dict(zip([(model, precision) for model, precision, _ in jobs], found, strict=True))
+def gaps_of(measured: Measured, model: str, precision: Precision) -> list[dict[str, float]]:
+    """Gaps of each layout of the job; the first is the layout that saved."""
+    found: dict[tuple[str, Precision], list[dict[str, float]]] = measured(4)["resuming"]
+    return found[model, precision]
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize(
-    ("model", "precision"),
-    [("qwen2_tied", "fp32"), ("qwen3_untied", "fp32"), ("qwen2_tied", "bf16")],
-)
+@pytest.mark.parametrize(("model", "precision"), [job[:2] for job in RESUMING])
 def test_same_layout_goes_on_bit_for_bit(
-    model: str,
-    precision: Precision,
-    gaps: dict[tuple[str, Precision], list[dict[str, float]]],
+    model: str, precision: Precision, measured: Measured
 ) -> None:
-    assert gaps[model, precision][0] == {"weights": 0.0, "losses": 0.0, "final": 0.0}
+    assert gaps_of(measured, model, precision)[0] == {"weights": 0.0, "losses": 0.0, "final": 0.0}
 
 
 @pytest.mark.multi
 @pytest.mark.parametrize("model", ["qwen2_tied", "qwen3_untied"])
-def test_other_layouts_go_on_to_rounding(
-    model: str, gaps: dict[tuple[str, Precision], list[dict[str, float]]], models: Path
-) -> None:
-    others = [*gaps[model, "fp32"][1:], resuming.load_and_go_on(models, model, "fp32", {})]
+def test_other_layouts_go_on_to_rounding(model: str, measured: Measured, models: Path) -> None:
+    others = gaps_of(measured, model, "fp32")[1:]
+    others.append(resuming.load_and_go_on(models, model, "fp32", {}))
     assert [other["weights"] for other in others] == [0.0] * len(others)
     assert max(other["losses"] for other in others) <= 1e-6
     assert max(other["final"] for other in others) <= 2e-6
