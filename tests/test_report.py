@@ -83,16 +83,16 @@ def test_the_table_shows_before_after_and_change(run: RunDir) -> None:
     table = effect_table(run)
     assert [column.header for column in table.columns] == [
         "held out",
-        "quantity",
+        "direction",
         "before",
         "after",
         "change",
     ]
     assert rendered(table) == [
-        ["domain", "KL(student ‖ teacher)", "0.0000 ± 0.0100", "0.0500 ± 0.0100", "+0.0500"],
-        ["domain", "KL(teacher ‖ student)", "0.0000 ± 0.0200", "0.0400 ± 0.0200", "+0.0400"],
-        ["general", "KL(student ‖ teacher)", "0.8000 ± 0.0100", "0.2000 ± 0.0100", "-75%"],
-        ["general", "KL(teacher ‖ student)", "0.6000 ± 0.0200", "0.3000 ± 0.0200", "-50%"],
+        ["domain", "student ‖ teacher", "0.0000 ± 0.0100", "0.0500 ± 0.0100", "+0.0500"],
+        ["domain", "teacher ‖ student", "0.0000 ± 0.0200", "0.0400 ± 0.0200", "+0.0400"],
+        ["general", "student ‖ teacher", "0.8000 ± 0.0100", "0.2000 ± 0.0100", "-75%"],
+        ["general", "teacher ‖ student", "0.6000 ± 0.0200", "0.3000 ± 0.0200", "-50%"],
     ]
 
 

@@ -10,8 +10,8 @@ from megadistill.metrics import read_metrics
 from megadistill.rundir import RunDir
 
 QUANTITIES = {
-    "reverse_kl": "KL(student ‖ teacher)",
-    "forward_kl": "KL(teacher ‖ student)",
+    "reverse_kl": "student ‖ teacher",
+    "forward_kl": "teacher ‖ student",
 }
 BRANCH_COLOURS = {"general": "#1f77b4", "domain": "#d62728"}
 
@@ -19,10 +19,10 @@ BRANCH_COLOURS = {"general": "#1f77b4", "domain": "#d62728"}
 def effect_table(run: RunDir) -> Table:
     """Held-out divergences before the first step and after the last, with standard errors."""
     rows = _measured(run)
-    table = Table(title=f"{run.path.name}: held-out divergence, nats per token")
-    for heading in ("held out", "quantity", "before", "after", "change"):
+    table = Table(title=f"{run.path.name}: held-out KL, nats per token")
+    for heading in ("held out", "direction", "before", "after", "change"):
         table.add_column(
-            heading, justify="left" if heading in ("held out", "quantity") else "right"
+            heading, justify="left" if heading in ("held out", "direction") else "right"
         )
     if not rows:
         return table
@@ -50,6 +50,7 @@ def effect_picture(run: RunDir, file: Path) -> Path:
     _draw_heldout(axes[0], _measured(run))
     _draw_branches(axes[1], rows, "gap_absolute", "mean |gap| of the batch (nats)")
     _draw_branches(axes[2], rows, "selected_fraction", "selected fraction")
+    axes[2].set_ylim(0, 1.05)
     figure.suptitle(run.path.name)
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -31,6 +31,7 @@ def make_models(directory: Path) -> None:
         intermediate_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
+        head_dim=32,  # the smallest that vLLM runs on a CPU
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
