@@ -83,5 +83,6 @@ def test_only_a_cpu_pins_threads_and_switches_compilation_off(
     monkeypatch.setattr(os, "environ", {})
     cpu, gpu = vllm_environment(3, gpu=False), vllm_environment(3, gpu=True)
     assert (cpu["OMP_NUM_THREADS"], cpu["TORCHDYNAMO_DISABLE"]) == ("3", "1")
+    assert cpu["OMP_WAIT_POLICY"] == "PASSIVE"
     assert not {"OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE"} & gpu.keys()
     assert gpu["VLLM_ENABLE_V1_MULTIPROCESSING"] == cpu["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
