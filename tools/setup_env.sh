@@ -44,6 +44,12 @@ for stamp in "$venv/.dev" "$venv/.cpu"; do
   [[ -f $stamp && $(cat "$stamp") == "$wanted" ]] && exit 0
 done
 
+# reasoning-gym needs pycosat, which is only there as source.
+headers=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+if ! command -v cc >/dev/null || [[ ! -f $headers/Python.h ]]; then
+  install_system gcc libc6-dev python3-dev
+fi
+
 pip=("$venv/bin/pip" --quiet --disable-pip-version-check)
 echo "installing Python packages into $venv (a few minutes the first time) ..."
 "$venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" install "$torch"
