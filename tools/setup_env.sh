@@ -50,11 +50,12 @@ if ! command -v cc >/dev/null || [[ ! -f $headers/Python.h ]]; then
   install_system gcc libc6-dev python3-dev
 fi
 
+# Compiling every module takes a minute; the few that are imported are compiled when they are.
 pip=("$venv/bin/pip" --quiet --disable-pip-version-check)
 echo "installing Python packages into $venv (a few minutes the first time) ..."
-"$venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" install "$torch"
+"$venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" install --no-compile "$torch"
 requirements=()
 for list in "${lists[@]}"; do requirements+=(-r "$list"); done
-"${pip[@]}" install --no-deps "${requirements[@]}"
+"${pip[@]}" install --no-compile --no-deps "${requirements[@]}"
 PYTHONWARNINGS=ignore "${pip[@]}" install --no-deps --no-build-isolation -e "$root"
 if [[ ${1:-} == --dev ]]; then echo "$wanted" >"$venv/.dev"; else echo "$wanted" >"$venv/.cpu"; fi
