@@ -42,6 +42,7 @@ class Student:
             ),
             model,
         )
+        self._weight_decay = config.weight_decay
         self.optimizer = _optimizer(self.parallel_model, config)
         model.config.finalize_model_grads_func = _sum_gradients
         if world.device.type == "cuda":
@@ -66,6 +67,8 @@ class Student:
             raise FloatingPointError(f"loss: found {sums['loss']}, expected a finite number")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+            # Zero for norms and biases, which are not decayed.
+            group["weight_decay"] = self._weight_decay * group["wd_mult"]
         _, grad_norm, _ = self.optimizer.step()
         return sums, float(grad_norm)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadistill.config.schema import BatchConfig, ModelConfig, ParallelConfig
+from megadistill.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megadistill.convert.families import read_spec
 from megadistill.head import VocabularyHead
 from megadistill.megatron.engine import STUDENT, Engine
@@ -217,3 +218,16 @@ def test_gradients_do_not_leak_into_the_next_step(models: Path) -> None:
     with opened(models) as engine:
         first, second = (engine.step(samples, nll, learning_rate=0.0) for _ in range(2))
     assert (first.loss, first.grad_norm) == (second.loss, second.grad_norm)
+
+
+def test_weight_decay_spares_norms(models: Path) -> None:
+    sample = random_samples((12,))[0]
+    idle = replace(sample, weights_R=np.zeros_like(sample.weights_R))
+    optimizer = OptimizerConfig(weight_decay=0.5, clip_grad=1.0)
+    with opened(models, optimizer=optimizer) as engine:
+        before = {name: tensor.clone() for name, tensor in engine.hf_tensors()}
+        result = engine.step([idle], nll, learning_rate=0.1)
+        for name, tensor in engine.hf_tensors():
+            kept = 1.0 if "norm" in name else 1.0 - 0.1 * 0.5
+            torch.testing.assert_close(tensor, kept * before[name])
+    assert (result.loss, result.grad_norm) == (0.0, 0.0)
