@@ -2,7 +2,8 @@
 # A real Slurm on this host: munge, slurmctld and several slurmd, each slurmd in its own UTS, mount
 # and PID namespace, everything on 127.0.0.1. For trying and testing; needs no system service.
 #
-#   slurm/local_cluster.sh start      start what is not running (installs the packages when root)
+#   slurm/local_cluster.sh install    install the packages, when root
+#   slurm/local_cluster.sh start      start what is not running, after `install`
 #   eval "$(slurm/local_cluster.sh env)"    point sbatch, squeue, ... of this shell at it
 #   slurm/local_cluster.sh status     daemons, nodes and jobs; exit code 3 when it is not running
 #   slurm/local_cluster.sh kill N     power failure of node N: slurmd and all its jobs die at once
@@ -316,6 +317,7 @@ check_node() {
 }
 
 case ${1:-} in
+  install) need_packages ;;
   start) start ;;
   stop) stop ;;
   status) status ;;

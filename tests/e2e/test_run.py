@@ -1,6 +1,7 @@
 """The whole run, as a user starts it: resumed after kills, and in other layouts."""
 
 import math
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from megadistill.metrics import read_metrics
 from megadistill.rundir import RunDir
+from tests.e2e.local_slurm import local_cluster
 from tests.e2e.small_run import (
     finish,
     kill_when,
@@ -71,13 +73,22 @@ def test_three_kills_change_nothing(folder: Path, undisturbed: RunDir) -> None:
     assert last[0] == last[1]
 
 
+@pytest.mark.slurm
 @pytest.mark.timeout(600)
-def test_pipeline_and_data_parallel_give_the_losses_of_one_process(
+def test_a_slurm_job_on_four_nodes_gives_the_losses_of_one_process(
     folder: Path, undisturbed: RunDir
 ) -> None:
     config = write_run(folder, "parallel", parallel={"pp": 2, "dp": 2})
-    finish(start(train_command(config)))
-    found, expected = losses(RunDir(folder / "runs" / "parallel")), losses(undisturbed)
+    run = RunDir(folder / "runs" / "parallel")
+    with local_cluster(MEGADISTILL_PYTHON=sys.executable) as cluster:
+        job = cluster.call(
+            *("sbatch", "--parsable", f"--output={folder}/job.log"),
+            *("slurm/camopd_medical.sh", str(config)),
+        )
+        cluster.wait_for_state(job, "COMPLETED", "FAILED")
+        assert cluster.state(job) == "COMPLETED", (folder / "job.log").read_text()[-4000:]
+    assert len(list((run.path / "logs").glob("trainer-*"))) == 4
+    found, expected = losses(run), losses(undisturbed)
     assert len(found) == len(expected) == 4
     for (step, loss, norm), (_, expected_loss, expected_norm) in zip(found, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-6), step

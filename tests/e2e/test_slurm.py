@@ -1,15 +1,9 @@
 """Whole jobs on a real Slurm of four nodes that this module starts; the roles are fakes."""
 
 import os
-import random
 import shlex
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,66 +13,20 @@ import pytest
 from megadistill.launch import slurm
 from megadistill.launch.node import open_run
 from megadistill.rundir import RunDir
+from tests.e2e.local_slurm import (
+    ROOT,
+    Cluster,
+    local_cluster,
+    wait_until,
+)
 from tests.launch.configs import write_config
 from tests.launch.fake_node import FakeTask
 
 pytestmark = pytest.mark.slurm
 
-ROOT = Path(__file__).parents[2]
-LOCAL_CLUSTER = ROOT / "slurm" / "local_cluster.sh"
-PATIENCE_S = 150.0
-
-
-@dataclass(frozen=True)
-class Cluster:
-    environment: dict[str, str]
-
-    def call(self, *command: str, cwd: Path = ROOT) -> str:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env={**os.environ, **self.environment},
-            cwd=cwd,
-            timeout=PATIENCE_S,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        return done.stdout.strip()
-
-    def power(self, verb: str, node: int) -> None:
-        self.call(str(LOCAL_CLUSTER), verb, str(node))
-
-    def state(self, job: str) -> str:
-        return self.call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
-
-    def wait_for_state(self, job: str, *states: str) -> None:
-        wait_until(lambda: self.state(job) in states, lambda: self.state(job))
-
-
-def wait_until(happened: Callable[[], bool], say: Callable[[], str] = str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not happened():
-        assert time.monotonic() < deadline, f"waited in vain: {say()}"
-        time.sleep(0.1)
-
-
-def free_port_range() -> int:
-    """First of 400 ports, those of the daemons known to be free, for a cluster of our own."""
-    while True:
-        first = random.randrange(10000, 17000, 400)
-        with socket.socket() as control, socket.socket() as node:
-            try:
-                control.bind(("127.0.0.1", first))
-                node.bind(("127.0.0.1", first + 1))
-            except OSError:
-                continue
-        return first
-
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    state = tempfile.mkdtemp(prefix="megadistill-test-")  # short: it holds a socket
     python = tmp_path_factory.mktemp("site") / "python"
     # Stands where the job script expects python: -u -m megadistill node CONFIG becomes a fake node.
     python.write_text(
@@ -86,19 +34,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         f'exec {shlex.quote(sys.executable)} -u -m tests.launch.fake_node "$5"\n'
     )
     python.chmod(0o755)
-    environment = {
-        "MEGADISTILL_SLURM": state,
-        "MEGADISTILL_SLURM_PORT": str(free_port_range()),
-        "MEGADISTILL_PYTHON": str(python),
-    }
-    cluster = Cluster(environment=environment)
-    try:
-        cluster.call(str(LOCAL_CLUSTER), "start")
-        cluster.environment["SLURM_CONF"] = f"{state}/slurm.conf"
-        yield cluster
-    finally:
-        cluster.call(str(LOCAL_CLUSTER), "stop")
-        shutil.rmtree(state)
+    with local_cluster(MEGADISTILL_PYTHON=str(python)) as started:
+        yield started
 
 
 @dataclass

@@ -1,0 +1,84 @@
+"""A Slurm of four nodes on this host that a test module starts for itself."""
+
+import os
+import random
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LOCAL_CLUSTER = ROOT / "slurm" / "local_cluster.sh"
+PATIENCE_S = 280.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    environment: dict[str, str]
+
+    def call(self, *command: str, cwd: Path = ROOT) -> str:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **self.environment},
+            cwd=cwd,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def power(self, verb: str, node: int) -> None:
+        self.call(str(LOCAL_CLUSTER), verb, str(node))
+
+    def state(self, job: str) -> str:
+        return self.call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
+
+    def wait_for_state(self, job: str, *states: str) -> None:
+        wait_until(lambda: self.state(job) in states, lambda: self.state(job))
+
+
+def wait_until(happened: Callable[[], bool], say: Callable[[], str] = str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline, f"waited in vain: {say()}"
+        time.sleep(0.1)
+
+
+def free_port_range() -> int:
+    """First of 400 ports, those of the daemons known to be free, for a cluster of our own."""
+    while True:
+        first = random.randrange(10000, 17000, 400)
+        with socket.socket() as control, socket.socket() as node:
+            try:
+                control.bind(("127.0.0.1", first))
+                node.bind(("127.0.0.1", first + 1))
+            except OSError:
+                continue
+        return first
+
+
+@contextmanager
+def local_cluster(**environment: str) -> Iterator[Cluster]:
+    """Started on ports and in a directory of its own; `environment` is what its jobs see besides."""
+    state = tempfile.mkdtemp(prefix="megadistill-test-")  # short: it holds a socket
+    cluster = Cluster(
+        environment={
+            "MEGADISTILL_SLURM": state,
+            "MEGADISTILL_SLURM_PORT": str(free_port_range()),
+            **environment,
+        }
+    )
+    try:
+        cluster.call(str(LOCAL_CLUSTER), "start")
+        cluster.environment["SLURM_CONF"] = f"{state}/slurm.conf"
+        yield cluster
+    finally:
+        cluster.call(str(LOCAL_CLUSTER), "stop")
+        shutil.rmtree(state)
