@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megadistill.megatron.boundary import calls_megatron
@@ -32,7 +36,11 @@ def save(student: Student, directory: Path, extra: Extra) -> None:
     state = _sharded_state(student, is_loading=False)
     state["extra"] = texts[1]
     state["random_states"] = _gather_random_states(student.world)
-    dist_checkpointing.save(state, texts[0], content_metadata=_stored_metadata())
+    # Copies of a weight on several data-parallel ranks: each rank writes its share of them.
+    strategy = FullyParallelSaveStrategyWrapper(
+        get_default_save_sharded_strategy(), student.world.groups.dp_cp
+    )
+    dist_checkpointing.save(state, texts[0], strategy, content_metadata=_stored_metadata())
     dist.barrier()
 
 

@@ -138,7 +138,8 @@ class Engine:
         """One optimizer step on the sum of `loss` over all rows of all samples.
 
         `sample_ids` of the micro-batches index `samples`. Every number returned is a sum over all
-        ranks, equal on every rank. Raises `ValueError` for no samples or weights that do not fit.
+        ranks, equal on every rank. Raises `ValueError` for no samples or weights that do not fit,
+        and `FloatingPointError`, changing no weight, if the loss or its gradient is not finite.
         """
         _check_samples(samples)
         spans = [sample.span for sample in samples]
@@ -149,13 +150,13 @@ class Engine:
         def loss_of(hidden_WD: Tensor, batch: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
             return loss(scorable.head(training=True), hidden_WD, batch)
 
-        sums, grad_norm = self._student.step(batches, loss_of, learning_rate)
+        total, grad_norm, metrics = self._student.step(batches, loss_of, learning_rate)
         return StepResult(
-            loss=sums.pop("loss"),
+            loss=total,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             num_tokens=sum(num_inputs(span) for span in spans),
-            metrics=sums,
+            metrics=metrics,
         )
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:

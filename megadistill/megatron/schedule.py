@@ -89,8 +89,14 @@ def _run(
     **options: bool,
 ) -> list[Any]:  # whatever `finish` reports, for every micro-batch
     def step(batches_left: Iterator[MicroBatch], module: torch.nn.Module) -> tuple[Tensor, Any]:
-        batch = _on(world.device, next(batches_left))
-        return _call(module, batch, world), partial(finish, batch)
+        batch = next(batches_left)
+        longest = int(batch.cu_seqlens.diff().max())  # read here, before it is on a GPU
+        batch = _on(world.device, batch)
+        packed = _packed_params(batch, longest) if world.groups.cp.size() == 1 else None
+        output = module(
+            batch.token_ids_T[None], batch.position_ids_T[None], None, packed_seq_params=packed
+        )
+        return output, partial(finish, batch)
 
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=step,
@@ -105,16 +111,7 @@ def _run(
     return results
 
 
-def _call(module: torch.nn.Module, batch: MicroBatch, world: World) -> Tensor:
-    packed = None if world.groups.cp.size() > 1 else _packed_params(batch)
-    output: Tensor = module(
-        batch.token_ids_T[None], batch.position_ids_T[None], None, packed_seq_params=packed
-    )
-    return output
-
-
-def _packed_params(batch: MicroBatch) -> PackedSeqParams:
-    longest = int(batch.cu_seqlens.diff().max())
+def _packed_params(batch: MicroBatch, longest: int) -> PackedSeqParams:
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,

@@ -51,39 +51,48 @@ class Student:
     @calls_megatron
     def step(
         self, batches: Sequence[MicroBatch], loss: Loss, learning_rate: float
-    ) -> tuple[dict[str, float], float]:
+    ) -> tuple[float, float, dict[str, float]]:
         """One optimizer step on the sum of the losses of every rank's micro-batches.
 
-        Returns the sums over all ranks (`loss` and the loss's metrics) and the gradient norm before
-        clipping, equal on all ranks. Raises `FloatingPointError`, and changes no weight, if the
-        loss is not finite.
+        Returns loss, gradient norm before clipping, and metrics; sums over all ranks, equal on all
+        ranks. Raises `FloatingPointError`, and changes no weight, if loss or norm is not finite.
         """
         self.parallel_model.train()
         self.parallel_model.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = forward_backward(self.parallel_model, batches, self.world, loss)
-        sums = self._sum_over_ranks(reports)
-        if not math.isfinite(sums["loss"]):
-            raise FloatingPointError(f"loss: found {sums['loss']}, expected a finite number")
+        total, metrics = self._sum_over_ranks(reports)
+        self.optimizer.prepare_grads()
+        _require_finite(loss=total, grad_norm=float(self.optimizer.get_grad_norm()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             # Zero for norms and biases, which are not decayed.
             group["weight_decay"] = self._weight_decay * group["wd_mult"]
         _, grad_norm, _ = self.optimizer.step()
-        return sums, float(grad_norm)
+        return total, float(grad_norm), metrics
 
     def _sum_over_ranks(
         self, reports: Sequence[tuple[Tensor, Mapping[str, Tensor]]]
-    ) -> dict[str, float]:
-        """Sums of losses and metrics by name; a rank without rows knows no names of its own."""
-        local: dict[str, float] = {"loss": 0.0}
+    ) -> tuple[float, dict[str, float]]:
+        """Sum of losses, and of metrics by name; a rank without rows knows no names of its own."""
+        local: list[tuple[str | None, float]] = []
         for total, metrics in reports if self.world.speaks else ():
-            for name, value in [("loss", total), *metrics.items()]:
-                local[name] = local.get(name, 0.0) + float(value)
-        everywhere: list[dict[str, float]] = [{}] * self.world.size
+            local.append((None, float(total)))
+            local += [(name, float(value)) for name, value in metrics.items()]
+        everywhere: list[list[tuple[str | None, float]]] = [[]] * self.world.size
         dist.all_gather_object(everywhere, local)
-        names = sorted({name for part in everywhere for name in part})
-        return {name: math.fsum(part.get(name, 0.0) for part in everywhere) for name in names}
+        values: dict[str | None, list[float]] = {None: []}
+        for part in everywhere:
+            for name, value in part:
+                values.setdefault(name, []).append(value)
+        sums = {name: math.fsum(terms) for name, terms in values.items() if name is not None}
+        return math.fsum(values[None]), sums
+
+
+def _require_finite(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise FloatingPointError(f"{name}: found {number}, expected a finite number")
 
 
 def _optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> MegatronOptimizer:

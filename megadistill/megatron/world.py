@@ -1,11 +1,9 @@
 """This process's place among all trainer processes: ranks, groups, device."""
 
 import os
-import random
 from dataclasses import dataclass
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -121,8 +119,6 @@ def _check_size(parallel: ParallelConfig, size: int) -> None:
 
 def _seed(seed: int, groups: ProcessGroupCollection) -> None:
     """Same numbers on ranks that hold copies, others on other stages and shards."""
-    random.seed(seed)
-    np.random.seed(seed)
     stage_seed = seed + 100 * groups.pp.rank()
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed)

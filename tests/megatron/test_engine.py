@@ -199,17 +199,42 @@ def test_the_loss_sees_which_sample_a_row_belongs_to(models: Path) -> None:
     assert result.learning_rate == 1e-3
 
 
-def test_a_loss_that_is_not_finite_changes_no_weight(models: Path) -> None:
+def broken_gradient(
+    head: VocabularyHead, hidden_WD: Tensor, batch: MicroBatch
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Zero, with a gradient of NaN."""
+    return (hidden_WD * 0.0).sum().sqrt(), {}
+
+
+@pytest.mark.parametrize(
+    ("loss", "weight", "message"),
+    [(nll, float("nan"), "loss: found nan"), (broken_gradient, 1.0, "grad_norm: found nan")],
+)
+def test_what_is_not_finite_changes_no_weight(
+    models: Path, loss: Any, weight: float, message: str
+) -> None:
     sample = random_samples((12,))[0]
-    broken = Sample(
-        span=sample.span, weights_R=sample.weights_R + np.float32("nan"), component="general"
-    )
+    sample = replace(sample, weights_R=np.full_like(sample.weights_R, weight))
     with opened(models) as engine:
         before = {name: tensor.clone() for name, tensor in engine.hf_tensors()}
-        with pytest.raises(FloatingPointError, match="expected a finite number"):
-            engine.step([broken], nll, learning_rate=1e-3)
+        with pytest.raises(FloatingPointError, match=message):
+            engine.step([sample], loss, learning_rate=1e-3)
         after = dict(engine.hf_tensors())
-    assert all(torch.equal(before[name], after[name]) for name in before)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert np.isfinite(engine.step(random_samples((12,)), nll, learning_rate=1e-3).loss)
+
+
+def test_a_metric_may_have_any_name(models: Path) -> None:
+    def named(
+        head: VocabularyHead, hidden_WD: Tensor, batch: MicroBatch
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        total, _ = nll(head, hidden_WD, batch)
+        return total, {"loss": torch.tensor(7.0)}
+
+    with opened(models) as engine:
+        result = engine.step(random_samples((12,)), named, learning_rate=1e-3)
+    assert result.metrics == {"loss": 7.0}
+    assert result.loss != 7.0
 
 
 def test_gradients_do_not_leak_into_the_next_step(models: Path) -> None:
