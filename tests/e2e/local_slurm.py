@@ -40,12 +40,14 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
 
-    def wait_for_state(self, job: str, *states: str) -> None:
-        wait_until(lambda: self.state(job) in states, lambda: self.state(job))
+    def wait_for_state(self, job: str, *states: str, patience_s: float = PATIENCE_S) -> None:
+        wait_until(lambda: self.state(job) in states, lambda: self.state(job), patience_s)
 
 
-def wait_until(happened: Callable[[], bool], say: Callable[[], str] = str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+def wait_until(
+    happened: Callable[[], bool], say: Callable[[], str] = str, patience_s: float = PATIENCE_S
+) -> None:
+    deadline = time.monotonic() + patience_s
     while not happened():
         assert time.monotonic() < deadline, f"waited in vain: {say()}"
         time.sleep(0.1)

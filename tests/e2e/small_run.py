@@ -17,7 +17,7 @@ from megadistill.metrics import read_metrics
 from megadistill.rundir import RunDir
 from tests.tiny import Tree, camopd_tree, make_tokenizer
 
-RUN_TIMEOUT_S = 280.0
+RUN_TIMEOUT_S = 560.0
 WORDS = [f"word{index}" for index in range(200)]
 
 
