@@ -11,9 +11,8 @@ probabilities, each divergence has the gradient S (g - sum S g) on the student's
 where M = b T + (1-b) S. A row's gradient depends on that row alone: it is made in the same sweep.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +20,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megadistill.head.alignment import align
+from megadistill.head.backend import Backend, Divergence, backend_of
 from megadistill.head.checks import check_hidden, check_pair, check_weights
 from megadistill.head.gradients import GradientSums
-from megadistill.head.projection import project, row_blocks
-from megadistill.head.rows import RowStatistics, combine, exponentiate, sum_ranks
+from megadistill.head.projection import project
 from megadistill.head.vocabulary import VocabularyHead
+
+FORWARD_KL = Divergence(name="forward_kl")
+REVERSE_KL = Divergence(name="reverse_kl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,57 +38,6 @@ class Divergences:
     """KL(teacher || student)."""
     reverse_kl_T: Tensor
     """KL(student || teacher)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Terms:
-    """One block's share of a divergence, from log-probs of student and teacher."""
-
-    value_C: Tensor
-    baseline_C: Tensor
-    """Sum of S g over this rank's ids."""
-    slope_CV: Tensor
-    """S g."""
-    student_CV: Tensor
-    """S."""
-
-
-_Kind = Callable[[Tensor, Tensor], _Terms]
-
-
-def _forward_terms(student_CV: Tensor, teacher_CV: Tensor) -> _Terms:
-    probs_CV = teacher_CV.exp()
-    value_C = (teacher_CV - student_CV).mul_(probs_CV).sum(-1)
-    slope_CV = probs_CV.neg_()
-    return _Terms(
-        value_C=value_C,
-        baseline_C=slope_CV.sum(-1),
-        slope_CV=slope_CV,
-        student_CV=student_CV.exp(),
-    )
-
-
-def _reverse_terms(student_CV: Tensor, teacher_CV: Tensor) -> _Terms:
-    probs_CV = student_CV.exp()
-    slope_CV = (student_CV - teacher_CV).mul_(probs_CV)
-    value_C = slope_CV.sum(-1)
-    return _Terms(value_C=value_C, baseline_C=value_C, slope_CV=slope_CV, student_CV=probs_CV)
-
-
-def _jsd_terms(student_CV: Tensor, teacher_CV: Tensor, *, beta: float) -> _Terms:
-    probs_CV, teacher_probs_CV = student_CV.exp(), teacher_CV.exp()
-    mixture_CV = torch.lerp(probs_CV, teacher_probs_CV, beta)
-    # Where both probabilities underflow their terms are zero, if only the logarithm is finite.
-    mixture_CV.clamp_(min=torch.finfo(mixture_CV.dtype).tiny).log_()
-    slope_CV = (student_CV - mixture_CV).mul_(probs_CV).mul_(1.0 - beta)
-    baseline_C = slope_CV.sum(-1)
-    teacher_kl_C = torch.sub(teacher_CV, mixture_CV, out=mixture_CV).mul_(teacher_probs_CV).sum(-1)
-    return _Terms(
-        value_C=baseline_C + beta * teacher_kl_C,
-        baseline_C=baseline_C,
-        slope_CV=slope_CV,
-        student_CV=probs_CV,
-    )
 
 
 @torch.no_grad()
@@ -105,15 +56,14 @@ def divergences(
     pair = _Pair.checked(
         student_head, student_hidden_TD, teacher_head, teacher_hidden_TD, temperature
     )
-    num_tokens = student_hidden_TD.shape[0]
-    values_T2 = student_hidden_TD.new_zeros(num_tokens, 2, dtype=student_head.compute_dtype)
-    logits = pair.buffers()
-    for rows in pair.student.chunks(num_tokens):
-        values_C2 = values_T2[rows]
-        for block, a, b in pair.logprobs(rows, logits):
-            values_C2[block, 0] = _forward_terms(a, b).value_C
-            values_C2[block, 1] = _reverse_terms(a, b).value_C
-    sum_ranks(values_T2, student_head.group)
+    values_T2 = student_hidden_TD.new_empty(
+        student_hidden_TD.shape[0], 2, dtype=student_head.compute_dtype
+    )
+    for rows, logits in pair.chunks():
+        for column, kind in enumerate((FORWARD_KL, REVERSE_KL)):
+            values_T2[rows, column] = pair.backend.divergence(
+                kind, logits, None, student_head.group
+            )
     return Divergences(forward_kl_T=values_T2[:, 0], reverse_kl_T=values_T2[:, 1])
 
 
@@ -130,7 +80,7 @@ def forward_kl(
     pair = _Pair.checked(
         student_head, student_hidden_TD, teacher_head, teacher_hidden_TD, temperature
     )
-    return _weighted_sum(pair, weights_T, _forward_terms)
+    return _weighted_sum(pair, weights_T, FORWARD_KL)
 
 
 def reverse_kl(
@@ -146,7 +96,7 @@ def reverse_kl(
     pair = _Pair.checked(
         student_head, student_hidden_TD, teacher_head, teacher_hidden_TD, temperature
     )
-    return _weighted_sum(pair, weights_T, _reverse_terms)
+    return _weighted_sum(pair, weights_T, REVERSE_KL)
 
 
 def jsd(  # noqa: PLR0913 - the arguments of the other two, and beta
@@ -171,7 +121,7 @@ def jsd(  # noqa: PLR0913 - the arguments of the other two, and beta
     pair = _Pair.checked(
         student_head, student_hidden_TD, teacher_head, teacher_hidden_TD, temperature
     )
-    return _weighted_sum(pair, weights_T, partial(_jsd_terms, beta=beta))
+    return _weighted_sum(pair, weights_T, Divergence(name="jsd", beta=beta))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,38 +154,35 @@ class _Pair:
             temperature=temperature,
         )
 
-    def buffers(self) -> tuple[Tensor, Tensor]:
-        """Working memory for one chunk of logits of each head."""
-        size = self.student.chunks(self.student_hidden_TD.shape[0])[0].stop
-        shape = size, self.student.num_true_rows
-        return (
-            self.student_hidden_TD.new_empty(shape, dtype=self.student.compute_dtype),
-            self.student_hidden_TD.new_empty(shape, dtype=self.teacher.compute_dtype),
+    @property
+    def backend(self) -> Backend:
+        return backend_of(self.student)
+
+    def chunks(self) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+        """Rows and logits of student and teacher, over this rank's ids; memory is used again."""
+        sides = (
+            (self.student, self.student_hidden_TD.detach()),
+            (self.teacher, self.teacher_hidden_TD),
         )
-
-    def logprobs(
-        self, rows: slice, logits: tuple[Tensor, Tensor]
-    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Log-probabilities of one chunk over this rank's ids, for student and teacher.
-
-        Block by block, as views of `logits` made when they are asked for: still in cache.
-        """
-        hidden = self.student_hidden_TD.detach(), self.teacher_hidden_TD
-        student_CV, teacher_CV = (buffer[: rows.stop - rows.start] for buffer in logits)
-        totals: list[RowStatistics] = []
-        for head, hidden_TD, z_CV in zip(
-            (self.student, self.teacher), hidden, (student_CV, teacher_CV), strict=True
-        ):
-            project(hidden_TD[rows], head.true_weight, self.temperature, z_CV)
-            totals.append(combine(exponentiate(z_CV, keep_logits=True), head.group))
-        student, teacher = totals
-        for block in row_blocks(student_CV):
-            a = student.normalise_(student_CV[block], block)
-            b = teacher.normalise_(teacher_CV[block], block)
-            yield block, a, b
+        chunks = self.student.chunks(len(self.teacher_hidden_TD), num_heads=2)
+        buffers = [
+            hidden_TD.new_empty(chunks[0].stop, head.num_true_rows, dtype=head.compute_dtype)
+            for head, hidden_TD in sides
+        ]
+        for rows in chunks:
+            student_CV, teacher_CV = (
+                project(
+                    hidden_TD[rows],
+                    head.true_weight,
+                    self.temperature,
+                    buffer[: rows.stop - rows.start],
+                )
+                for (head, hidden_TD), buffer in zip(sides, buffers, strict=True)
+            )
+            yield rows, (student_CV, teacher_CV)
 
 
-def _weighted_sum(pair: _Pair, weights_T: Tensor, kind: _Kind) -> tuple[Tensor, Tensor]:
+def _weighted_sum(pair: _Pair, weights_T: Tensor, kind: Divergence) -> tuple[Tensor, Tensor]:
     check_weights(pair.student_hidden_TD, weights_T)
     loss, values_T = _WeightedDivergence.apply(  # type: ignore[no-untyped-call]
         pair.student_hidden_TD,
@@ -256,7 +203,7 @@ class _WeightedDivergence(torch.autograd.Function):
         weight_VD: Tensor,
         pair: _Pair,
         weights_T: Tensor,
-        kind: _Kind,
+        kind: Divergence,
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         sums = GradientSums.start(
@@ -267,8 +214,7 @@ class _WeightedDivergence(torch.autograd.Function):
         )
         weights_T = weights_T.to(pair.student.compute_dtype)
         values_T = _sweep(pair, weights_T, kind, sums)
-        sums.keep(ctx)
-        ctx.head = pair.student
+        sums.keep(ctx, pair.student)
         ctx.mark_non_differentiable(values_T)
         loss = (weights_T * values_T).sum(dtype=torch.float64).to(weights_T.dtype)
         return loss, values_T
@@ -276,29 +222,21 @@ class _WeightedDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return *GradientSums.kept(ctx).hand_out(ctx.head, upstream), *(None,) * 4
+        return *GradientSums.kept(ctx, upstream).hand_out(ctx.head), *(None,) * 4
 
 
-def _sweep(pair: _Pair, weights_T: Tensor, kind: _Kind, sums: GradientSums) -> Tensor:
+def _sweep(pair: _Pair, weights_T: Tensor, kind: Divergence, sums: GradientSums) -> Tensor:
     """Visit all rows once: the divergence of each, and the gradients added to `sums`."""
-    head, hidden_TD = pair.student, pair.student_hidden_TD
-    values_T2 = weights_T.new_empty(weights_T.shape[0], 2)
-    logits = pair.buffers()
-    tiles = sums.tile(logits[0], head)
-    for rows in head.chunks(weights_T.shape[0]):
-        totals_C2 = values_T2[rows]
-        for block, a, b in pair.logprobs(rows, logits):
-            terms = kind(a, b)
-            totals_C2[block, 0], totals_C2[block, 1] = terms.value_C, terms.baseline_C
-            if sums.wanted:
-                a.copy_(terms.slope_CV)
-                b.copy_(terms.student_CV)
-        sum_ranks(totals_C2, head.group)
+    head = pair.student
+    values_T, tiles = torch.empty_like(weights_T), None
+    for rows, logits in pair.chunks():
         if not sums.wanted:
+            values_T[rows] = pair.backend.divergence(kind, logits, None, head.group)
             continue
-        slope_CV, probs_CV, tile_CV = (x[: rows.stop - rows.start] for x in (*logits, tiles))
-        for block in row_blocks(tile_CV):
-            probs_CV[block] *= totals_C2[block, 1:]
-            torch.sub(slope_CV[block], probs_CV[block], out=tile_CV[block])
-        sums.add(head, hidden_TD, rows, tile_CV, weights_T[rows] / pair.temperature)
-    return values_T2[:, 0].clone()
+        if tiles is None:
+            tiles = pair.backend.make_tile(logits[0], head.weight_VD.dtype)
+        tile_CV = tiles[: len(logits[0])]
+        values_T[rows] = pair.backend.divergence(kind, logits, tile_CV, head.group)
+        scale_C = weights_T[rows] / pair.temperature
+        sums.add(head, pair.student_hidden_TD, rows, tile_CV, scale_C)
+    return values_T

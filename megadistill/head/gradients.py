@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadistill.head.projection import add_weight_gradient, hidden_gradient, is_narrow, row_blocks
+from megadistill.head.projection import add_weight_gradient, hidden_gradient
 from megadistill.head.vocabulary import VocabularyHead
 
 
@@ -17,32 +17,27 @@ class GradientSums:
 
     hidden_TD: Tensor | None
     weight_VD: Tensor | None
+    """A sum of its own, or Megatron's main_grad."""
 
     @classmethod
     def start(
         cls, head: VocabularyHead, hidden_TD: Tensor, *, for_hidden: bool, for_weight: bool
     ) -> "GradientSums":
         """Allocate the sums of one sweep."""
-        weight_VD = head.weight_VD
+        weight_VD = None
+        if for_weight:
+            weight_VD = main_grad(head)
+            if weight_VD is None:
+                weight_VD = torch.zeros_like(head.weight_VD, dtype=head.compute_dtype)
         return cls(
             hidden_TD=torch.empty_like(hidden_TD) if for_hidden else None,
-            weight_VD=(
-                torch.zeros(weight_VD.shape, dtype=head.compute_dtype, device=weight_VD.device)
-                if for_weight
-                else None
-            ),
+            weight_VD=weight_VD,
         )
 
     @property
     def wanted(self) -> bool:
         """Whether any gradient was asked for."""
         return self.hidden_TD is not None or self.weight_VD is not None
-
-    def tile(self, logits_CV: Tensor, head: VocabularyHead) -> Tensor:
-        """What the gradient products read: the logits' own memory, or a copy as bf16 as the head."""
-        if self.wanted and is_narrow(head.weight_VD):
-            return torch.empty_like(logits_CV, dtype=head.weight_VD.dtype)
-        return logits_CV
 
     def add(
         self,
@@ -65,49 +60,52 @@ class GradientSums:
                 hidden_CD = (hidden_CD * scale_C[:, None]).to(tile_CV.dtype)
             add_weight_gradient(self.weight_VD[: head.num_true_rows], tile_CV, hidden_CD)
 
-    def keep(self, ctx: Any) -> None:  # torch types no context
+    def keep(self, ctx: Any, head: VocabularyHead) -> None:  # torch types no context
         """Save for backward: autograd drops what it saved right after, plain attributes later."""
-        ctx.save_for_backward(self.hidden_TD, self.weight_VD)
+        own = None if head.accumulate_into_main_grad else self.weight_VD
+        ctx.save_for_backward(self.hidden_TD, own)
+        ctx.head = head
 
     @classmethod
-    def kept(cls, ctx: Any) -> "GradientSums":
-        """The sums that `keep` saved."""
+    def kept(cls, ctx: Any, upstream: Tensor) -> "GradientSums":
+        """The sums that `keep` saved, times the upstream gradient."""
         hidden_TD, weight_VD = ctx.saved_tensors
+        if bool(upstream == 1.0):
+            if ctx.needs_input_grad[1] and weight_VD is None:
+                weight_VD = main_grad(ctx.head)
+            return cls(hidden_TD=hidden_TD, weight_VD=weight_VD)
+        if ctx.head.accumulate_into_main_grad:
+            raise ValueError(
+                f"main_grad already holds the gradient of this sum, but backward came with the "
+                f"factor {float(upstream)}; put factors into the row weights"
+            )
+        if hidden_TD is not None:
+            hidden_TD = hidden_TD * upstream.to(hidden_TD.dtype)
+        if weight_VD is not None:
+            weight_VD = weight_VD * upstream
         return cls(hidden_TD=hidden_TD, weight_VD=weight_VD)
 
-    def hand_out(
-        self, head: VocabularyHead, upstream: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Both gradients times the upstream scalar, the weight's as the head wants it."""
-        return self._hand_out_hidden(head, upstream), self._hand_out_weight(head, upstream)
-
-    def _hand_out_hidden(self, head: VocabularyHead, upstream: Tensor | None) -> Tensor | None:
-        """This rank's partial sum unless the head reduces it."""
-        gradient_TD = self.hidden_TD
-        if gradient_TD is None:
-            return None
-        if upstream is not None:
-            gradient_TD = gradient_TD * upstream.to(gradient_TD.dtype)
-        if head.reduce_hidden_gradient and head.group is not None:
-            dist.all_reduce(gradient_TD, group=head.group)
-        return gradient_TD
-
-    def _hand_out_weight(self, head: VocabularyHead, upstream: Tensor | None) -> Tensor | None:
-        """Returned in the weight's type, or added to Megatron's main_grad."""
-        gradient_VD, weight_VD = self.weight_VD, head.weight_VD
-        if gradient_VD is None:
-            return None
+    def hand_out(self, head: VocabularyHead) -> tuple[Tensor | None, Tensor | None]:
+        """Both gradients as autograd wants them; the hidden one is a partial sum over ranks, unless
+        the head reduces it."""
+        hidden_TD, weight_VD = self.hidden_TD, self.weight_VD
+        if hidden_TD is not None and head.reduce_hidden_gradient and head.group is not None:
+            dist.all_reduce(hidden_TD, group=head.group)
+        if weight_VD is None:
+            return hidden_TD, None
         if head.accumulate_into_main_grad:
-            scale = gradient_VD.new_ones(()) if upstream is None else upstream
-            weight_VD.main_grad.addcmul_(gradient_VD, scale)  # type: ignore[attr-defined]
-            return announce_main_grad(weight_VD)
-        if upstream is None or bool(upstream == 1.0):
-            # As it is where the types agree: autograd takes it over without a copy.
-            return gradient_VD.to(weight_VD.dtype)
-        returned_VD = torch.empty_like(weight_VD)
-        for block in row_blocks(returned_VD):
-            returned_VD[block] = gradient_VD[block] * upstream
-        return returned_VD
+            return hidden_TD, announce_main_grad(head.weight_VD)
+        return hidden_TD, weight_VD.to(head.weight_VD.dtype)
+
+
+def main_grad(head: VocabularyHead) -> Tensor | None:
+    """Megatron's gradient buffer of the weight, where the head is to use it."""
+    if not head.accumulate_into_main_grad:
+        return None
+    buffer_VD: Tensor = head.weight_VD.main_grad  # type: ignore[attr-defined]
+    if buffer_VD.dtype != head.compute_dtype:
+        raise ValueError(f"main_grad must be {head.compute_dtype}, found {buffer_VD.dtype}")
+    return buffer_VD
 
 
 def announce_main_grad(weight_VD: Tensor) -> Tensor | None:

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megadistill.head.backend import backend_of
 from megadistill.head.checks import check_hidden, check_ids
 from megadistill.head.gradients import GradientSums
-from megadistill.head.projection import project, row_blocks
-from megadistill.head.rows import RowStatistics, locate
+from megadistill.head.projection import project
+from megadistill.head.rows import RowStatistics, place
 from megadistill.head.score import sweep_statistics
 from megadistill.head.vocabulary import VocabularyHead
+
+# Rows times K squared that are compared at one time.
+MOST_ID_PAIRS = 2**24
 
 
 def logprobs(
@@ -41,45 +45,53 @@ class _Logprobs(torch.autograd.Function):
         temperature: float,
     ) -> Tensor:
         sweep = sweep_statistics(head, hidden_TD, ids_TK, temperature=temperature)
-        ctx.save_for_backward(hidden_TD, ids_TK)
+        logprobs_TK = sweep.total.logprobs(sweep.picked_TK)
+        ctx.save_for_backward(hidden_TD, ids_TK, logprobs_TK)
         ctx.head, ctx.total, ctx.temperature = head, sweep.total, temperature
-        return sweep.total.logprobs(sweep.picked_TK)
+        return logprobs_TK
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream_TK: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, ids_TK = ctx.saved_tensors
         sums = GradientSums.start(
             ctx.head,
-            hidden_TD,
+            ctx.saved_tensors[0],
             for_hidden=ctx.needs_input_grad[0],
             for_weight=ctx.needs_input_grad[1],
         )
-        _sweep(ctx, hidden_TD, ids_TK, upstream_TK, sums)
+        _sweep(ctx, upstream_TK / ctx.temperature, sums)
         return *sums.hand_out(ctx.head), *(None,) * 3
 
 
-def _sweep(
-    ctx: Any, hidden_TD: Tensor, ids_TK: Tensor, upstream_TK: Tensor, sums: GradientSums
-) -> None:
-    """Make the logits again; turn them into `onehot @ slopes - sum(slopes) softmax`; add to sums."""
+def _sweep(ctx: Any, slopes_TK: Tensor, sums: GradientSums) -> None:
+    """Make the logits again and add `onehot @ slopes - sum(slopes) softmax` of every row to sums."""
     head: VocabularyHead = ctx.head
     total: RowStatistics = ctx.total
-    slopes_TK = upstream_TK / ctx.temperature
+    hidden_TD, ids_TK, logprobs_TK = ctx.saved_tensors
+    backend = backend_of(head)
     chunks = head.chunks(hidden_TD.shape[0])
     logits = hidden_TD.new_empty(chunks[0].stop, head.num_true_rows, dtype=head.compute_dtype)
-    tiles = sums.tile(logits, head)
-    logsumexp_T1 = total.logsumexp[:, None]
-    negative_T1 = -slopes_TK.sum(-1, keepdim=True)
+    tiles = backend.make_tile(logits, head.weight_VD.dtype)
+    slope_T = slopes_TK.sum(-1)
+    entries_TK = _entries(ids_TK, slopes_TK, logprobs_TK)
     for rows in chunks:
-        size = rows.stop - rows.start
-        z_CV, tile_CV = logits[:size], tiles[:size]
+        z_CV, tile_CV = logits[: rows.stop - rows.start], tiles[: rows.stop - rows.start]
         project(hidden_TD[rows], head.true_weight, ctx.temperature, z_CV)
-        for block in row_blocks(z_CV):
-            z_CV[block].sub_(logsumexp_T1[rows][block]).exp_().mul_(negative_T1[rows][block])
-        if head.num_true_rows:
-            columns_CK, owned_CK = locate(head, ids_TK[rows])
-            z_CV.scatter_add_(1, columns_CK, slopes_TK[rows].masked_fill(~owned_CK, 0.0))
-        if tiles is not logits:
-            tile_CV.copy_(z_CV)
+        backend.softmax_tile(z_CV, tile_CV, total.rows(rows), -slope_T[rows])
+        place(head, tile_CV, ids_TK[rows], entries_TK[rows])
         sums.add(head, hidden_TD, rows, tile_CV)
+
+
+def _entries(ids_TK: Tensor, slopes_TK: Tensor, logprobs_TK: Tensor) -> Tensor:
+    """The gradient on the logits at the ids: own - p (own + others) = -own expm1(log p) - p others.
+
+    An id's own slope sums over its repeats in the row; nothing cancels where p is close to one.
+    """
+    own_TK = torch.empty_like(slopes_TK)
+    step = max(1, MOST_ID_PAIRS // max(ids_TK.shape[1], 1) ** 2)
+    for start in range(0, len(ids_TK), step):
+        rows = slice(start, start + step)
+        same_CKK = ids_TK[rows, :, None] == ids_TK[rows, None, :]
+        own_TK[rows] = (same_CKK * slopes_TK[rows, None, :]).sum(-1)
+    others_TK = slopes_TK.sum(-1, keepdim=True) - own_TK
+    return -own_TK * logprobs_TK.expm1() - logprobs_TK.exp() * others_TK

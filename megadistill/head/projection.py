@@ -38,8 +38,9 @@ def is_narrow(weight_VD: Tensor) -> bool:
 def row_blocks(tile_CV: Tensor) -> list[slice]:
     """Split a tile's rows so that a few element-wise passes over a block stay in cache."""
     elements = GPU_BLOCK_ELEMENTS if tile_CV.is_cuda else CPU_BLOCK_ELEMENTS
-    size = max(1, elements // max(tile_CV.shape[1], 1))
-    return [slice(s, s + size) for s in range(0, tile_CV.shape[0], size)]
+    num_rows, num_columns = tile_CV.shape
+    size = max(1, elements // max(num_columns, 1))
+    return [slice(s, min(s + size, num_rows)) for s in range(0, num_rows, size)]
 
 
 def project(hidden_CD: Tensor, weight_VD: Tensor, temperature: float, out_CV: Tensor) -> Tensor:

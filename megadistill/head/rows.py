@@ -1,4 +1,4 @@
-"""Row statistics of sharded logits: soft-max normaliser, entropy, chosen logits; over all ranks.
+"""Row statistics of sharded logits: soft-max normaliser, entropy, chosen and largest logits.
 
 A row's normaliser is kept as the pair (maximum, log of the sum of exp(z - maximum)): log-probs
 `(z - maximum) - log_sum` then lose nothing when logits are huge, as `z - logsumexp` would.
@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megadistill.head.projection import row_blocks
 from megadistill.head.vocabulary import VocabularyHead
+
+# Top-K looks at the maxima of groups of this many logits first.
+TOP_K_GROUP = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,21 +37,29 @@ class RowStatistics:
         """Logarithm of the sum of exp(z)."""
         return self.maximum_C + self.log_sum
 
+    def rows(self, rows: slice) -> "RowStatistics":
+        """The statistics of some rows, without the entropy sum."""
+        return RowStatistics(maximum_C=self.maximum_C[rows], sum_exp_C=self.sum_exp_C[rows])
+
     def logprobs(self, logits_CK: Tensor) -> Tensor:
         """Log-probabilities of some logits of each row."""
         return logits_CK - self.maximum_C[:, None] - self.log_sum[:, None]
-
-    def normalise_(self, logits_BV: Tensor, block: slice) -> Tensor:
-        """Turn the logits of a block of rows into log-probabilities, in place."""
-        logits_BV -= self.maximum_C[block, None]
-        logits_BV -= self.sum_exp_C[block, None].log()
-        return logits_BV
 
     @property
     def entropy(self) -> Tensor:
         """Entropy of the soft-max, in nats."""
         assert self.sum_shifted_C is not None
         return self.log_sum - self.sum_shifted_C / self.sum_exp_C
+
+
+def join(parts: list[RowStatistics]) -> RowStatistics:
+    """One set of statistics from those of consecutive rows."""
+    shifted = [part.sum_shifted_C for part in parts if part.sum_shifted_C is not None]
+    return RowStatistics(
+        maximum_C=torch.cat([part.maximum_C for part in parts]),
+        sum_exp_C=torch.cat([part.sum_exp_C for part in parts]),
+        sum_shifted_C=torch.cat(shifted) if shifted else None,
+    )
 
 
 def gather_ranks(rows: Tensor, group: ProcessGroup) -> Tensor:
@@ -64,49 +74,6 @@ def sum_ranks(rows: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is not None:
         dist.all_reduce(rows, group=group)
     return rows
-
-
-def exponentiate(
-    logits_CV: Tensor,
-    *,
-    with_entropy: bool = False,
-    tile_CV: Tensor | None = None,
-    keep_logits: bool = False,
-) -> RowStatistics:
-    """Turn this shard's logits into exp(z - maximum), in place, and return their statistics.
-
-    With `tile_CV` the exponentials are also written there, in the tile's narrower type; with
-    `keep_logits` they are made in a block of scratch and dropped.
-    """
-    num_rows = logits_CV.shape[0]
-    if logits_CV.shape[1] == 0:
-        # Nothing but padding here. A finite maximum far below any logit keeps the combination of
-        # ranks free of inf - inf.
-        zeros_C = logits_CV.new_zeros(num_rows)
-        lowest = torch.finfo(logits_CV.dtype).min / 4
-        return RowStatistics(maximum_C=zeros_C + lowest, sum_exp_C=zeros_C, sum_shifted_C=zeros_C)
-    maximum_C, sum_exp_C, sum_shifted_C = logits_CV.new_empty(3, num_rows)
-    blocks = row_blocks(logits_CV)
-    scratch = torch.empty_like(logits_CV[blocks[0]])
-    for block in blocks:
-        z = logits_CV[block]
-        x = scratch[: z.shape[0]]
-        torch.amax(z, -1, out=maximum_C[block])
-        torch.sub(z, maximum_C[block, None], out=x)
-        if keep_logits:
-            torch.sum(x.exp_(), -1, out=sum_exp_C[block])
-            continue
-        torch.exp(x, out=z)
-        torch.sum(z, -1, out=sum_exp_C[block])
-        if with_entropy:
-            torch.sum(x.mul_(z), -1, out=sum_shifted_C[block])
-        if tile_CV is not None:
-            tile_CV[block] = z
-    return RowStatistics(
-        maximum_C=maximum_C,
-        sum_exp_C=sum_exp_C,
-        sum_shifted_C=sum_shifted_C if with_entropy else None,
-    )
 
 
 def combine(local: RowStatistics, group: ProcessGroup | None) -> RowStatistics:
@@ -143,3 +110,35 @@ def pick(head: VocabularyHead, logits_CV: Tensor, ids_CK: Tensor) -> Tensor:
         return logits_CV.new_zeros(ids_CK.shape)
     columns_CK, owned_CK = locate(head, ids_CK)
     return logits_CV.gather(1, columns_CK).masked_fill(~owned_CK, 0.0)
+
+
+def place(head: VocabularyHead, tile_CV: Tensor, ids_CK: Tensor, entries_CK: Tensor) -> None:
+    """Overwrite the tile at the global ids that this rank owns; repeated ids repeat their entry."""
+    columns_CK, owned_CK = locate(head, ids_CK)
+    rows_N, places_N = owned_CK.nonzero(as_tuple=True)
+    tile_CV[rows_N, columns_CK[rows_N, places_N]] = entries_CK[rows_N, places_N].to(tile_CV.dtype)
+
+
+def top_k(logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The exactly largest logits and their columns, descending.
+
+    The largest K lie in the K groups with the largest maxima, or ties with others that do, and in
+    the columns that fill no group: one read of all logits, then a search among K groups.
+    """
+    num_groups, rest = divmod(logits_CV.shape[1], TOP_K_GROUP)
+    if num_groups <= k:
+        values_CK, columns_CK = logits_CV.topk(k, -1)
+        return values_CK, columns_CK
+    grouped_CGN = logits_CV[:, : num_groups * TOP_K_GROUP].view(-1, num_groups, TOP_K_GROUP)
+    starts_CK = grouped_CGN.amax(-1).topk(k, -1, sorted=False).indices * TOP_K_GROUP
+    within_N = torch.arange(TOP_K_GROUP, device=logits_CV.device)
+    rest_N = torch.arange(rest, device=logits_CV.device) + num_groups * TOP_K_GROUP
+    candidates_CN = torch.cat(
+        (
+            (starts_CK[:, :, None] + within_N).flatten(1),
+            rest_N.expand(logits_CV.shape[0], -1),
+        ),
+        -1,
+    )
+    values_CK, places_CK = logits_CV.gather(1, candidates_CN).topk(k, -1)
+    return values_CK, candidates_CN.gather(1, places_CK)

@@ -5,16 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megadistill.head.backend import backend_of
 from megadistill.head.checks import check_hidden, check_ids, check_top_k
 from megadistill.head.projection import project
 from megadistill.head.rows import (
     RowStatistics,
     combine,
-    exponentiate,
     gather_ranks,
+    join,
     pick,
     sum_ranks,
 )
+from megadistill.head.rows import top_k as largest
 from megadistill.head.vocabulary import VocabularyHead
 
 
@@ -96,7 +98,7 @@ def sweep_statistics(
 ) -> Sweep:
     """Run the forward sweep that scoring and the two-pass log-probs share; checks nothing."""
     hidden_TD = hidden_TD.detach()
-    weight_VD = head.true_weight
+    backend, weight_VD = backend_of(head), head.true_weight
     chunks = head.chunks(hidden_TD.shape[0])
     logits = hidden_TD.new_empty(chunks[0].stop, weight_VD.shape[0], dtype=head.compute_dtype)
     parts: list[RowStatistics] = []
@@ -107,20 +109,11 @@ def sweep_statistics(
         project(hidden_TD[rows], weight_VD, temperature, z_CV)
         picked.append(pick(head, z_CV, ids_TK[rows]))
         if top_k:
-            values_CK, columns_CK = z_CV.topk(min(top_k, z_CV.shape[1]), -1)
+            values_CK, columns_CK = largest(z_CV, min(top_k, z_CV.shape[1]))
             tops.append((values_CK, columns_CK + head.offset))
-        parts.append(exponentiate(z_CV, with_entropy=with_entropy))
-    local = RowStatistics(
-        maximum_C=torch.cat([part.maximum_C for part in parts]),
-        sum_exp_C=torch.cat([part.sum_exp_C for part in parts]),
-        sum_shifted_C=(
-            torch.cat([p.sum_shifted_C for p in parts if p.sum_shifted_C is not None])
-            if with_entropy
-            else None
-        ),
-    )
+        parts.append(backend.statistics(z_CV, with_entropy=with_entropy))
     return Sweep(
-        total=combine(local, head.group),
+        total=combine(join(parts), head.group),
         picked_TK=sum_ranks(torch.cat(picked), head.group),
         top=(torch.cat([v for v, _ in tops]), torch.cat([i for _, i in tops])) if top_k else None,
     )

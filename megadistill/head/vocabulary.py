@@ -6,16 +6,17 @@ rows of this rank, K ids per row or top-K, R ranks of the group.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# One chunk of logits, in elements. On a CPU larger chunks only cost memory; on a GPU every chunk
-# also reads and writes the whole fp32 weight gradient, so chunks are larger there.
-CHUNK_ELEMENTS_CPU = 16 * 2**20
-CHUNK_ELEMENTS_GPU = 256 * 2**20
+# One chunk of logits, in elements. Every chunk reads and writes the whole fp32 weight gradient: few
+# large chunks are fast, and memory is the limit (2048 rows of Qwen3's vocabulary take 1.2 GB).
+CHUNK_ELEMENTS_CPU = 24 * 2**20
+CHUNK_ELEMENTS_GPU = 304 * 2**20
 CHUNK_ROW_MULTIPLE = 64
 
 
@@ -31,8 +32,11 @@ class VocabularyHead:
     """Tensor-parallel group holding the shards; None means that this rank holds every row."""
     chunk_tokens: int | None = None
     """Rows whose logits exist at one time; None picks them from the shard's size and device."""
+    backend: Literal["torch", "triton"] | None = None
+    """None is triton for a weight on a GPU where triton is installed, and torch otherwise."""
     accumulate_into_main_grad: bool = False
-    """In backward add the fp32 weight gradient to `weight_VD.main_grad` instead of returning it."""
+    """Add the fp32 weight gradient to `weight_VD.main_grad` instead of returning it. One-pass sums
+    do so in their forward sweep, and then take no upstream gradient but 1 in backward."""
     reduce_hidden_gradient: bool = False
     """All-reduce the hidden gradient over `group`; off, each rank returns its partial sum, which
     the caller's copy-to-tensor-parallel region (Megatron's) sums in its own backward."""
@@ -78,13 +82,13 @@ class VocabularyHead:
         """Type of logits and statistics: float64 for a float64 head, else float32."""
         return torch.float64 if self.weight_VD.dtype == torch.float64 else torch.float32
 
-    def chunks(self, num_tokens: int) -> list[slice]:
-        """Split rows into the chunks of one sweep."""
+    def chunks(self, num_tokens: int, *, num_heads: int = 1) -> list[slice]:
+        """Split rows into the chunks of one sweep, which holds the logits of so many heads."""
         size = self.chunk_tokens
         if size is None:
             elements = CHUNK_ELEMENTS_GPU if self.weight_VD.is_cuda else CHUNK_ELEMENTS_CPU
-            most = max(elements // max(self.num_true_rows, 1), CHUNK_ROW_MULTIPLE)
+            most = elements // num_heads // max(self.num_true_rows, 1)
             # Chunks of about one size: a short last one would be slow.
-            even = math.ceil(num_tokens / math.ceil(num_tokens / most))
+            even = math.ceil(num_tokens / math.ceil(num_tokens / max(most, CHUNK_ROW_MULTIPLE)))
             size = math.ceil(even / CHUNK_ROW_MULTIPLE) * CHUNK_ROW_MULTIPLE
         return [slice(s, min(s + size, num_tokens)) for s in range(0, num_tokens, size)]
