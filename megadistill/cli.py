@@ -61,6 +61,14 @@ def submit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def shard(arguments: argparse.Namespace) -> int:
+    """One try of one shard of a fan-out, whose directory holds what it is to do."""
+    from megadistill.launch.shards import run_shard
+
+    run_shard(Path(arguments.directory))
+    return 0
+
+
 def _check(arguments: argparse.Namespace) -> None:
     """Complain of the configuration at once, and of the models once that is right."""
     from megadistill.launch.node import open_run
@@ -173,6 +181,8 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the job script and the layout"
     )
     _takes_config(command)
+    command = _verb(verbs, "shard", shard)
+    command.add_argument("directory", help="the shard's directory, e.g. ROOT/shards/KEY")
     _add_config_actions(verbs)
     command = _verb(verbs, "status", status)
     command.add_argument("run", help="run directory, e.g. runs/camopd_medical")

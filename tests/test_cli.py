@@ -18,6 +18,7 @@ VERBS = (
     ["train"],
     ["node"],
     ["submit"],
+    ["shard"],
     ["config"],
     ["config", "show"],
     ["config", "check"],

@@ -2,10 +2,12 @@
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 LOCALHOST = "127.0.0.1"
 FIRST_PORT, NUM_PORTS = 20000, 10000
@@ -70,17 +72,60 @@ def slurm_place(environment: Mapping[str, str] = os.environ) -> Place:
 
 
 def expand_hosts(node_list: str) -> tuple[str, ...]:
-    """`node[1-3]` to its names, by Slurm itself."""
+    """`node[1-3]` to its names, by Slurm itself, or as the job script wrote them down.
+
+    In a container there is often no scontrol; the job script runs outside.
+    """
+    if shutil.which("scontrol") is None and node_list == os.environ.get("SLURM_JOB_NODELIST"):
+        return tuple(os.environ["MEGADISTILL_HOSTS"].split(","))
     command = ["scontrol", "show", "hostnames", node_list]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     return tuple(answer.stdout.split())
 
 
+def own_job(environment: Mapping[str, str]) -> str:
+    """The number by which scontrol knows this job, and no other task of its array.
+
+    The last task of an array has the array's own SLURM_JOB_ID.
+    """
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
+
+
 def requeue(job_id: str) -> str | None:
-    """Have Slurm start the job again; the reason when it refuses, None when it will."""
+    """Have Slurm start the job again; the reason when it does not, None when it will.
+
+    A cancelled job is left alone: scontrol would bring it back to life.
+    """
+    if shutil.which("scontrol") is None:
+        return ask_job_script()
+    if is_cancelled(job_id):
+        return "it was cancelled"
     command = ["scontrol", "requeue", job_id]
     answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     return None if answer.returncode == 0 else answer.stderr.strip()
+
+
+def is_cancelled(job_id: str) -> bool:
+    """Whether Slurm is ending the job, other than for its time limit.
+
+    While it does, the state reads COMPLETING, whatever the reason.
+    """
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T %L"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    state, _, time_left = answer.stdout.strip().partition(" ")
+    at_limit = time_left.startswith(("0:", "INVALID"))
+    return state == "CANCELLED" or (state == "COMPLETING" and not at_limit)
+
+
+def ask_job_script() -> str | None:
+    """In a container without scontrol: the job script requeues when it finds this file."""
+    wanted = os.environ.get("MEGADISTILL_REQUEUE")
+    if wanted is None:
+        return "found no scontrol here and no MEGADISTILL_REQUEUE from the job script"
+    Path(wanted).touch(mode=0o600)
+    return None
 
 
 def rendezvous_port(place: Place, attempt: int) -> int:

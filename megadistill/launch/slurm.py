@@ -7,7 +7,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,14 @@ from megadistill.config.schema import ClusterConfig
 from megadistill.launch.layout import describe, layout
 from megadistill.launch.node import DONE, STOPPED, gpus_per_node, open_run, run_node
 from megadistill.launch.place import slurm_place
+from megadistill.launch.site import python_words, sbatch_options, setup_lines, srun_words
 from megadistill.rundir import RunDir
 
 NO_ACCOUNTING = Path(__file__).parents[2] / "slurm" / "no_accounting"
 """Holds the stand-in for sacct."""
 WAIT_POLL_S = 5.0
-SRUN_ARGS = ("--kill-on-bad-exit=1", "--cpu-bind=none")
-
-# A warning that comes while Python still loads must not kill it: USR1 starts out ignored.
-PYTHON = shlex.join(["bash", "-c", 'trap "" USR1; exec "$@"', "node", sys.executable])
-
-JOB_SETUP = (
-    'export MEGADISTILL_LAUNCH="$(date +%s%N)"',  # tells this start of the job from others
-    "export SUBMITIT_PREEMPT_SIGNAL=USR1",  # until the node process takes the signals over
-)
+SQUEUE_PATIENCE_S = 600.0
+"""A controller may be restarting; after that long without an answer it is an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,48 +106,67 @@ class DryGangExecutor(GangExecutor):
 
 
 def gang_executor(
-    name: str, cluster: ClusterConfig, run: RunDir, *, check: bool = True
+    name: str, cluster: ClusterConfig, run: RunDir, *, check: bool = True, after: Sequence[str] = ()
 ) -> GangExecutor:
-    """An executor set up as the configuration asks; its files are in a fresh folder of the run."""
-    folder = run.path / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    executor = (GangExecutor if check else DryGangExecutor)(folder, python=PYTHON)
-    executor.update_parameters(**sbatch_parameters(name, cluster))
+    """An executor for a run's job; its files are in a fresh folder of the run."""
+    return batch_executor(name, cluster, run.path, check=check, after=after)
+
+
+def batch_executor(
+    name: str, cluster: ClusterConfig, root: Path, *, check: bool = True, after: Sequence[str] = ()
+) -> GangExecutor:
+    """An executor set up as the configuration asks; its files are in a fresh folder of `root`.
+
+    The job starts once the jobs `after` have ended well, and is cancelled when one has not.
+    """
+    folder = root / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    python = shlex.join(python_words(cluster))
+    executor = (GangExecutor if check else DryGangExecutor)(folder, python=python)
+    executor.update_parameters(**sbatch_parameters(name, cluster, folder=folder, after=after))
     return executor
 
 
-def sbatch_parameters(name: str, cluster: ClusterConfig) -> dict[str, Any]:
+def sbatch_parameters(
+    name: str, cluster: ClusterConfig, *, folder: Path, after: Sequence[str] = ()
+) -> dict[str, Any]:
     """submitit's parameters (any: they are its own keywords) for one task a node."""
-    texts = {
-        "job_name": name,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-    }
-    for key, text in texts.items():
-        if text is not None and not text.isprintable():
-            raise ValueError(f"cluster.{key}: found {text!r}, expected one line of printable text")
+    more: dict[str, Any] = {"requeue": True, "signal": f"USR1@{cluster.signal_seconds}"}
+    if after:
+        more["kill-on-invalid-dep"] = "yes"
     return {
-        **texts,
-        "nodes": cluster.nodes,
-        "ntasks_per_node": 1,
-        "gpus_per_node": cluster.gpus_per_node or None,
-        "cpus_per_task": cluster.cpus_per_node,
-        "exclusive": cluster.exclusive or None,
-        "mem": "0" if cluster.exclusive else None,  # all of the node's memory
-        "time": cluster.time_minutes,
+        **sbatch_options(name, cluster),
+        "dependency": f"afterok:{':'.join(after)}" if after else None,
         "wckey": None,
         "stderr_to_stdout": True,
-        "additional_parameters": {"requeue": True, "signal": f"USR1@{cluster.signal_seconds}"},
-        "setup": [*cluster.setup, *JOB_SETUP],
-        "srun_args": list(SRUN_ARGS),
+        "additional_parameters": more,
+        "setup": setup_lines(cluster, folder),
+        "srun_args": srun_words(cluster),
     }
 
 
 def submit_task(executor: GangExecutor, task: Callable[[], int]) -> "submitit.Job[int]":
     """Submit `task` to run once on every node."""
     make_sacct_usable()
-    return executor.submit(task)
+    with job_environment():
+        return executor.submit(task)
+
+
+@contextmanager
+def job_environment() -> Iterator[None]:
+    """What a new job shall see of this process's environment: nothing of the job it runs in.
+
+    sbatch hands the whole environment on, and a SLURM_CPUS_PER_TASK of this job would bind that one.
+    """
+    own = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name.startswith(("SLURM_", "SLURMD_", "SRUN_", "MEGADISTILL_LAUNCH", "CUDA_VISIBLE"))
+        and name != "SLURM_CONF"
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(own)
 
 
 def leave_unless_done(code: int) -> int:
@@ -182,9 +196,30 @@ def wait_for(job: "submitit.Job[int]") -> None:
 
 def in_queue(job_id: str) -> bool:
     """Whether Slurm will still work on the job, be it after a requeue."""
-    command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    return job_id in answer.stdout.split()
+    return job_id in live_jobs()
+
+
+def live_jobs() -> dict[str, str]:
+    """Job number -> state of our jobs in the queue; an array has its number once, whatever is left.
+
+    Patient with a controller that does not answer.
+    """
+    command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A %F %T"]
+    deadline = time.monotonic() + SQUEUE_PATIENCE_S
+    while True:
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            break
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"squeue failed for {SQUEUE_PATIENCE_S:.0f} s") from error
+            time.sleep(min(WAIT_POLL_S, 1.0))
+    found: dict[str, str] = {}
+    for line in answer.stdout.splitlines():
+        job, array, state = line.split()
+        running = state == "RUNNING" or found.get(array) == "RUNNING"
+        found |= {job: state, array: "RUNNING" if running else state}
+    return found
 
 
 def make_sacct_usable() -> None:

@@ -61,7 +61,8 @@ def test_a_dry_run_shows_script_and_layout_without_slurm(
 
 
 def test_a_cpu_run_asks_for_no_gpu_and_may_share_its_node(tmp_path: Path) -> None:
-    parameters = slurm.sbatch_parameters("run", make_config(cluster={"exclusive": False}).cluster)
+    cluster = make_config(cluster={"exclusive": False}).cluster
+    parameters = slurm.sbatch_parameters("run", cluster, folder=tmp_path)
     executor = slurm.DryGangExecutor(tmp_path)
     executor.update_parameters(**parameters)
     script = executor.script()
