@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,16 @@ class Case:
     vocab_size: int
     targets_T: Tensor
     weights_T: Tensor
+    backend: Any  # a backend's name, from a fixture
 
-    def head(self, chunk_tokens: int | None = None) -> VocabularyHead:
-        return VocabularyHead(
-            weight_VD=self.weight_VD, vocab_size=self.vocab_size, chunk_tokens=chunk_tokens
-        )
+    def head(self, chunk_tokens: int | None = None, **options: Any) -> VocabularyHead:
+        fields = {
+            "weight_VD": self.weight_VD,
+            "vocab_size": self.vocab_size,
+            "chunk_tokens": chunk_tokens,
+            "backend": self.backend,
+        }
+        return VocabularyHead(**(fields | options))
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Take the gradients that backward left, and clear them."""
@@ -47,19 +53,25 @@ def make_case(
     scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    backend: str | None = None,
 ) -> Case:
-    generator = torch.Generator().manual_seed(seed)
+    """The same numbers on every device; tensors lie on the default one."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device()
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        drawn = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+        return drawn.to(device)
 
     hidden_TD = (normal(num_tokens, hidden_size) * scale).to(dtype)
+    targets_T = torch.randint(vocab_size, (num_tokens,), generator=generator, device="cpu")
     return Case(
         hidden_TD=hidden_TD.requires_grad_(),
         weight_VD=normal(vocab_size + num_padding, hidden_size).to(dtype).requires_grad_(),
         vocab_size=vocab_size,
-        targets_T=torch.randint(vocab_size, (num_tokens,), generator=generator),
+        targets_T=targets_T.to(device),
         weights_T=normal(num_tokens),
+        backend=backend,
     )
 
 

@@ -34,6 +34,7 @@ def run(case: Case, head: VocabularyHead, temperature: float = 1.0) -> Tensor:
     chunk_tokens=st.integers(1, 10),
 )
 def test_loss_statistics_and_gradients_equal_the_dense_oracle(
+    backend: str,
     num_tokens: int,
     vocab_size: int,
     num_padding: int,
@@ -42,7 +43,11 @@ def test_loss_statistics_and_gradients_equal_the_dense_oracle(
     chunk_tokens: int,
 ) -> None:
     case = make_case(
-        num_tokens=num_tokens, vocab_size=vocab_size, num_padding=num_padding, scale=scale
+        num_tokens=num_tokens,
+        vocab_size=vocab_size,
+        num_padding=num_padding,
+        scale=scale,
+        backend=backend,
     )
     loss, statistics = weighted_nll(
         case.head(chunk_tokens),
@@ -66,19 +71,25 @@ def test_loss_statistics_and_gradients_equal_the_dense_oracle(
     )
 
 
-def test_gradcheck() -> None:
-    case = make_case(num_tokens=4, hidden_size=3, vocab_size=5, num_padding=2)
+def test_gradcheck(backend: str) -> None:
+    case = make_case(num_tokens=4, hidden_size=3, vocab_size=5, num_padding=2, backend=backend)
 
     def loss(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-        head = VocabularyHead(weight_VD=weight_VD, vocab_size=5, chunk_tokens=3)
+        head = case.head(3, weight_VD=weight_VD)
         return weighted_nll(head, hidden_TD, case.targets_T, case.weights_T, temperature=0.7)[0]
 
-    assert torch.autograd.gradcheck(loss, (case.hidden_TD, case.weight_VD))
+    assert torch.autograd.gradcheck(
+        loss, (case.hidden_TD, case.weight_VD), fast_mode=backend == "triton"
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
-def test_gradients_in_training_precision(dtype: torch.dtype, tolerance: float) -> None:
-    case = make_case(num_tokens=50, hidden_size=32, vocab_size=5000, scale=0.5, dtype=dtype)
+def test_gradients_in_training_precision(
+    backend: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    case = make_case(
+        num_tokens=50, hidden_size=32, vocab_size=5000, scale=0.5, dtype=dtype, backend=backend
+    )
     run(case, case.head(16))
     found = case.gradients()
     torch.autograd.backward(dense_nll(case))
@@ -88,10 +99,12 @@ def test_gradients_in_training_precision(dtype: torch.dtype, tolerance: float) -
         assert error < tolerance
 
 
-def test_a_confident_token_keeps_its_small_gradient() -> None:
+def test_a_confident_token_keeps_its_small_gradient(backend: str) -> None:
     """1 - p = 1e-3 must not drown in the rounding of p to bf16."""
     for dtype in (torch.float32, torch.bfloat16):
-        case = make_case(num_tokens=1, hidden_size=1, vocab_size=2, num_padding=0, dtype=dtype)
+        case = make_case(
+            num_tokens=1, hidden_size=1, vocab_size=2, num_padding=0, dtype=dtype, backend=backend
+        )
         with torch.no_grad():
             case.hidden_TD.fill_(1.0)
             case.weight_VD.copy_(torch.tensor([[6.90625], [0.0]]))
@@ -102,31 +115,31 @@ def test_a_confident_token_keeps_its_small_gradient() -> None:
         torch.testing.assert_close(found, case.gradients()[1], atol=0.0, rtol=1e-2)
 
 
-def test_chunk_size_changes_nothing() -> None:
-    case = make_case(num_tokens=30, vocab_size=60)
+def test_chunk_size_changes_nothing(backend: str) -> None:
+    case = make_case(num_tokens=30, vocab_size=60, backend=backend)
     whole_loss, whole = run(case, case.head()), case.gradients()
     for chunk_tokens in (1, 7, 30, 64):
         torch.testing.assert_close(run(case, case.head(chunk_tokens)), whole_loss)
         torch.testing.assert_close(case.gradients(), whole)
 
 
-def test_zero_weights_give_zero_gradients() -> None:
-    case = make_case(scale=300.0)
+def test_zero_weights_give_zero_gradients(backend: str) -> None:
+    case = make_case(scale=300.0, backend=backend)
     case.weights_T.zero_()
     assert run(case, case.head()) == 0.0
     assert all(not gradient.any() for gradient in case.gradients())
 
 
-def test_padding_rows_get_no_gradient() -> None:
-    case = make_case(vocab_size=20, num_padding=12)
+def test_padding_rows_get_no_gradient(backend: str) -> None:
+    case = make_case(vocab_size=20, num_padding=12, backend=backend)
     run(case, case.head())
     _, weight_gradient_VD = case.gradients()
     assert not weight_gradient_VD[20:].any()
 
 
-def test_only_wanted_gradients_are_made() -> None:
-    case = make_case()
-    frozen = VocabularyHead(weight_VD=case.weight_VD.detach(), vocab_size=case.vocab_size)
+def test_only_wanted_gradients_are_made(backend: str) -> None:
+    case = make_case(backend=backend)
+    frozen = case.head(weight_VD=case.weight_VD.detach())
     run(case, frozen)
     assert case.hidden_TD.grad is not None
     with torch.no_grad():
@@ -134,31 +147,44 @@ def test_only_wanted_gradients_are_made() -> None:
     assert not loss.requires_grad
 
 
-def test_main_grad_receives_the_gradient_in_fp32_and_accumulates() -> None:
-    case = make_case(num_tokens=40, vocab_size=300, dtype=torch.bfloat16)
+def test_main_grad_receives_the_gradient_in_fp32_and_accumulates(backend: str) -> None:
+    case = make_case(num_tokens=40, vocab_size=300, dtype=torch.bfloat16, backend=backend)
     run(case, case.head())
     _, expected = case.gradients()
     main_grad = torch.ones(case.weight_VD.shape, dtype=torch.float32)
     case.weight_VD.main_grad = main_grad  # type: ignore[attr-defined]
-    head = VocabularyHead(
-        weight_VD=case.weight_VD, vocab_size=case.vocab_size, accumulate_into_main_grad=True
-    )
+    head = case.head(accumulate_into_main_grad=True)
     for _ in range(2):
         run(case, head)
     assert case.weight_VD.grad is None
     torch.testing.assert_close((main_grad - 1.0) / 2.0, expected.float(), atol=1e-6, rtol=5e-3)
 
 
+def test_main_grad_refuses_a_factor_that_comes_too_late(backend: str) -> None:
+    case = make_case(dtype=torch.float32, backend=backend)
+    case.weight_VD.main_grad = torch.zeros_like(case.weight_VD)  # type: ignore[attr-defined]
+    head = case.head(accumulate_into_main_grad=True)
+    loss, _ = weighted_nll(head, case.hidden_TD, case.targets_T, case.weights_T)
+    with pytest.raises(ValueError, match="row weights"):
+        torch.autograd.backward(2.0 * loss)
+
+
+def test_main_grad_in_a_narrow_type_is_refused(backend: str) -> None:
+    case = make_case(dtype=torch.float32, backend=backend)
+    case.weight_VD.main_grad = torch.zeros_like(case.weight_VD).bfloat16()  # type: ignore[attr-defined]
+    head = case.head(accumulate_into_main_grad=True)
+    with pytest.raises(ValueError, match="main_grad must be"):
+        weighted_nll(head, case.hidden_TD, case.targets_T, case.weights_T)
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_main_grad_speaks_megatrons_protocol(tied: bool) -> None:
-    case = make_case(dtype=torch.float32)
+def test_main_grad_speaks_megatrons_protocol(backend: str, tied: bool) -> None:
+    case = make_case(dtype=torch.float32, backend=backend)
     parameter = case.weight_VD
     parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
     parameter.zero_out_wgrad = tied  # type: ignore[attr-defined]
-    head = VocabularyHead(
-        weight_VD=parameter, vocab_size=case.vocab_size, accumulate_into_main_grad=True
-    )
+    head = case.head(accumulate_into_main_grad=True)
     run(case, head)
     assert parameter.grad_added_to_main_grad  # type: ignore[attr-defined]
     assert parameter.grad is not None

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadistill.head import mass, score
+from megadistill.head.rows import TOP_K_GROUP
 from tests.head.dense import dense_entropy, dense_logprobs, make_case
 
 
@@ -20,6 +21,7 @@ from tests.head.dense import dense_entropy, dense_logprobs, make_case
     data=st.data(),
 )
 def test_score_equals_the_dense_oracle(
+    backend: str,
     num_tokens: int,
     vocab_size: int,
     num_padding: int,
@@ -29,7 +31,11 @@ def test_score_equals_the_dense_oracle(
     data: st.DataObject,
 ) -> None:
     case = make_case(
-        num_tokens=num_tokens, vocab_size=vocab_size, num_padding=num_padding, scale=scale
+        num_tokens=num_tokens,
+        vocab_size=vocab_size,
+        num_padding=num_padding,
+        scale=scale,
+        backend=backend,
     )
     num_ids = data.draw(st.sampled_from([1, vocab_size]))
     top_k = data.draw(st.sampled_from([0, 1, vocab_size]))
@@ -58,9 +64,15 @@ def test_score_equals_the_dense_oracle(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_statistics_never_see_rounded_logits(dtype: torch.dtype) -> None:
+def test_statistics_never_see_rounded_logits(backend: str, dtype: torch.dtype) -> None:
     case = make_case(
-        num_tokens=20, hidden_size=64, vocab_size=3000, num_padding=0, scale=0.5, dtype=dtype
+        num_tokens=20,
+        hidden_size=64,
+        vocab_size=3000,
+        num_padding=0,
+        scale=0.5,
+        dtype=dtype,
+        backend=backend,
     )
     ids_TK = case.targets_T[:, None]
     scores = score(case.head(7), case.hidden_TD, ids_TK, with_entropy=True)
@@ -72,8 +84,15 @@ def test_statistics_never_see_rounded_logits(dtype: torch.dtype) -> None:
     assert (scores.entropy_T - dense_entropy(expected_TV)).abs().max() < 1e-5
 
 
-def test_huge_logits_lose_nothing_where_the_maximum_is_shared() -> None:
-    case = make_case(num_tokens=1, hidden_size=1, vocab_size=3, num_padding=0, dtype=torch.float32)
+def test_huge_logits_lose_nothing_where_the_maximum_is_shared(backend: str) -> None:
+    case = make_case(
+        num_tokens=1,
+        hidden_size=1,
+        vocab_size=3,
+        num_padding=0,
+        dtype=torch.float32,
+        backend=backend,
+    )
     with torch.no_grad():
         case.hidden_TD.fill_(1.0)
         case.weight_VD.copy_(torch.tensor([[1e4], [1e4], [-1e4]]))
@@ -83,8 +102,8 @@ def test_huge_logits_lose_nothing_where_the_maximum_is_shared() -> None:
     torch.testing.assert_close(scores.entropy_T, torch.tensor([0.6931472]))
 
 
-def test_mass_of_all_ids_is_one_and_of_one_id_its_probability() -> None:
-    case = make_case()
+def test_mass_of_all_ids_is_one_and_of_one_id_its_probability(backend: str) -> None:
+    case = make_case(backend=backend)
     everything_TK = torch.arange(case.vocab_size).expand(13, -1)
     torch.testing.assert_close(
         mass(case.head(), case.hidden_TD, everything_TK), torch.ones(13, dtype=torch.float64)
@@ -92,4 +111,25 @@ def test_mass_of_all_ids_is_one_and_of_one_id_its_probability() -> None:
     expected_T = dense_logprobs(case).exp().gather(1, case.targets_T[:, None]).squeeze(1).detach()
     torch.testing.assert_close(
         mass(case.head(), case.hidden_TD, case.targets_T[:, None]), expected_T
+    )
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 20])
+@pytest.mark.parametrize("num_levels", [3, 10**6])
+def test_top_k_is_exact_among_many_groups_and_ties(
+    backend: str, top_k: int, num_levels: int
+) -> None:
+    """A vocabulary of several groups and a rest; three levels make nearly every logit a tie."""
+    case = make_case(num_tokens=6, vocab_size=25 * TOP_K_GROUP + 9, backend=backend)
+    with torch.no_grad():
+        case.hidden_TD.mul_(num_levels).round_().div_(num_levels)
+        case.weight_VD.mul_(num_levels).round_().div_(num_levels)
+    scores = score(case.head(4), case.hidden_TD, case.targets_T[:, None], top_k=top_k)
+    expected_TV = dense_logprobs(case).detach()
+    assert scores.top_ids_TK is not None
+    assert scores.top_logprobs_TK is not None
+    assert all(len(set(ids)) == top_k for ids in scores.top_ids_TK.tolist())
+    torch.testing.assert_close(scores.top_logprobs_TK, expected_TV.topk(top_k).values)
+    torch.testing.assert_close(
+        expected_TV.gather(1, scores.top_ids_TK), scores.top_logprobs_TK, atol=1e-9, rtol=1e-7
     )

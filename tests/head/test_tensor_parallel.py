@@ -1,5 +1,7 @@
 """Two ranks over gloo give what one rank gives: values and gradients."""
 
+import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,7 @@ class Shard:
             vocab_size=case.vocab_size,
             group=dist.group.WORLD,
             chunk_tokens=5,
+            backend=case.backend,
             reduce_hidden_gradient=True,
         )
 
@@ -118,15 +121,21 @@ def compare_divergences(case: Case, shard: Shard, teacher: Case, teacher_shard: 
         shard.compare_gradients(case)
 
 
-def compare_one_rank_with_two(rank: int, meeting: str) -> None:
+def compare_one_rank_with_two(rank: int, meeting: str, backend: str) -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=NUM_RANKS
     )
-    case = make_case(vocab_size=37, num_padding=0, scale=0.3, dtype=torch.float32)
-    teacher = make_case(
-        vocab_size=37, num_padding=0, hidden_size=5, scale=0.3, dtype=torch.float32, seed=1
+    make = partial(
+        make_case,
+        vocab_size=37,
+        num_padding=0,
+        scale=0.3,
+        dtype=torch.float32,
+        backend=backend,
     )
+    case, teacher = make(), make(hidden_size=5, seed=1)
     # 37 ids in shards of 19 and 18, with some padding, and with nothing but padding on rank 1.
     for rows_per_rank, teacher_rows_per_rank in ((19, 19), (20, 27), (40, 37)):
         shard = Shard(case, rows_per_rank)
@@ -138,7 +147,8 @@ def compare_one_rank_with_two(rank: int, meeting: str) -> None:
 
 
 @pytest.mark.multi
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_two_ranks_equal_one(tmp_path: Path, backend: str) -> None:
     start_processes(  # type: ignore[no-untyped-call]
-        compare_one_rank_with_two, args=(str(tmp_path / "meeting"),), nprocs=NUM_RANKS
+        compare_one_rank_with_two, args=(str(tmp_path / "meeting"), backend), nprocs=NUM_RANKS
     )

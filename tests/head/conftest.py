@@ -1,0 +1,20 @@
+"""Both backends: Triton runs on a GPU where there is one, and in its interpreter otherwise."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+
+
+@pytest.fixture(scope="module", params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of a backend; new tensors lie where it computes."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    on_gpu = request.param == "triton" and torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        yield request.param
