@@ -11,7 +11,6 @@ probabilities, each divergence has the gradient S (g - sum S g) on the student's
 where M = b T + (1-b) S. A row's gradient depends on that row alone: it is made in the same sweep.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megadistill.head.alignment import align
-from megadistill.head.backend import Backend, Divergence, backend_of
+from megadistill.head.backend import Divergence, backend_of
 from megadistill.head.checks import check_hidden, check_pair, check_weights
 from megadistill.head.gradients import GradientSums
 from megadistill.head.projection import project
@@ -59,11 +58,11 @@ def divergences(
     values_T2 = student_hidden_TD.new_empty(
         student_hidden_TD.shape[0], 2, dtype=student_head.compute_dtype
     )
-    for rows, logits in pair.chunks():
+    backend, buffers = backend_of(student_head), pair.buffers()
+    for rows in pair.rows():
+        logits = pair.project(rows, buffers)
         for column, kind in enumerate((FORWARD_KL, REVERSE_KL)):
-            values_T2[rows, column] = pair.backend.divergence(
-                kind, logits, None, student_head.group
-            )
+            values_T2[rows, column] = backend.divergence(kind, logits, None, student_head.group)
     return Divergences(forward_kl_T=values_T2[:, 0], reverse_kl_T=values_T2[:, 1])
 
 
@@ -154,32 +153,26 @@ class _Pair:
             temperature=temperature,
         )
 
-    @property
-    def backend(self) -> Backend:
-        return backend_of(self.student)
+    def rows(self) -> list[slice]:
+        """The chunks of one sweep."""
+        return self.student.chunks(self.student_hidden_TD.shape[0], num_heads=2)
 
-    def chunks(self) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
-        """Rows and logits of student and teacher, over this rank's ids; memory is used again."""
-        sides = (
-            (self.student, self.student_hidden_TD.detach()),
-            (self.teacher, self.teacher_hidden_TD),
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Memory for one chunk of logits of each head, over this rank's ids."""
+        shape = self.rows()[0].stop, self.student.num_true_rows
+        return (
+            self.student_hidden_TD.new_empty(shape, dtype=self.student.compute_dtype),
+            self.teacher_hidden_TD.new_empty(shape, dtype=self.teacher.compute_dtype),
         )
-        chunks = self.student.chunks(len(self.teacher_hidden_TD), num_heads=2)
-        buffers = [
-            hidden_TD.new_empty(chunks[0].stop, head.num_true_rows, dtype=head.compute_dtype)
-            for head, hidden_TD in sides
-        ]
-        for rows in chunks:
-            student_CV, teacher_CV = (
-                project(
-                    hidden_TD[rows],
-                    head.true_weight,
-                    self.temperature,
-                    buffer[: rows.stop - rows.start],
-                )
-                for (head, hidden_TD), buffer in zip(sides, buffers, strict=True)
-            )
-            yield rows, (student_CV, teacher_CV)
+
+    def project(self, rows: slice, buffers: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits of student and teacher, in the buffers."""
+        student_CV, teacher_CV = (buffer[: rows.stop - rows.start] for buffer in buffers)
+        student_CD, teacher_CD = self.student_hidden_TD[rows].detach(), self.teacher_hidden_TD[rows]
+        return (
+            project(student_CD, self.student.true_weight, self.temperature, student_CV),
+            project(teacher_CD, self.teacher.true_weight, self.temperature, teacher_CV),
+        )
 
 
 def _weighted_sum(pair: _Pair, weights_T: Tensor, kind: Divergence) -> tuple[Tensor, Tensor]:
@@ -227,16 +220,14 @@ class _WeightedDivergence(torch.autograd.Function):
 
 def _sweep(pair: _Pair, weights_T: Tensor, kind: Divergence, sums: GradientSums) -> Tensor:
     """Visit all rows once: the divergence of each, and the gradients added to `sums`."""
-    head = pair.student
-    values_T, tiles = torch.empty_like(weights_T), None
-    for rows, logits in pair.chunks():
-        if not sums.wanted:
-            values_T[rows] = pair.backend.divergence(kind, logits, None, head.group)
-            continue
-        if tiles is None:
-            tiles = pair.backend.make_tile(logits[0], head.weight_VD.dtype)
-        tile_CV = tiles[: len(logits[0])]
-        values_T[rows] = pair.backend.divergence(kind, logits, tile_CV, head.group)
-        scale_C = weights_T[rows] / pair.temperature
-        sums.add(head, pair.student_hidden_TD, rows, tile_CV, scale_C)
+    head, backend = pair.student, backend_of(pair.student)
+    values_T, buffers = torch.empty_like(weights_T), pair.buffers()
+    tiles = backend.make_tile(buffers[0], head.weight_VD.dtype) if sums.wanted else None
+    for rows in pair.rows():
+        logits = pair.project(rows, buffers)
+        tile_CV = None if tiles is None else tiles[: rows.stop - rows.start]
+        values_T[rows] = backend.divergence(kind, logits, tile_CV, head.group)
+        if tile_CV is not None:
+            scale_C = weights_T[rows] / pair.temperature
+            sums.add(head, pair.student_hidden_TD, rows, tile_CV, scale_C)
     return values_T

@@ -119,7 +119,7 @@ def place(head: VocabularyHead, tile_CV: Tensor, ids_CK: Tensor, entries_CK: Ten
     tile_CV[rows_N, columns_CK[rows_N, places_N]] = entries_CK[rows_N, places_N].to(tile_CV.dtype)
 
 
-def top_k(logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest(logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The exactly largest logits and their columns, descending.
 
     The largest K lie in the K groups with the largest maxima, or ties with others that do, and in

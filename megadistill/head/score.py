@@ -13,10 +13,10 @@ from megadistill.head.rows import (
     combine,
     gather_ranks,
     join,
+    largest,
     pick,
     sum_ranks,
 )
-from megadistill.head.rows import top_k as largest
 from megadistill.head.vocabulary import VocabularyHead
 
 

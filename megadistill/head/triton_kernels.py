@@ -78,7 +78,7 @@ def softmax_kernel(
     lanes = tl.arange(0, BLOCK)
     for start in range(0, num_columns, BLOCK):
         inside = start + lanes < num_columns
-        z = tl.load(logits_ptr + start + lanes, mask=inside, other=0.0)
+        z = tl.load(logits_ptr + start + lanes, mask=inside, other=-float("inf"))
         entries = factor * tl.exp(z - maximum)
         tl.debug_barrier()
         tl.store(tile_ptr + start + lanes, entries.to(tile_ptr.dtype.element_ty), mask=inside)
@@ -133,8 +133,8 @@ def divergence_values_kernel(
         inside = start + lanes < num_columns
         student = tl.load(student_ptr + start + lanes, mask=inside, other=0.0)
         teacher = tl.load(teacher_ptr + start + lanes, mask=inside, other=0.0)
-        student = student - student_maximum - student_log_sum
-        teacher = teacher - teacher_maximum - teacher_log_sum
+        student = tl.where(inside, student - student_maximum - student_log_sum, 0.0)
+        teacher = tl.where(inside, teacher - teacher_maximum - teacher_log_sum, 0.0)
         value, slope, _ = _terms(student, teacher, KIND, BETA)
         values += tl.where(inside, value, 0.0)
         slopes += tl.where(inside, slope, 0.0)
@@ -172,8 +172,8 @@ def divergence_tile_kernel(
         inside = start + lanes < num_columns
         student = tl.load(student_ptr + start + lanes, mask=inside, other=0.0)
         teacher = tl.load(teacher_ptr + start + lanes, mask=inside, other=0.0)
-        student = student - student_maximum - student_log_sum
-        teacher = teacher - teacher_maximum - teacher_log_sum
+        student = tl.where(inside, student - student_maximum - student_log_sum, 0.0)
+        teacher = tl.where(inside, teacher - teacher_maximum - teacher_log_sum, 0.0)
         _, slope, probs = _terms(student, teacher, KIND, BETA)
         entries = slope - probs * baseline
         tl.debug_barrier()
