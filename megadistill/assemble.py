@@ -18,7 +18,7 @@ from megadistill.publish.files import publish_files, published_at
 from megadistill.rollout.client import EnginePool
 from megadistill.rollout.seeds import seed_for
 from megadistill.rundir import RunDir
-from megadistill.state import RunState, restore
+from megadistill.state import RunState, restore, restore_ahead
 from megadistill.types import Prompt, Rollout
 
 TEACHER_VERSION = 1_000_000
@@ -62,6 +62,8 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
         startup.check_equal_start(config, algorithm.branches["domain"], pools, engine.score)
     if engine.is_writer:
         parts.sampler = _connect(run, config)
+        if ahead := restore_ahead(run, state):
+            parts.sampler.put_back(state.step, ahead)
     parts.collector = OnPolicyCollector(
         algorithm, algorithm.branches, pools, engine, parts.sampler, state.cursors
     )
@@ -101,8 +103,13 @@ def publish_student(parts: Parts, version: int) -> None:
 def _connect(run: RunDir, config: RunConfig) -> Sampler:
     assert config.rollout is not None
     engines = EnginePool.connect(run, config.rollout)
-    look_ahead = config.rollout.max_staleness > 0
-    return Sampler(engines, seed=config.seed, num_steps=config.steps, look_ahead=look_ahead)
+    return Sampler(
+        engines,
+        seed=config.seed,
+        num_steps=config.steps,
+        look_ahead=config.rollout.max_staleness > 0,
+        colocated=config.rollout.placement == "colocated",
+    )
 
 
 def _heldout(parts: Parts, pools: Mapping[str, PromptPool], state: RunState) -> HeldoutKl | None:

@@ -160,14 +160,24 @@ class Sampler:
     """Rank 0's rollouts of a step: on demand, or one step ahead of the trainer."""
 
     def __init__(
-        self, engines: RolloutEngine, *, seed: int, num_steps: int, look_ahead: bool
+        self,
+        engines: RolloutEngine,
+        *,
+        seed: int,
+        num_steps: int,
+        look_ahead: bool = False,
+        colocated: bool = False,
     ) -> None:
+        """`colocated` engines sleep whenever they neither sample nor load weights."""
         self.look_ahead = look_ahead
         self.version = 0
         """Weights version that the engines hold."""
         self._engines = engines
         self._seed = seed
         self._num_steps = num_steps
+        self._colocated = colocated
+        if colocated:
+            engines.sleep()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
         self._pending: dict[int, Future[list[Rollout]]] = {}
 
@@ -180,13 +190,15 @@ class Sampler:
         self, prompts: Sequence[Prompt], seeds: Sequence[int], max_tokens: int
     ) -> list[Rollout]:
         """Rollouts outside the training stream, from the weights that are published now."""
-        return self._engines.generate(
-            prompts, seeds, max_tokens=max_tokens, expected_version=self.version
-        )
+        with self._awake():
+            return self._engines.generate(
+                prompts, seeds, max_tokens=max_tokens, expected_version=self.version
+            )
 
     def publish(self, version: int, published: Published) -> None:
         """Load new weights into every engine; they echo version and checksum."""
-        self._engines.publish(version, published.files, published.checksum)
+        with self._awake():
+            self._engines.publish(version, published.files, published.checksum)
         self.version = version
 
     def begin(self, step: int, prompts: Sequence[Prompt]) -> None:
@@ -195,16 +207,30 @@ class Sampler:
             version = self.version
             self._pending[step] = self._thread.submit(self._generate, step, prompts, version)
 
-    def settle(self) -> None:
-        """Wait for what is under way, without taking it."""
-        for future in self._pending.values():
-            future.result()
+    def settle(self) -> list[Rollout]:
+        """Wait for what is under way, without taking it: the rollouts of the next step, if any."""
+        return [rollout for future in self._pending.values() for rollout in future.result()]
+
+    def put_back(self, step: int, rollouts: list[Rollout]) -> None:
+        """Let `take` give these for `step`: what `settle` returned when the run was saved."""
+        self._pending[step] = Future()
+        self._pending[step].set_result(rollouts)
 
     def _generate(self, step: int, prompts: Sequence[Prompt], version: int) -> list[Rollout]:
         seeds = [
             seed_for(self._seed, step, prompt.id, sample) for sample, prompt in enumerate(prompts)
         ]
-        return self._engines.generate(prompts, seeds, expected_version=version)
+        with self._awake():
+            return self._engines.generate(prompts, seeds, expected_version=version)
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Let colocated engines have the GPUs' memory for the block."""
+        if self._colocated:
+            self._engines.wake()
+        yield
+        if self._colocated:
+            self._engines.sleep()
 
 
 @contextmanager

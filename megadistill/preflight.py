@@ -28,8 +28,9 @@ def check_config(config: RunConfig) -> None:
             problems.append(f"{key}.path: {error}")
     for key, spec in specs.items():
         problems += _parallel_problems(key, spec, config)
-    problems += _length_problems(specs, config)
     problems += [
+        *_length_problems(specs, config),
+        *_overlap_problems(config),
         *_vocabulary_problems(specs, config),
         *_disk_problems(config),
         *_export_problems(config),
@@ -79,6 +80,14 @@ def _length_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> list[
     if room < needed:
         problems.append(f"rollout.max_model_len: found {room}, expected at least {needed}")
     return problems
+
+
+def _overlap_problems(config: RunConfig) -> list[str]:
+    """Engines that sleep while the trainer steps cannot sample meanwhile."""
+    rollout = config.rollout
+    if rollout and rollout.max_staleness and rollout.placement == "colocated":
+        return ["rollout.max_staleness: found 1, expected 0 with rollout.placement colocated"]
+    return []
 
 
 def _vocabulary_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> list[str]:

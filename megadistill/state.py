@@ -2,13 +2,15 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from megadistill.config import RunConfig, resolve_path
+from megadistill.rollout.store import read_rollouts, write_rollouts
 from megadistill.rundir import RunDir
+from megadistill.types import Rollout
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +51,17 @@ class RunState:
         return replace(self, step=step + 1, cursors=dict(cursors))
 
 
-def save(run: RunDir, engine: Checkpointed, state: RunState, keep: int) -> None:
-    """Write a checkpoint that is whole or absent, then delete old ones. Collective."""
+AHEAD = "ahead.parquet"
+"""In a checkpoint: rollouts of the next step, where they were sampled with older weights."""
+
+
+def save(
+    run: RunDir, engine: Checkpointed, state: RunState, keep: int, ahead: Sequence[Rollout] = ()
+) -> None:
+    """Write a checkpoint that is whole or absent, then delete old ones. Collective.
+
+    `ahead` are rank 0's rollouts that the next step will train on.
+    """
     if not engine.is_writer:
         engine.barrier()
         engine.save(run.checkpoint(state.step), asdict(state))
@@ -59,6 +70,8 @@ def save(run: RunDir, engine: Checkpointed, state: RunState, keep: int) -> None:
     with run.writing_checkpoint(state.step) as directory:
         engine.barrier()
         engine.save(directory, asdict(state))
+        if ahead:
+            write_rollouts(directory / AHEAD, ahead)
         engine.barrier()
     run.drop_old_checkpoints(keep)
 
@@ -81,6 +94,12 @@ def restore(run: RunDir, engine: Checkpointed, config: RunConfig) -> RunState:
         log.info("resuming after step %d from %s", state.step, directory)
         return state
     return RunState(models=models)
+
+
+def restore_ahead(run: RunDir, state: RunState) -> list[Rollout]:
+    """The rollouts that were saved with `state`; none where it had none."""
+    file = run.checkpoint(state.step) / AHEAD
+    return read_rollouts(file) if file.exists() else []
 
 
 def fingerprint(path: str) -> str:

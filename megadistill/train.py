@@ -44,7 +44,8 @@ def train(parts: Parts, state: RunState) -> None:
         log_step(parts, state.step, batch, result, {**times, **evaluate(parts, state.step)})
         stopping = parts.engine.broadcast(parts.run.stop_file.exists())
         if stopping or state.step % config.checkpoint.every == 0 or state.step == config.steps:
-            save(parts.run, parts.engine, state, config.checkpoint.keep)
+            ahead = parts.sampler.settle() if parts.sampler else []
+            save(parts.run, parts.engine, state, config.checkpoint.keep, ahead)
         if stopping:
             return
     finish(parts)

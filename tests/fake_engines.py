@@ -23,6 +23,8 @@ class FakeRolloutEngine:
     """(prompt ids, seeds, max_tokens) of every batch."""
     published: list[tuple[int, tuple[Path, ...], str]] = field(default_factory=list)
     before_generate: Callable[[], None] = lambda: None
+    asleep: bool = False
+    naps: int = 0
 
     def generate(
         self,
@@ -35,6 +37,7 @@ class FakeRolloutEngine:
     ) -> list[Rollout]:
         self.asked.append(([prompt.id for prompt in prompts], list(seeds), max_tokens))
         self.before_generate()
+        assert not self.asleep
         assert expected_version == self.version, "stale weights"
         return [
             Rollout(
@@ -48,14 +51,18 @@ class FakeRolloutEngine:
         ]
 
     def publish(self, version: int, files: Sequence[Path], checksum: str) -> None:
+        assert not self.asleep
         self.published.append((version, tuple(files), checksum))
         self.version = version
 
     def sleep(self) -> None:
-        raise AssertionError("nobody asked for the GPU")
+        assert not self.asleep
+        self.asleep = True
+        self.naps += 1
 
     def wake(self) -> None:
-        raise AssertionError("nobody gave the GPU away")
+        assert self.asleep
+        self.asleep = False
 
     def shutdown(self) -> None:
         raise AssertionError("the collector does not end engines")

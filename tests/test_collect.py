@@ -186,6 +186,19 @@ def test_look_ahead_rollouts_come_from_the_weights_before() -> None:
     assert versions(look_ahead=True) == [0, 0, 1, 2, 3, 4]
 
 
+def test_colocated_engines_sleep_while_the_trainer_works() -> None:
+    engines = FakeRolloutEngine()
+    sampler = Sampler(engines, seed=0, num_steps=NUM_STEPS, colocated=True)
+    assert engines.asleep
+    collector = make_collector(sampler=sampler)
+    for step in range(2):
+        collector.collect(step)
+        assert engines.asleep
+        publish(sampler, step + 1)
+        assert engines.asleep
+    assert engines.naps == 5
+
+
 def test_look_ahead_draws_what_the_step_would_have_drawn() -> None:
     batches = []
     for look_ahead in (False, True):

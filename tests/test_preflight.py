@@ -57,6 +57,13 @@ def test_a_run_that_can_be_started_passes(models: Path) -> None:
     check_config(make_config(tree_on(models)))
 
 
+def test_engines_that_sleep_cannot_sample_ahead(models: Path) -> None:
+    rollout: Tree = {"placement": "colocated", "max_staleness": 1, "max_tokens": 16}
+    assert problems(tree_on(models, rollout=rollout)) == [
+        "rollout.max_staleness: found 1, expected 0 with rollout.placement colocated"
+    ]
+
+
 def test_models_on_the_hub_are_left_to_the_hub(models: Path) -> None:
     check_config(make_config(tree_on(models, student={"path": "Qwen/Qwen3-8B"})))
 

@@ -21,7 +21,7 @@ from megadistill.evaluate.heldout import HeldoutKl
 from megadistill.megatron.engine import Engine
 from megadistill.metrics import MetricWriter, read_metrics
 from megadistill.rundir import RunDir
-from megadistill.state import RunState, restore
+from megadistill.state import RunState, restore, restore_ahead
 from megadistill.train import learning_rate, train
 from megadistill.types import FloatArray, Prompt, Rollout, Sample, StepResult, TokenSpan
 from tests.fake_engines import FakeRolloutEngine, FakeScorer
@@ -80,14 +80,19 @@ class AgreeingEngine(FakeRolloutEngine):
     def __init__(self, trainer: FakeTrainer) -> None:
         super().__init__()
         self.trainer = trainer
+        self.weight = trainer.weight
         self.error = 0.0
 
     def generate(self, *arguments: Any, **options: Any) -> list[Rollout]:
         rollouts = super().generate(*arguments, **options)
         for rollout in rollouts:
-            scores = self.trainer.weight - rollout.response_ids_R
+            scores = self.weight - rollout.response_ids_R
             rollout.logprobs_R[:] = scores + self.error
         return rollouts
+
+    def publish(self, version: int, files: Sequence[Path], checksum: str) -> None:
+        super().publish(version, files, checksum)
+        self.weight = self.trainer.weight
 
 
 def make_pool(name: str) -> PromptPool:
@@ -140,11 +145,15 @@ def attempt(folder: Path, **changes: Any) -> Stage:
     run.create(config)
     run.begin_attempt()
     trainer = FakeTrainer({"general": 0.5, "domain": 0.25})
-    engines = AgreeingEngine(trainer)
     state = restore(run, trainer, config)
+    engines = AgreeingEngine(trainer)
     engines.version = state.step
-    sampler = Sampler(engines, seed=config.seed, num_steps=config.steps, look_ahead=False)
+    assert config.rollout is not None
+    look_ahead = config.rollout.max_staleness > 0
+    sampler = Sampler(engines, seed=config.seed, num_steps=config.steps, look_ahead=look_ahead)
     sampler.version = state.step
+    if ahead := restore_ahead(run, state):
+        sampler.put_back(state.step, ahead)
     algorithm = make_algorithm(config)
     assert isinstance(algorithm, Camopd)
     parts = Parts(run=run, config=config, engine=cast(Engine, trainer))
@@ -225,15 +234,19 @@ def test_a_stop_request_saves_and_leaves_the_rest_for_later(tmp_path: Path) -> N
     assert not stage.run.export.exists()
 
 
+@pytest.mark.parametrize("max_staleness", [0, 1])
 @pytest.mark.parametrize("stop_at", [1, 2, 4, 5])
-def test_a_stopped_run_ends_as_if_it_had_not_stopped(tmp_path: Path, stop_at: int) -> None:
-    whole = attempt(tmp_path / "whole").train()
-    stopped = attempt(tmp_path / "stopped")
+def test_a_stopped_run_ends_as_if_it_had_not_stopped(
+    tmp_path: Path, stop_at: int, max_staleness: int
+) -> None:
+    stale: Tree = {"rollout": {"max_staleness": max_staleness}}
+    whole = attempt(tmp_path / "whole", **stale).train()
+    stopped = attempt(tmp_path / "stopped", **stale)
     stopped.engines.before_generate = lambda: (
         stopped.run.request_stop("asked") if len(stopped.rows) == stop_at else None
     )
     stopped.train()
-    resumed = attempt(tmp_path / "stopped")
+    resumed = attempt(tmp_path / "stopped", **stale)
     assert resumed.state.step == stop_at
     resumed.train()
     assert [numbers(row) for row in resumed.rows] == [numbers(row) for row in whole.rows]

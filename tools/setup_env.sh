@@ -50,12 +50,20 @@ if ! command -v cc >/dev/null || [[ ! -f $headers/Python.h ]]; then
   install_system gcc libc6-dev python3-dev
 fi
 
-# Compiling every module takes a minute; the few that are imported are compiled when they are.
-pip=("$venv/bin/pip" --quiet --disable-pip-version-check)
+export PYTHONWARNINGS=ignore
+pip=("$venv/bin/pip" -qq --disable-pip-version-check)
 echo "installing Python packages into $venv (a few minutes the first time) ..."
 "$venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" install --no-compile "$torch"
 requirements=()
 for list in "${lists[@]}"; do requirements+=(-r "$list"); done
 "${pip[@]}" install --no-compile --no-deps "${requirements[@]}"
-PYTHONWARNINGS=ignore "${pip[@]}" install --no-deps --no-build-isolation -e "$root"
+"${pip[@]}" install --no-deps --no-build-isolation -e "$root"
+
+# Compiling every module takes a minute, so only what a run imports is: trainer and engine, side by
+# side. It also shows that they can be imported.
+unset PYTHONDONTWRITEBYTECODE
+"$venv/bin/python" -c "import megadistill.train" &
+trainer=$!
+"$venv/bin/python" -c "import megadistill.rollout.vllm_engine"
+wait $trainer
 if [[ ${1:-} == --dev ]]; then echo "$wanted" >"$venv/.dev"; else echo "$wanted" >"$venv/.cpu"; fi

@@ -1,6 +1,7 @@
 """Checkpoints of the student: weights, optimizer and random states, readable at another layout."""
 
 import json
+import queue
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
@@ -40,6 +42,9 @@ def save(student: Student, directory: Path, extra: Extra) -> None:
     strategy = FullyParallelSaveStrategyWrapper(
         get_default_save_sharded_strategy(), student.world.groups.dp_cp
     )
+    # Results come back through a queue. Megatron's lives in a process of its own, which takes ten
+    # seconds to start and would outlive a killed trainer; writing is synchronous, so this one will do.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, texts[0], strategy, content_metadata=_stored_metadata())
     dist.barrier()
 

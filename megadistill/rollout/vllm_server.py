@@ -72,8 +72,6 @@ def start_engine(config: RunConfig, version: int) -> HostedEngine:
     rollout = config.rollout
     if rollout is None:
         raise ValueError(f"rollout: missing, kind {config.algorithm.kind} needs no engine")
-    if rollout.publish == "nccl":
-        raise ValueError("rollout.publish: nccl is not built yet; use files")
     gpu = config.device != "cpu" and config.cluster.gpus_per_node > 0
     os.environ.update(vllm_environment(rollout.threads, gpu=gpu))
     if Path(resolve_path(config.student.path)).is_dir():

@@ -1,7 +1,7 @@
 """Runs inside each vLLM worker: receives published weights through vLLM's own control plane.
 
 vLLM imports this module in every worker because `WorkerExtension` is the engine's
-`worker_extension_cls`; that registers the transfer backend, which `nccl` would be another of.
+`worker_extension_cls`; that registers the transfer backend.
 """
 
 from collections.abc import Iterator

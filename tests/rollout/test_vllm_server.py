@@ -12,24 +12,24 @@ from megadistill.rollout import wire
 from megadistill.rollout.vllm_server import listen_address, start_engine, vllm_environment
 from megadistill.rundir import RunDir
 from tests.rollout.fakes import wait_until
-from tests.tiny import camopd_tree, make_config, sft_tree
+from tests.tiny import make_config, sft_tree
 
 
-def make_run(directory: Path, **rollout: object) -> RunDir:
-    config = make_config(camopd_tree(runs_dir=str(directory), rollout=rollout))
+def make_run(directory: Path) -> RunDir:
+    config = make_config(sft_tree(runs_dir=str(directory)))
     run = RunDir.of(config)
     run.create(config)
     return run
 
 
 def test_a_failed_start_is_announced_and_ends_the_process(tmp_path: Path) -> None:
-    run = make_run(tmp_path, publish="nccl")
+    run = make_run(tmp_path)
     command = [sys.executable, "-m", "megadistill.rollout.vllm_server", str(run.path)]
     ended = subprocess.run([*command, "--index", "3"], capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert "rollout.publish: nccl is not built yet; use files" in ended.stderr
+    assert "rollout: missing, kind sft needs no engine" in ended.stderr
     announced = wire.ENGINE_ADDRESS.validate_json(run.engine_file(3).read_bytes())
-    assert announced.error == "ValueError: rollout.publish: nccl is not built yet; use files"
+    assert announced.error == "ValueError: rollout: missing, kind sft needs no engine"
     assert announced.port == 0
 
 
