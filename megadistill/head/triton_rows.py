@@ -28,9 +28,9 @@ from megadistill.head.rows import RowStatistics, combine, sum_ranks
 MOST_COLUMNS = 4096
 NUM_WARPS = 8
 _KINDS = {
-    "forward_kl": kernels.FORWARD_KL,
-    "reverse_kl": kernels.REVERSE_KL,
-    "jsd": kernels.JSD,
+    "forward_kl": kernels.FORWARD_KL.value,
+    "reverse_kl": kernels.REVERSE_KL.value,
+    "jsd": kernels.JSD.value,
 }
 
 
