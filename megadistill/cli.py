@@ -2,15 +2,19 @@
 
 # ruff: noqa: PLC0415, T201 - imports inside verbs keep `--help` fast; a command prints
 import argparse
+import io
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadistill.config import config_schema, dump_config, load_config
 
 if TYPE_CHECKING:
+    from megadistill.launch.campaign import Campaign
     from megadistill.rundir import RunDir
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -69,6 +73,59 @@ def shard(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def campaign(arguments: argparse.Namespace) -> int:
+    """Stages as dependent Slurm jobs: submit CONFIG (what is not done of it), or, with its
+    directory, show its status, cancel it, resume it."""
+    from megadistill.launch.campaign import Campaign
+
+    action, *rest = arguments.words
+    if action not in ("status", "cancel", "resume"):
+        action, rest = "submit", arguments.words
+    if not rest:
+        raise ValueError(f"campaign {action}: found no CONFIG or campaign directory after it")
+    chosen = Campaign.load(rest[0], rest[1:])
+    return {"status": _campaign_status, "cancel": _campaign_cancel}.get(action, _campaign_submit)(
+        chosen, arguments.local
+    )
+
+
+def _campaign_submit(chosen: "Campaign", local: bool) -> int:
+    for name, commands in chosen.commands().items():
+        for words in commands:
+            _check_words(f"stages.{name}", words)
+    if local or shutil.which("sbatch") is None:
+        return 0 if chosen.run_here() else 1
+    for name, job in chosen.submit().items():
+        print(f"{name}: job {job}")
+    print(f"follow it with: megadistill campaign status {chosen.root}")
+    return 0
+
+
+def _campaign_status(chosen: "Campaign", _local: bool) -> int:
+    from rich.console import Console
+
+    from megadistill.launch.campaign import table
+
+    Console().print(table(chosen.status()))
+    return 0
+
+
+def _campaign_cancel(chosen: "Campaign", _local: bool) -> int:
+    jobs = chosen.cancel()
+    print(f"cancelled: {', '.join(jobs) or 'nothing was in the queue'}")
+    return 0
+
+
+def _check_words(key: str, words: Sequence[str]) -> None:
+    """A command line that could not even be read is refused before it is submitted."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            _parser().parse_args(words)
+    except SystemExit:
+        raise ValueError(f"{key}: {said.getvalue().splitlines()[-1]}") from None
+
+
 def _check(arguments: argparse.Namespace) -> None:
     """Complain of the configuration at once, and of the models once that is right."""
     from megadistill.launch.node import open_run
@@ -94,7 +151,12 @@ def config_check(arguments: argparse.Namespace) -> int:
 
 
 def _problem(path: str, with_models: bool) -> str | None:
+    from megadistill.config.campaign import is_campaign, load_campaign
+
     try:
+        if is_campaign(path):
+            load_campaign(path)
+            return None
         config = load_config(path)
         if with_models:
             from megadistill.preflight import check_config
@@ -181,6 +243,16 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the job script and the layout"
     )
     _takes_config(command)
+    command = _verb(verbs, "campaign", campaign)
+    command.add_argument(
+        "words",
+        nargs="+",
+        metavar="CONFIG | status DIR | cancel DIR | resume DIR",
+        help="a file, see configs/campaign/, and settings to change; or RUNS/NAME of a campaign",
+    )
+    command.add_argument(
+        "--local", action="store_true", help="run the stages here, also where there is Slurm"
+    )
     command = _verb(verbs, "shard", shard)
     command.add_argument("directory", help="the shard's directory, e.g. ROOT/shards/KEY")
     _add_config_actions(verbs)

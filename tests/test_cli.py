@@ -18,6 +18,7 @@ VERBS = (
     ["train"],
     ["node"],
     ["submit"],
+    ["campaign"],
     ["shard"],
     ["config"],
     ["config", "show"],

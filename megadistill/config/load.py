@@ -5,13 +5,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megadistill.config.schema import RunConfig
 
+Config = TypeVar("Config")
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 _KINDS = ("sft", "mopd", "camopd", "packaged", "reasoning_gym", "file")
 
@@ -25,16 +26,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises `ConfigError` with all problems at once.
     """
-    tree = _read_tree(Path(path), seen=())
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
+    return parse_config(read_tree(path, overrides), source=str(path))
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
     """Validate a plain mapping; unknown keys and wrong types are errors."""
+    return validate(_ADAPTER, tree, source)
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of any configuration file with its includes and overrides, not validated."""
+    tree = _read_tree(Path(path), seen=())
+    for override in overrides:
+        _apply_override(tree, override)
+    return tree
+
+
+def validate(adapter: TypeAdapter[Config], tree: Mapping[str, Any], source: str) -> Config:
+    """`tree` as what the adapter describes; `ConfigError` with every problem and its dotted key."""
     try:
-        return _ADAPTER.validate_python(tree)
+        return adapter.validate_python(tree)
     except ValidationError as error:
         lines = [line for problem in error.errors() for line in _describe(problem)]
         raise ConfigError("\n".join([f"{source}: {len(lines)} problem(s)", *lines])) from None

@@ -3,16 +3,14 @@
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+from megadistill.config.cluster import ClusterConfig
+from megadistill.config.fields import STRICT, Fraction, NaturalInt, PositiveFloat, PositiveInt
+from megadistill.config.work import WorkConfig
 
 Precision = Literal["fp32", "bf16", "fp8_current", "fp8_blockwise"]
-PositiveInt = Annotated[int, Field(ge=1)]
-NaturalInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -147,7 +145,45 @@ class CamopdConfig:
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
 
 
-AlgorithmConfig = Annotated[SftConfig | MopdConfig | CamopdConfig, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RaftConfig:
+    """RAFT, stage 2: SFT on refined answers plus answer-conditioned distillation, Eq. (6)-(12)."""
+
+    kind: Literal["raft"] = "raft"
+    pool: str
+    """Name of the pool in `data.pools`; its records must have answers, the refined ones."""
+    teacher: str
+    """Name of the teacher in `teachers`: the original model, frozen."""
+    sft: bool = True
+    """Whether the answers themselves are trained on, too."""
+    context: Literal["answer", "none", "other"] = "answer"
+    """What the teacher sees beside the question: its answer, nothing, or another one's (a probe)."""
+    teacher_prompt_style: Literal["chat", "raw"] = "chat"
+    """Whether the teacher's prompt goes through the chat template."""
+    temperature: PositiveFloat = 1.5
+    top_k: PositiveInt = 512
+    """Ids of the teacher's distribution that both sides are renormalised on."""
+    tail_bucket: bool = False
+    """Instead of renormalising, count all other ids as one event, as SDPO does."""
+    balance: Literal["ema", "fixed"] = "ema"
+    """How lambda, the weight of the distillation loss, comes about."""
+    weight: PositiveFloat = 1.0
+    """lambda, where `balance` is fixed."""
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the moving averages of both losses."""
+    lambda_mode: Literal["exact", "lagged"] = "lagged"
+    """`exact` includes this step's losses, for one more forward pass."""
+    lambda_max: PositiveFloat = 100.0
+    """Bound on lambda, which grows without one as the distillation loss goes to 0."""
+
+    def __post_init__(self) -> None:
+        if not self.sft and self.balance == "ema":
+            raise ValueError("balance: found ema with sft: false, expected fixed: one loss alone")
+
+
+AlgorithmConfig = Annotated[
+    SftConfig | MopdConfig | CamopdConfig | RaftConfig, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -283,6 +319,10 @@ class CheckpointConfig:
     """Write the final student in Hugging Face format."""
     export_dir: str | None = None
     """Where to (paths as in `student.path`); absent: `RUN/export`."""
+    on_export: WorkConfig | None = None
+    """Work submitted as a Slurm array for every student in Hugging Face format that the run writes
+    (`RUN/export`, `RUN/exports/step-*`); the run does not wait for it. `{export}` and `{step}` in
+    its `args` stand for the directory and its step."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -291,60 +331,6 @@ class LogConfig:
 
     wandb: Literal["off", "offline", "online"] = "offline"
     project: str = "megadistill"
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ContainerConfig:
-    """The container in which a job's processes run."""
-
-    kind: Literal["pyxis", "apptainer"]
-    """Pyxis (srun's --container-image, Enroot) or Apptainer (also Singularity)."""
-    image: str
-    """Image as the runtime takes it: a squashfs or SIF file, or a registry's name."""
-    mounts: list[str] = field(default_factory=list)
-    """`directory` or `directory:inside[:flags]`; the run directory must be among them."""
-    python: str = "python3"
-    """Python inside the image that has megadistill."""
-    options: list[str] = field(default_factory=list)
-    """Further words for the runtime, e.g. `--container-writable` or `--cleanenv`."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ClusterConfig:
-    """What the job asks of Slurm, and what each node has. A site profile sets most of it."""
-
-    nodes: PositiveInt = 1
-    gpus_per_node: NaturalInt = 0
-    """0 is a CPU run."""
-    gpu_type: str | None = None
-    """GRES type, where a site has several: `h100` asks for `--gpus-per-node=h100:8`."""
-    rollout_nodes: NaturalInt = 0
-    """Nodes set aside for engines (placement: dedicated); 0 on one node shares it."""
-    rollout_gpus_per_node: PositiveInt | None = None
-    """GPUs of a rollout node of a heterogeneous job; absent: as `gpus_per_node`."""
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    time_minutes: PositiveInt = 720
-    cpus_per_node: PositiveInt | None = None
-    exclusive: bool = True
-    signal_seconds: PositiveInt = 300
-    """Seconds before the time limit at which Slurm warns the run."""
-    max_attempts: PositiveInt = 20
-    """Requeues of one job after which the run gives up."""
-    modules: list[str] = field(default_factory=list)
-    """Environment modules loaded before the job."""
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = field(
-        default_factory=dict
-    )
-    """Variables of the job, e.g. NCCL_SOCKET_IFNAME, UCX_NET_DEVICES; taken literally."""
-    scratch: str | None = None
-    """Fast directory of each node; TMPDIR becomes `scratch/megadistill-JOB`."""
-    container: ContainerConfig | None = None
-    """Absent: processes run on the node itself, in this environment."""
-    setup: list[str] = field(default_factory=list)
-    """Shell lines run on the first node before the job, as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

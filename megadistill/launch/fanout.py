@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megadistill.config.schema import ClusterConfig
+from megadistill.config.cluster import ClusterConfig
 from megadistill.launch.board import read_json
 from megadistill.launch.node import DONE, STOPPED, stop_requests
 from megadistill.launch.place import own_job, requeue
@@ -140,7 +140,7 @@ def run_fanout(
     wait_for_jobs(root)
     folders = prepare(root, shards)
     for _ in range(limits.tries):
-        left = [folder for folder in folders if folder.state(limits.tries).status == "unfinished"]
+        left = [folder for folder in folders if folder.has_work(limits.tries)]
         if not left:
             break
         submit_array(root, left, limits, cluster=cluster, name=name)
@@ -196,7 +196,7 @@ def submit_array(
     make_sacct_usable()
     with job_environment():
         job: str = executor.map_array(run_task, tasks)[0].job_id.split("_")[0]
-    write_atomic(root / "jobs.json", json.dumps({"jobs": [*read_jobs(root), job]}))
+    add_job(root, job)
     return job
 
 
@@ -218,8 +218,10 @@ def prepare(root: Path, shards: Sequence[Shard]) -> list[ShardFolder]:
 
 def collect(root: Path, shards: Sequence[Shard], limits: Limits) -> FanoutResult:
     """How the shards stand, by their files."""
-    folders = [ShardFolder.of(root.absolute(), shard) for shard in shards]
-    return FanoutResult(shards=tuple(folder.state(limits.tries) for folder in folders))
+    states = [
+        ShardFolder.of(root.absolute(), shard).state(shard.name, limits.tries) for shard in shards
+    ]
+    return FanoutResult(shards=tuple(states))
 
 
 def read_jobs(root: Path) -> list[str]:
@@ -227,6 +229,11 @@ def read_jobs(root: Path) -> list[str]:
     values = read_json(root / "jobs.json")
     jobs: list[str] = values["jobs"] if values else []
     return jobs
+
+
+def add_job(root: Path, job: str) -> None:
+    """Note a job that was submitted for what lies in `root`."""
+    write_atomic(root / "jobs.json", json.dumps({"jobs": [*read_jobs(root), job]}))
 
 
 def wait_for_jobs(root: Path) -> None:

@@ -24,6 +24,7 @@ from megadistill.launch.board import (
     begin_launch,
     sole_owner,
 )
+from megadistill.launch.failures import note_failure
 from megadistill.launch.layout import Layout, NodePlan, describe, layout
 from megadistill.launch.place import Place, local_place, requeue, slurm_place
 from megadistill.launch.processes import Exit, LogFollower, Processes
@@ -241,26 +242,49 @@ class Node:
         if self.place.node == 0:
             if end.status == "stopped":
                 self.say(f"{end.message}; {self.resume()}")
+            elif end.failure is not None:
+                end = self.conclude_failure(end, end.failure)
             else:
                 self.say(f"attempt {self.launch.attempt}: {end.message}")
-                if end.failure and end.failure.node and end.failure.detail:
-                    self.say(f"its last lines:\n{end.failure.detail}")
             self.board.declare_end(end)
         elif end.status == "failed":
             self.say(f"ends: {end.message}")
         return {"done": DONE, "stopped": STOPPED, "failed": FAILED}[end.status]
 
+    def conclude_failure(self, end: End, failure: Failure) -> End:
+        """Say what happened, and have the job try again unless that has been of no use before."""
+        self.say(f"attempt {self.launch.attempt}: {end.message}")
+        if failure.node and failure.detail:
+            self.say(f"its last lines:\n{failure.detail}")
+        before = note_failure(self.run, self.launch.attempt, failure)
+        if before is not None:
+            what = f"the same error at step {before.step} as in attempt {before.attempt}"
+            self.say(f"{what}; the run stops here: {before.error}")
+            return replace(end, message=f"{end.message} ({what})")
+        if self.place.job_id is None:
+            return end
+        problem = self.ask_for_requeue()
+        self.say(problem or f"job {self.place.job_id} is requeued")
+        return end if problem else replace(end, status="stopped")
+
     def resume(self) -> str:
         """Have Slurm start the job again, or say how a person does."""
+        problem = self.ask_for_requeue()
+        if problem is None:
+            return f"job {self.place.job_id} is requeued"
         by_hand = f"to go on: submit it again, or `megadistill train {self.run.path}`"
+        return f"{problem}; {by_hand}" if problem else by_hand
+
+    def ask_for_requeue(self) -> str | None:
+        """None when Slurm starts the job again, otherwise why it does not (empty: no Slurm)."""
         if self.place.job_id is None:
-            return by_hand
+            return ""
         limit = self.config.cluster.max_attempts
-        if self.launch.attempt >= limit:
-            return f"not requeued, cluster.max_attempts {limit} is reached; {by_hand}"
+        if self.place.restarts >= limit:
+            return f"not requeued, cluster.max_attempts {limit} is reached"
         if problem := requeue(self.place.job_id):
-            return f"Slurm did not requeue job {self.place.job_id} ({problem}); {by_hand}"
-        return f"job {self.place.job_id} is requeued"
+            return f"Slurm did not requeue job {self.place.job_id} ({problem})"
+        return None
 
     def follow(self) -> None:
         if self.follower is not None:

@@ -15,8 +15,8 @@ import hashlib
 import importlib
 import json
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import time
 from collections import deque
@@ -117,12 +117,11 @@ class ShardFolder:
         for directory in (root / "shards", self.path, self.output):
             directory.mkdir(mode=0o700, exist_ok=True)
         self.failures_file.unlink(missing_ok=True)
-        values = {
-            "entry": shard.entry,
-            "arguments": dict(shard.arguments),
-            "label": shard.label,
-        }
-        write_atomic(self.path / "shard.json", json.dumps(values))
+        values = {"entry": shard.entry, "arguments": dict(shard.arguments), "label": shard.label}
+        # Not flushed to the disk, which can take seconds: it is written anew by every submission.
+        temporary = self.path / f".shard.json.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(values))
+        temporary.replace(self.path / "shard.json")
 
     def read(self) -> Shard:
         return Shard(**json.loads((self.path / "shard.json").read_text()))
@@ -131,6 +130,10 @@ class ShardFolder:
         if not self.failures_file.exists():
             return []
         return [json.loads(line) for line in self.failures_file.read_text().splitlines()]
+
+    def has_work(self, tries: int) -> bool:
+        """Whether it is neither done nor has failed so often."""
+        return not self.done_file.exists() and len(self.failures()) < tries
 
     def add_failure(self, exited: Exit) -> None:
         values = {
@@ -144,7 +147,7 @@ class ShardFolder:
     def next_log(self) -> Path:
         return self.path / f"try-{len(list(self.path.glob('try-*.log')))}.log"
 
-    def state(self, tries: int) -> ShardState:
+    def state(self, name: str, tries: int) -> ShardState:
         failures = self.failures()
         detail = ""
         if failures:
@@ -158,7 +161,7 @@ class ShardFolder:
         elif len(failures) >= tries:
             status = "failed"
         return ShardState(
-            name=self.read().name,
+            name=name,
             directory=self.output,
             status=status,
             failures=len(failures),
@@ -188,12 +191,14 @@ def load_entry(entry: str) -> Callable[[Path, Mapping[str, Any]], object]:
 
 
 def run_command(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """The entry of `command_shard`: a `megadistill` command line, its words as they are."""
-    environment = os.environ | {SHARD_DIRECTORY: str(directory)}
-    command = [sys.executable, "-m", "megadistill", *arguments["words"]]
-    done = subprocess.run(command, env=environment, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    """The entry of `command_shard`: a `megadistill` command line, as if typed, in this process."""
+    os.environ[SHARD_DIRECTORY] = str(directory)
+    sys.argv = ["megadistill", *arguments["words"]]
+    try:
+        runpy.run_module("megadistill", run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise
 
 
 @dataclass(slots=True, kw_only=True)
@@ -212,7 +217,7 @@ class Worker:
 
     def work(self, folders: Sequence[ShardFolder]) -> None:
         """Until every shard is done or has failed `tries` times, or until `stopped`."""
-        waiting = deque(folder for folder in folders if self.wants_work(folder))
+        waiting = deque(folder for folder in folders if folder.has_work(self.tries))
         with ExitStack() as stack:
             for folder in waiting:
                 lock_shard(stack, folder)
@@ -225,9 +230,6 @@ class Worker:
             finally:
                 self._processes.end(GRACE_S)
                 self._processes.close()
-
-    def wants_work(self, folder: ShardFolder) -> bool:
-        return not folder.done_file.exists() and len(folder.failures()) < self.tries
 
     def start(self, folder: ShardFolder) -> None:
         taken = {slot for _, slot in self._running.values()}

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megadistill.config.schema import ClusterConfig, ContainerConfig
+from megadistill.config.cluster import ClusterConfig, ContainerConfig
 
 SRUN_ARGS = ("--kill-on-bad-exit=1", "--cpu-bind=none")
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import submitit
 
-from megadistill.config.schema import ClusterConfig
+from megadistill.config import RunConfig
+from megadistill.config.cluster import ClusterConfig
 from megadistill.launch.layout import describe, layout
 from megadistill.launch.node import DONE, STOPPED, gpus_per_node, open_run, run_node
 from megadistill.launch.place import slurm_place
@@ -76,17 +77,29 @@ def submit(
         raise ValueError(f"verb: found {verb!r}, expected 'train'")
     config, run = open_run(config_path, overrides)
     plan = describe(layout(config, config.cluster.nodes, gpus_per_node(config)))
-    executor = gang_executor(config.name, config.cluster, run, check=not dry_run)
-    script = executor.script()
     if dry_run:
+        script = gang_executor(config.name, config.cluster, run, check=False).script()
         sys.stdout.write(f"{script}\n{plan}\n")
         return Submitted(job_id=None, run_dir=run.path, log=None, script=script, layout=plan)
-    run.create(config)
-    job = submit_task(executor, NodeTask(run_dir=run.path))
+    script = gang_executor(config.name, config.cluster, run).script()
+    job = submit_gang(config, run)
     if wait:
         wait_for(job)
     log = Path(job.task(0).paths.stdout)
     return Submitted(job_id=job.job_id, run_dir=run.path, log=log, script=script, layout=plan)
+
+
+def submit_gang(
+    config: RunConfig, run: RunDir, *, name: str | None = None, after: Sequence[str] = ()
+) -> "submitit.Job[int]":
+    """Submit a run as one job of `cluster.nodes` nodes, once the jobs `after` have ended well.
+
+    Raises `ValueError` for a layout that cannot be, or a run directory of another run.
+    """
+    layout(config, config.cluster.nodes, gpus_per_node(config))
+    run.create(config)
+    executor = gang_executor(name or config.name, config.cluster, run, after=after)
+    return submit_task(executor, NodeTask(run_dir=run.path))
 
 
 class GangExecutor(submitit.SlurmExecutor):  # type: ignore[misc]  # submitit is not checked here
@@ -199,20 +212,20 @@ def in_queue(job_id: str) -> bool:
     return job_id in live_jobs()
 
 
-def live_jobs() -> dict[str, str]:
+def live_jobs(patience_s: float = SQUEUE_PATIENCE_S) -> dict[str, str]:
     """Job number -> state of our jobs in the queue; an array has its number once, whatever is left.
 
     Patient with a controller that does not answer.
     """
     command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A %F %T"]
-    deadline = time.monotonic() + SQUEUE_PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while True:
         try:
             answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
             break
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"squeue failed for {SQUEUE_PATIENCE_S:.0f} s") from error
+                raise RuntimeError(f"squeue has failed for {patience_s:.0f} s") from error
             time.sleep(min(WAIT_POLL_S, 1.0))
     found: dict[str, str] = {}
     for line in answer.stdout.splitlines():

@@ -4,7 +4,8 @@ import dataclasses
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from megadistill.config import schema
+from megadistill.config import campaign, cluster, schema, work
+from megadistill.config.campaign import CampaignConfig
 from megadistill.config.schema import RunConfig
 
 MOST_FIELDS = 20
@@ -29,7 +30,9 @@ def test_no_class_has_more_than_twenty_fields() -> None:
 
 
 def test_every_class_of_the_schema_is_part_of_the_tree() -> None:
-    defined = {kind for kind in vars(schema).values() if dataclasses.is_dataclass(kind)}
+    modules = (schema, cluster, work, campaign)
+    members = [member for module in modules for member in vars(module).values()]
+    defined = {kind for kind in members if dataclasses.is_dataclass(kind)}
     assert tree_classes() == defined
 
 
@@ -40,4 +43,4 @@ def test_every_class_is_frozen_and_refuses_unknown_keys() -> None:
 
 
 def tree_classes() -> set[type]:
-    return classes_below(RunConfig, set())
+    return classes_below(RunConfig, set()) | classes_below(CampaignConfig, set())

@@ -4,10 +4,11 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megadistill.config.schema import ClusterConfig
+from megadistill.config.cluster import ClusterConfig
 from megadistill.launch import fanout, slurm
 from megadistill.launch.fanout import Limits, run_fanout, submit_fanout
 from tests.e2e.local_slurm import ROOT, Cluster, local_cluster, wait_until
@@ -34,7 +35,10 @@ def cluster() -> Iterator[Cluster]:
 def test_of_eight_shards_two_fail_once_and_nothing_is_done_twice(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    troubles = {2: {"fail_once_after": 1}, 5: {"fail_once_after": 2, "how": "kill"}}
+    troubles: dict[int, dict[str, Any]] = {
+        2: {"fail_once_after": 1},
+        5: {"fail_once_after": 2, "how": "kill"},
+    }
     shards = [items_shard(tmp_path, part, **troubles.get(part, {})) for part in range(8)]
     limits = Limits(concurrency=4)
     result = run_fanout(tmp_path / "fanout", shards, limits, cluster=SHARED)

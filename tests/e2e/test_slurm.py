@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,13 +149,36 @@ def test_a_lost_node_requeues_the_run(job: Job) -> None:
     assert "attempt 1" in job.log
 
 
-def test_a_crashed_role_fails_the_job_with_its_last_words(job: Job) -> None:
-    job.play("trainer-0", "work 1000")
+def test_the_same_crash_at_the_same_step_ends_the_job_with_its_last_words(job: Job) -> None:
+    job.play("trainer-0", "serve")  # takes no step
     job.play("engine-0", "crash 0.1 trainer-0")
     job.sbatch()
     job.cluster.wait_for_state(job.id, "FAILED")
     assert "engine-0 ended with exit code 3 on node 3 (node4)" in job.log
     assert "NoLuckError" in job.log
+    assert "the same error at step 0 as in attempt 0; the run stops here" in job.log
+    assert "attempt 2" not in job.log
+
+
+def test_a_crash_is_requeued_and_the_run_goes_on(job: Job) -> None:
+    job.play("trainer-0", "work 1000")
+    job.play("engine-0", "stumble 1.0 trainer-0")
+    job.sbatch()
+    job.reach(2)
+    wait_until(lambda: "is requeued" in job.log)
+    job.reach(job.run.read_progress()["step"] + 1)
+    job.let_end("COMPLETED")
+    assert "NoLuckError" in job.log
+
+
+def test_a_cancelled_job_stays_cancelled(job: Job) -> None:
+    job.play("trainer-0", "work 1000")
+    job.sbatch()
+    job.reach(2)
+    job.cluster.call("scancel", job.id)
+    job.cluster.wait_for_state(job.id, "CANCELLED")
+    time.sleep(2)  # a requeue would bring it back
+    assert job.cluster.state(job.id) == "CANCELLED"
 
 
 def test_a_submitit_job_requeues_and_returns(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,58 @@
+"""A piece of work besides the run itself: a command line, how many of it, and what it needs."""
+
+from dataclasses import field
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megadistill.config.fields import STRICT, NaturalInt, PositiveInt
+
+Verb = Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")]
+NOT_WORK = ("campaign", "doctor", "node", "shard", "status", "submit")
+"""Verbs that start or watch work and are none themselves."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ResourcesConfig:
+    """What one stage asks of Slurm where that differs from `cluster`; absent: as there."""
+
+    nodes: PositiveInt | None = None
+    """Only training uses more than one."""
+    gpus_per_node: NaturalInt | None = None
+    cpus_per_node: PositiveInt | None = None
+    time_minutes: PositiveInt | None = None
+    partition: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclusive: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class WorkConfig:
+    """One megadistill command line, or an array of them."""
+
+    verb: Verb
+    """`train`, `refine`, `eval`, `convert`, `report`, ..."""
+    config: str | None = None
+    """The verb's configuration file; its content is kept as it is when the job is submitted."""
+    args: list[str] = field(default_factory=list)
+    """Further words, each passed as it is but for `{shard}` and `{shards}`: an array's task number,
+    from 0, and how many there are."""
+    array: NaturalInt = 0
+    """Number of tasks; 0: one job."""
+    concurrency: PositiveInt = 8
+    """Tasks of the array that run at the same time."""
+    tries: PositiveInt = 3
+    """How often a failing task is run before it is given up."""
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    def __post_init__(self) -> None:
+        if self.verb in NOT_WORK:
+            raise ValueError(
+                f"verb: found {self.verb!r}, expected one that does work, e.g. 'train'"
+            )
+        if self.verb == "train" and (self.config is None or self.array):
+            raise ValueError("verb: train needs `config` and takes no `array`")
+        if not self.array and any("{shard" in word for word in self.args):
+            raise ValueError("args: found {shard}, expected `array` beside it")

@@ -1,0 +1,386 @@
+"""Campaigns: stages of different sizes as dependent Slurm jobs, or one after the other right here.
+
+    RUNS/NAME/campaign.yaml         the resolved campaign, itself a valid input
+    RUNS/NAME/configs/STAGE-*.yaml  the stages' configurations as they were submitted
+    RUNS/NAME/stages/STAGE/         a fan-out (`launch/fanout.py`), of one shard unless it is an array;
+                                    for a train stage what was submitted, its run is elsewhere
+
+A stage is identified by a hash of its command, its configuration's content, its inputs' content, and
+the hashes of the stages it needs. Submitting again runs the stages that are not done under the hash
+they have now; so a changed configuration also repeats what depends on it.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from rich.table import Table
+from rich.text import Text
+
+from megadistill.config import RunConfig, dump_config
+from megadistill.config.campaign import (
+    CampaignConfig,
+    StageConfig,
+    dump_campaign,
+    load_campaign,
+)
+from megadistill.config.cluster import ClusterConfig
+from megadistill.config.load import read_tree
+from megadistill.config.work import WorkConfig
+from megadistill.launch.board import read_json
+from megadistill.launch.fanout import (
+    Limits,
+    add_job,
+    collect,
+    read_jobs,
+    run_fanout,
+    submit_fanout,
+)
+from megadistill.launch.node import open_run
+from megadistill.launch.shards import Shard, command_shard, content_hash, fingerprint, say
+from megadistill.launch.slurm import live_jobs, submit_gang
+from megadistill.rundir import RunDir, write_atomic
+
+Status = Literal["done", "running", "queued", "failed", "stopped", "not submitted"]
+
+STATUS_PATIENCE_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageState:
+    """A line of `megadistill campaign status`."""
+
+    name: str
+    verb: str
+    status: Status
+    job: str = ""
+    """Slurm's number of the last job."""
+    progress: str = ""
+    detail: str = ""
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """A stage with everything that follows from the configurations as they are now."""
+
+    name: str
+    config: StageConfig
+    root: Path
+    campaign: CampaignConfig
+    needs: list["Stage"] = field(default_factory=list)
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies the work and all it depends on."""
+        return content_hash(
+            {
+                "verb": self.config.verb,
+                "args": self.config.args,
+                "array": self.config.array,
+                "config": self.settings,
+                "inputs": [fingerprint(self.input_path(path)) for path in self.config.inputs],
+                "needs": [need.digest for need in self.needs],
+            }
+        )
+
+    @cached_property
+    def settings(self) -> dict[str, Any] | None:
+        """What the stage's configuration file says (any: it is YAML), includes merged.
+
+        Of a run, what it computes; where it runs does not make it another.
+        """
+        if self.is_train:
+            config = replace(self.run[0], cluster=ClusterConfig())
+            settings: dict[str, Any] = yaml.safe_load(dump_config(config))
+            return settings
+        return None if self.config.config is None else read_tree(self.config.config)
+
+    def input_path(self, path: str) -> Path:
+        if not Path(path).exists():
+            raise ValueError(
+                f"stages.{self.name}.inputs: found {path!r}, which does not exist; what another "
+                "stage makes is followed through `needs`"
+            )
+        return Path(path)
+
+    @property
+    def is_train(self) -> bool:
+        return self.config.verb == "train"
+
+    @cached_property
+    def run(self) -> tuple[RunConfig, RunDir]:
+        """A train stage's run, with the resources it gets here."""
+        assert self.config.config is not None
+        config, run = open_run(self.config.config, self.config.args)
+        site = inherit(config.cluster, self.campaign.cluster)
+        return replace(config, cluster=with_resources(site, self.config)), run
+
+    @property
+    def cluster(self) -> ClusterConfig:
+        return with_resources(self.campaign.cluster, self.config)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(concurrency=self.config.concurrency, tries=self.config.tries)
+
+    def shards(self) -> list[Shard]:
+        """The stage's command lines; its configuration is the copy kept in the campaign."""
+        copy = self.root / "configs" / f"{self.name}-{self.digest}.yaml"
+        return work_shards(self.config, self.name, copy, depends=self.digest)
+
+    def keep_config(self) -> None:
+        if self.settings is not None and not self.is_train:
+            copy = self.root / "configs" / f"{self.name}-{self.digest}.yaml"
+            write_atomic(copy, yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True))
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "stages" / self.name
+
+    @property
+    def is_done(self) -> bool:
+        if not self.is_train:
+            return not collect(self.folder, self.shards(), self.limits).failed
+        return bool(self.run[1].read_progress().get("done")) and not self.is_stale
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a train stage's run was begun when what it depends on was something else."""
+        return self.begun_as not in (None, self.digest)
+
+    @property
+    def begun_as(self) -> str | None:
+        """The digest under which a train stage was last submitted."""
+        values = read_json(self.folder / "submitted.json")
+        return None if values is None else str(values["digest"])
+
+    def begin_run(self) -> RunDir:
+        """Write a train stage's run directory; `ValueError` when it holds another run."""
+        config, run = self.run
+        if self.is_stale:
+            raise ValueError(
+                f"stages.{self.name}: {run.path} holds a run that was made from other inputs; "
+                "change its `name`, or delete that directory"
+            )
+        run.create(config)
+        write_atomic(self.folder / "submitted.json", json.dumps({"digest": self.digest}))
+        return run
+
+    def submit(self, after: Sequence[str]) -> str | None:
+        """The job's number; it starts when the jobs `after` have ended well."""
+        job_name = f"{self.campaign.name}-{self.name}"
+        if not self.is_train:
+            return submit_fanout(
+                *(self.folder, self.shards(), self.limits),
+                cluster=self.cluster,
+                name=job_name,
+                after=after,
+            )
+        run = self.begin_run()
+        job: str = submit_gang(self.run[0], run, name=job_name, after=after).job_id
+        add_job(self.folder, job)
+        return job
+
+    def run_here(self) -> bool:
+        """The stage on this machine; whether it ended well."""
+        if not self.is_train:
+            result = run_fanout(self.folder, self.shards(), self.limits, cluster=None)
+            say(f"{self.name}: {result.describe()}")
+            return not result.failed
+        run = self.begin_run()
+        command = [sys.executable, "-m", "megadistill", "train", str(run.path)]
+        return subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode == 0
+
+    def state(self, live: dict[str, str]) -> StageState:
+        jobs = read_jobs(self.folder)
+        alive = [job for job in jobs if job in live]
+        progress, trouble = self.progress()
+        status: Status = "not submitted"
+        if self.is_done:
+            status, trouble = "done", ""
+        elif alive:
+            status = "running" if live[alive[-1]] == "RUNNING" else "queued"
+        elif trouble:
+            status = "failed"
+        elif jobs:
+            status = "stopped"
+        return StageState(
+            name=self.name,
+            verb=self.config.verb,
+            status=status,
+            job=jobs[-1] if jobs else "",
+            progress=progress,
+            detail=trouble,
+        )
+
+    def progress(self) -> tuple[str, str]:
+        """How far it is, and the last trouble."""
+        if self.is_train:
+            run = self.run[1]
+            found = run.read_progress()
+            ends = [read_json(file) for file in run.path.glob("control/attempt-*/ended.json")]
+            failed = [end["message"] for end in ends if end and end["status"] == "failed"]
+            return f"step {found.get('step', 0)} of {self.run[0].steps}", "".join(failed[-1:])
+        folders = collect(self.folder, self.shards(), self.limits).shards
+        done = sum(shard.status == "done" for shard in folders)
+        failed = [f"{s.name}: {s.detail}" for s in folders if s.status == "failed"]
+        return f"{done} of {len(folders)}", "\n".join(failed[:1])
+
+
+def work_shards(work: WorkConfig, name: str, config: Path, *, depends: Any = None) -> list[Shard]:
+    """The command lines of some work; `depends` (any JSON value) is part of what they are."""
+    count = max(work.array, 1)
+    shards = []
+    for index in range(count):
+        words = [work.verb, *([str(config)] if work.config is not None else [])]
+        marks = {"{shard}": str(index), "{shards}": str(count)} if work.array else {}
+        words += [fill(word, marks) for word in work.args]
+        label = f"{name}-{index}" if work.array else name
+        shards.append(command_shard(words, label=label, depends=depends))
+    return shards
+
+
+def fill(word: str, marks: dict[str, str]) -> str:
+    """The word with each mark replaced by its text, other braces as they are."""
+    for mark, text in marks.items():
+        word = word.replace(mark, text)
+    return word
+
+
+def inherit(own: ClusterConfig, site: ClusterConfig) -> ClusterConfig:
+    """`own`, with what it leaves at the default taken from `site`."""
+    default = ClusterConfig()
+    taken = {
+        name: getattr(site, name)
+        for name in ClusterConfig.__dataclass_fields__
+        if getattr(own, name) == getattr(default, name)
+    }
+    return replace(own, **taken)
+
+
+def with_resources(cluster: ClusterConfig, work: WorkConfig) -> ClusterConfig:
+    """`cluster`, changed as the work's `resources` say."""
+    wanted = {
+        name: value
+        for name in work.resources.__dataclass_fields__
+        if (value := getattr(work.resources, name)) is not None
+    }
+    return replace(cluster, **wanted)
+
+
+@dataclass(kw_only=True)
+class Campaign:
+    """A campaign and its directory. Every verb of `megadistill campaign` is a method."""
+
+    config: CampaignConfig
+    stages: dict[str, Stage]
+    """In an order in which each comes after those it needs."""
+
+    @classmethod
+    def of(cls, config: CampaignConfig) -> "Campaign":
+        root = (Path(config.runs_dir) / config.name).absolute()
+        stages: dict[str, Stage] = {}
+        for name in config.ordered():
+            stage = config.stages[name]
+            needs = [stages[need] for need in stage.needs]
+            stages[name] = Stage(name=name, config=stage, root=root, campaign=config, needs=needs)
+        return cls(config=config, stages=stages)
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Campaign":
+        """From a configuration file, or from a campaign's directory."""
+        path = Path(source)
+        file = path / "campaign.yaml" if path.is_dir() else path
+        if path.is_dir() and not file.exists():
+            raise ValueError(f"{path}: found no campaign.yaml, expected a campaign's directory")
+        return cls.of(load_campaign(file, overrides))
+
+    @property
+    def root(self) -> Path:
+        return (Path(self.config.runs_dir) / self.config.name).absolute()
+
+    def commands(self) -> dict[str, list[list[str]]]:
+        """Every stage's command lines, to be checked before anything is submitted."""
+        return {
+            name: [["train", str(stage.config.config), *stage.config.args]]
+            if stage.is_train
+            else [list(shard.arguments["words"]) for shard in stage.shards()]
+            for name, stage in self.stages.items()
+        }
+
+    def begin(self) -> None:
+        """Make the directory (mode 0700) and keep the configurations there."""
+        for stage in self.stages.values():
+            assert stage.digest, "problems of any stage come up before anything is written"
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("configs", "stages"):
+            (self.root / name).mkdir(mode=0o700, exist_ok=True)
+        for stage in self.stages.values():
+            stage.folder.mkdir(mode=0o700, exist_ok=True)
+            stage.keep_config()
+        write_atomic(self.root / "campaign.yaml", dump_campaign(self.config))
+
+    def submit(self) -> dict[str, str]:
+        """Submit what is neither done nor in the queue; the job of each stage that is to run."""
+        self.begin()
+        jobs: dict[str, str] = {}
+        live = live_jobs()
+        for name, stage in self.stages.items():
+            if stage.is_done:
+                continue
+            alive = [job for job in read_jobs(stage.folder) if job in live]
+            after = [jobs[need.name] for need in stage.needs if need.name in jobs]
+            job = alive[-1] if alive else stage.submit(after)
+            if job is not None:
+                jobs[name] = job
+        return jobs
+
+    def run_here(self) -> bool:
+        """The stages one after the other on this machine, without Slurm; whether all ended well.
+
+        A stage that fails keeps those from running that need it, and no others.
+        """
+        self.begin()
+        done: set[str] = set()
+        for name, stage in self.stages.items():
+            missing = [need.name for need in stage.needs if need.name not in done]
+            if missing:
+                say(f"{name}: not run, it needs {', '.join(missing)}")
+            elif stage.is_done or stage.run_here():
+                done.add(name)
+                say(f"{name}: done")
+            else:
+                say(f"{name}: failed")
+        return len(done) == len(self.stages)
+
+    def status(self) -> list[StageState]:
+        """The state of every stage; Slurm is asked only when there are jobs to ask about."""
+        any_jobs = any(read_jobs(stage.folder) for stage in self.stages.values())
+        live = live_jobs(STATUS_PATIENCE_S) if any_jobs else {}
+        return [stage.state(live) for stage in self.stages.values()]
+
+    def cancel(self) -> list[str]:
+        """Cancel what is in the queue, last stages first; the jobs' numbers."""
+        live = live_jobs()
+        stages = reversed(self.stages.values())
+        jobs = [job for stage in stages for job in read_jobs(stage.folder) if job in live]
+        if jobs:
+            subprocess.run(["scancel", *jobs], check=True, timeout=60)
+        return jobs
+
+
+def table(states: Sequence[StageState]) -> Table:
+    """One row a stage, and under it the last trouble of one that failed."""
+    shown = Table(box=None, pad_edge=False)
+    for heading in ("stage", "verb", "state", "job", "progress", ""):
+        shown.add_column(heading)
+    for state in states:
+        cells = (state.name, state.verb, state.status, state.job, state.progress, state.detail)
+        shown.add_row(*(Text(cell) for cell in cells))
+    return shown

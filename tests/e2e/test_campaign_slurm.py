@@ -1,0 +1,117 @@
+"""A campaign on a real Slurm of four nodes: an array between single jobs, and a run of fakes."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megadistill.launch import slurm
+from megadistill.launch.campaign import Campaign
+from megadistill.launch.fanout import read_jobs
+from tests.e2e.local_slurm import ROOT, Cluster, local_cluster, wait_until
+from tests.launch.configs import settings
+from tests.launch.fake_node import FakeTask
+from tests.launch.test_campaign import counts, make_crashing_site, write_campaign
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with local_cluster() as started, pytest.MonkeyPatch.context() as patch:
+        for name, value in started.environment.items():
+            patch.setenv(name, value)
+        patch.setenv("PATH", os.environ["PATH"])  # submission may put a stand-in on it
+        patch.chdir(ROOT)
+        patch.setattr(slurm, "NodeTask", FakeTask)
+        yield started
+
+
+@pytest.fixture
+def folder(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, value in make_crashing_site(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+def statuses(campaign: Campaign) -> dict[str, str]:
+    return {state.name: state.status for state in campaign.status()}
+
+
+def wait_for_end(campaign: Campaign) -> None:
+    wait_until(
+        lambda: not {"running", "queued"} & set(statuses(campaign).values()),
+        lambda: str(campaign.status()),
+    )
+
+
+def with_train_stage(file: Path) -> Path:
+    """The small campaign, its last stage waiting for a train stage, too."""
+    tree = yaml.safe_load(file.read_text())
+    run = file.with_name("train.yaml")
+    run.write_text(
+        yaml.safe_dump(
+            settings(
+                runs_dir=str(file.parent / "runs"),
+                parallel={"dp": 2},
+                cluster={"nodes": 2, "exclusive": False, "cpus_per_node": 1},
+            )
+        )
+    )
+    tree["stages"]["train"] = {"verb": "train", "config": str(run), "needs": ["prepare"]}
+    tree["stages"]["last"]["needs"] = ["parts", "train"]
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def test_an_array_of_eight_of_which_two_fail_once_does_nothing_twice(folder: Path) -> None:
+    campaign = Campaign.load(with_train_stage(write_campaign(folder)))
+    jobs = campaign.submit()
+    assert list(jobs) == ["prepare", "parts", "train", "last"]
+    assert set(statuses(campaign).values()) <= {"queued", "running", "done"}
+    assert campaign.submit().items() <= jobs.items()  # they are under way: nothing is added
+    wait_for_end(campaign)
+    assert set(statuses(campaign).values()) == {"done"}, campaign.status()
+    once = {f"part-{part}": 1 for part in range(8)} | {"run": 1}
+    assert counts(folder) == once
+    assert campaign.submit() == {}
+    again = Campaign.load(campaign.root)
+    assert again.submit() == {}
+    assert counts(folder) == once
+
+
+def test_a_failure_cancels_what_needs_it_and_resuming_does_only_what_is_left(
+    folder: Path, cluster: Cluster
+) -> None:
+    config = write_campaign(folder)
+    missing = folder / "part-4.yaml"
+    text = missing.read_text()
+    missing.unlink()
+    campaign = Campaign.load(config, ["stages.parts.tries=2"])
+    jobs = campaign.submit()
+    wait_for_end(campaign)
+    found = {state.name: state for state in campaign.status()}
+    assert [found[name].status for name in jobs] == ["done", "failed", "stopped"]
+    assert found["parts"].progress == "7 of 8"
+    assert "part-4.yaml: no such file" in found["parts"].detail
+    missing.write_text(text)
+    before = counts(folder)
+    resumed = Campaign.load(campaign.root)
+    assert list(resumed.submit()) == ["parts", "last"]
+    wait_for_end(resumed)
+    assert set(statuses(resumed).values()) == {"done"}
+    new = {name: count - before.get(name, 0) for name, count in counts(folder).items()}
+    assert {name: count for name, count in new.items() if count} == {"part-4": 1, "run": 1}
+
+
+def test_cancelling_takes_what_is_in_the_queue(folder: Path, cluster: Cluster) -> None:
+    campaign = Campaign.load(write_campaign(folder), ["cluster.nodes=1", "cluster.qos=null"])
+    jobs = campaign.submit()
+    cancelled = campaign.cancel()
+    assert set(cancelled) <= set(jobs.values())
+    assert jobs["last"] in cancelled
+    wait_for_end(campaign)
+    assert statuses(campaign)["last"] == "stopped"
+    assert read_jobs(campaign.stages["last"].folder) == [jobs["last"]]

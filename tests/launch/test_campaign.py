@@ -1,0 +1,220 @@
+"""Campaigns on this machine, of verbs that need no model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megadistill.cli import main
+from megadistill.config.cluster import ClusterConfig
+from megadistill.config.work import WorkConfig
+from megadistill.launch.campaign import Campaign, inherit, with_resources
+from tests.launch.configs import settings
+
+CRASHES = """
+import json, os, sys
+from pathlib import Path
+words = sys.orig_argv
+if words[-2:-1] == ["shard"]:
+    here = Path(words[-1])
+    command = json.loads((here / "shard.json").read_text())["arguments"]["words"]
+    part, marker = Path(command[-1]).stem, here / "crashed"
+    if part in ("part-2", "part-5") and not marker.exists():
+        marker.touch()
+        os._exit(3)
+    if command[:2] == ["config", "check"]:
+        with open(os.environ["MEGADISTILL_TEST_LEDGER"], "a") as ledger:
+            ledger.write(part + "\\n")
+"""
+
+
+def make_crashing_site(directory: Path) -> dict[str, str]:
+    """Variables under which `config check part-2.yaml` and part 5 crash once; the others count."""
+    (directory / "site").mkdir()
+    (directory / "site" / "sitecustomize.py").write_text(CRASHES)
+    ledger = directory / "ledger"
+    ledger.touch()
+    return {"PYTHONPATH": str(directory / "site"), "MEGADISTILL_TEST_LEDGER": str(ledger)}
+
+
+def write_campaign(directory: Path, **changed: Any) -> Path:
+    """prepare -> eight parts, of which two crash once -> last."""
+    for part in range(8):
+        (directory / f"part-{part}.yaml").write_text(yaml.safe_dump(settings()))
+    (directory / "run.yaml").write_text(yaml.safe_dump(settings()))
+    stages = {
+        "prepare": {"verb": "config", "args": ["schema"]},
+        "parts": {
+            "verb": "config",
+            "args": ["check", f"{directory}/part-{{shard}}.yaml"],
+            "array": 8,
+            "concurrency": 2,
+            "needs": ["prepare"],
+        },
+        "last": {
+            "verb": "config",
+            "args": ["check", str(directory / "run.yaml")],
+            "inputs": [str(directory / "run.yaml")],
+            "needs": ["parts"],
+        },
+    }
+    tree = {
+        "name": "small",
+        "runs_dir": str(directory / "runs"),
+        "cluster": {"exclusive": False, "cpus_per_node": 1, "time_minutes": 30},
+        "stages": stages,
+    }
+    file = directory / "campaign.yaml"
+    file.write_text(yaml.safe_dump(tree | changed))
+    return file
+
+
+def counts(directory: Path) -> dict[str, int]:
+    lines = (directory / "ledger").read_text().split()
+    return {line: lines.count(line) for line in lines}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, value in make_crashing_site(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+def run_cli(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.mark.timeout(300)
+def test_a_campaign_runs_here_and_does_nothing_twice(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_campaign(folder)
+    assert run_cli("config", "check", str(config)) == 0
+    assert run_cli("campaign", str(config), "--local") == 0
+    once = {f"part-{part}": 1 for part in range(8)} | {"run": 1}
+    assert counts(folder) == once
+    root = folder / "runs" / "small"
+    assert root.stat().st_mode & 0o777 == 0o700
+    assert run_cli("campaign", "resume", str(root), "--local") == 0
+    assert counts(folder) == once
+    capsys.readouterr()
+    assert run_cli("campaign", "status", str(root)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["prepare", "config", "done"],
+        ["parts", "config", "done"],
+        ["last", "config", "done"],
+    ]
+    assert "8 of 8" in lines[2]
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings(seed=1)))
+    assert run_cli("campaign", str(config), "--local") == 0
+    assert counts(folder) == once | {"run": 2}  # its input changed; what it needs did not
+
+
+def test_a_failed_stage_keeps_back_only_what_needs_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = {
+        "bad": {"verb": "config", "args": ["check", str(folder / "gone.yaml")], "tries": 1},
+        "after": {"verb": "config", "args": ["schema"], "needs": ["bad"]},
+        "apart": {"verb": "config", "args": ["schema"]},
+    }
+    config = write_campaign(folder, stages=stages)
+    assert run_cli("campaign", str(config), "--local") == 1
+    printed = capsys.readouterr().out
+    assert "after: not run, it needs bad" in printed
+    assert "apart: done" in printed
+    assert run_cli("campaign", "status", str(folder / "runs" / "small")) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    states = {row.split()[0]: row.split()[2:4] for row in rows if row[0].isalpha()}
+    assert states["bad"][0] == "failed"
+    assert states["after"] == ["not", "submitted"]
+    assert states["apart"][0] == "done"
+
+
+def test_a_stage_is_what_it_does_and_what_it_depends_on(folder: Path) -> None:
+    def digests(**changed: Any) -> dict[str, str]:
+        campaign = Campaign.load(write_campaign(folder, **changed))
+        return {name: stage.digest for name, stage in campaign.stages.items()}
+
+    before = digests()
+    assert digests(cluster={"partition": "elsewhere"}) == before
+    stages = yaml.safe_load((folder / "campaign.yaml").read_text())["stages"]
+    stages["parts"] |= {"concurrency": 7, "tries": 1}
+    assert digests(stages=stages) == before
+    stages["prepare"]["args"] = ["schema", "--help"]
+    after = digests(stages=stages)
+    assert all(after[name] != before[name] for name in before)
+
+
+def test_a_train_stage_is_its_run_whose_inputs_must_not_change(folder: Path) -> None:
+    (folder / "train.yaml").write_text(
+        yaml.safe_dump(settings(runs_dir=str(folder / "runs"), cluster={"nodes": 2}))
+    )
+    config = write_campaign(
+        folder,
+        cluster={"partition": "hopper", "nodes": 8, "time_minutes": 77},
+        stages={
+            "train": {
+                "verb": "train",
+                "config": str(folder / "train.yaml"),
+                "args": ["steps=2"],
+                "inputs": [str(folder / "run.yaml")],
+                "resources": {"time_minutes": 33},
+            }
+        },
+    )
+    stage = Campaign.load(config).stages["train"]
+    cluster = stage.run[0].cluster
+    assert (cluster.nodes, cluster.partition, cluster.time_minutes) == (2, "hopper", 33)
+    Campaign.load(config).begin()
+    run = stage.begin_run()
+    assert run.load_config().steps == 2
+    assert not stage.is_done
+    run.write_progress({"step": 2, "steps": 2, "done": True})
+    assert stage.is_done
+    (folder / "run.yaml").write_text("changed: true")
+    changed = Campaign.load(config).stages["train"]
+    assert not changed.is_done
+    with pytest.raises(ValueError, match="holds a run that was made from other inputs"):
+        changed.begin_run()
+
+
+def test_a_command_line_that_cannot_be_read_is_refused_before_anything_starts(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = {"odd": {"verb": "convert", "args": ["jax", "a", "b"]}}
+    assert run_cli("campaign", str(write_campaign(folder, stages=stages)), "--local") == 2
+    assert "megadistill: stages.odd: " in (printed := capsys.readouterr().err)
+    assert "invalid choice: 'jax'" in printed
+    assert not (folder / "runs").exists()
+    stages = {"odd": {"verb": "config", "args": ["schema"], "inputs": ["nowhere"]}}
+    assert run_cli("campaign", str(write_campaign(folder, stages=stages)), "--local") == 2
+    assert "stages.odd.inputs: found 'nowhere'" in capsys.readouterr().err
+
+
+def test_a_stage_takes_the_sites_settings_and_its_own_resources() -> None:
+    site = ClusterConfig(partition="a", account="me", nodes=9, modules=["cuda"])
+    own = ClusterConfig(nodes=4, gpus_per_node=8)
+    merged = inherit(own, site)
+    assert (merged.nodes, merged.gpus_per_node, merged.partition) == (4, 8, "a")
+    assert merged.modules == ["cuda"]
+    work = WorkConfig(verb="eval", resources={"nodes": 1, "exclusive": False})  # type: ignore[arg-type]
+    assert with_resources(merged, work).nodes == 1
+    assert not with_resources(merged, work).exclusive
+
+
+def test_placeholders_are_words_not_shell(folder: Path) -> None:
+    stages = {"array": {"verb": "eval", "args": ["part={shard}/{shards}", "$(id) {x}"], "array": 2}}
+    campaign = Campaign.load(write_campaign(folder, stages=stages))
+    assert campaign.commands()["array"] == [
+        ["eval", "part=0/2", "$(id) {x}"],
+        ["eval", "part=1/2", "$(id) {x}"],
+    ]
+    assert os.environ["MEGADISTILL_TEST_LEDGER"]
