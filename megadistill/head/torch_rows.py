@@ -81,7 +81,8 @@ def divergence(
         value_B, baseline_B = sum_ranks(torch.stack((value_B, slope_BV.sum(-1))), group)
         values.append(value_B)
         if tile_CV is not None:
-            tile_CV[block] = slope_BV.sub_(probs_BV.mul_(baseline_B[:, None]))
+            tile_BV = tile_CV[block]
+            torch.addcmul(slope_BV, probs_BV, baseline_B[:, None], value=-1.0, out=tile_BV)
     return torch.cat(values)
 
 
