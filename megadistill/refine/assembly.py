@@ -1,0 +1,289 @@
+"""The refined set: every record once, with its answer, where it comes from, and how it was chosen."""
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from megadistill.config.refine import RefineConfig
+from megadistill.launch.shards import content_hash
+from megadistill.refine.blocks import read_blocks, read_rows_of, write_rows
+from megadistill.refine.endpoints import Usage, cost_of
+from megadistill.refine.fusing import COLUMNS as FUSION_COLUMNS
+from megadistill.refine.records import QaRecord
+from megadistill.refine.similarity import passes
+from megadistill.refine.stages import FIGURES, Stage
+from megadistill.rundir import write_atomic
+
+log = logging.getLogger(__name__)
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+REFINED_COLUMNS = {
+    "id": "string",
+    "messages": MESSAGES,
+    "question": "string",
+    "answer": "string",
+    "original": "string",
+    "rewrite": "string",
+    "filtered": "string",
+    "decision": "string",
+}
+"""`answer` is the refined one. `rewrite` and `filtered` are the answers of a refinement that ends
+sooner, for comparisons: the original where there is no usable rewrite, or none that passes."""
+PROVENANCE_COLUMNS = {
+    "id": "string",
+    "question": "string",
+    "original": "string",
+    "written": "string",
+    "rewrite": "string",
+    "similarity": "float64",
+    "candidates": FUSION_COLUMNS["candidates"],
+    "round": "int64",
+    "decision": "string",
+    "reason": "string",
+    "refined": "string",
+    "usage": FUSION_COLUMNS["usage"],
+    "hashes": "string",
+}
+"""`hashes` is JSON: the shards of each stage, which name models, templates and settings."""
+SWEEP = (0.0, 0.3, 0.5, 0.8, 1.0)
+BINS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The rows of the refined set and of its provenance, and the rejected rows of the input."""
+
+    refined: Sequence[Mapping[str, Any]]  # rows: values of several types
+    provenance: Sequence[Mapping[str, Any]]
+    rejected: Sequence[Mapping[str, Any]]
+    figures: Mapping[str, float]
+    key: str
+    """Hash of what the result depends on."""
+
+
+def assemble(
+    root: Path,
+    config: RefineConfig,
+    *,
+    source: str,
+    rewrites: Sequence[str],
+    similarities: Sequence[str],
+    fused: Sequence[str],
+) -> Result:
+    """Join the stages' rows; every record of the input comes out exactly once."""
+    stage = Stage(root / "stages" / "rewrite")
+    records = stage.records(source)
+    written = read_blocks(stage.outputs("rewrite", rewrites))
+    measured = read_blocks(stage.outputs("filter", similarities))
+    by_index = {row["index"]: row for row in read_blocks(stage.outputs("fusion", fused))}
+    keys = {"input": source, "rewrite": rewrites, "filter": similarities, "fusion": fused}
+    hashes = json.dumps(keys)
+    refined, provenance = [], []
+    for record, row, found in zip(records, written, measured, strict=True):
+        assert row["index"] == found["index"] == record.index
+        decided = decide(record, row, found["similarity"], by_index.get(record.index), config)
+        refined.append(refined_row(record, row, decided))
+        provenance.append(
+            {
+                "id": record.id,
+                "question": record.question,
+                "original": record.answer,
+                "written": row["written"],
+                "rewrite": row["rewrite"],
+                "similarity": found["similarity"],
+                "hashes": hashes,
+                **decided,
+            }
+        )
+    assert len({row["id"] for row in refined}) == len(records), "ids are not unique"
+    return Result(
+        refined=refined,
+        provenance=provenance,
+        rejected=json.loads((root / "input" / source / "rejected.json").read_text()),
+        figures=_sum_figures(stage.outputs("rewrite", rewrites)),
+        key=content_hash([keys, config.filter.tau]),
+    )
+
+
+def decide(
+    record: QaRecord,
+    row: Mapping[str, Any],
+    similarity: float | None,
+    fusion: Mapping[str, Any] | None,
+    config: RefineConfig,
+) -> dict[str, Any]:
+    """Eq. (3) and (4) for one record: the refined answer, the decision, and its reason."""
+    chosen = dict.fromkeys(("round", "candidates", "usage"))
+    if similarity is None:
+        kept = {"decision": "original", "reason": row["reason"], "refined": record.answer}
+    elif not passes(similarity, config.filter.tau):
+        kept = {"decision": "original", "reason": "below_tau", "refined": record.answer}
+    elif config.fusion is None:
+        kept = {"decision": "rewrite", "reason": None, "refined": row["rewrite"]}
+    else:
+        assert fusion is not None, f"record {record.id!r} passed and was not fused"
+        chosen = {name: fusion[name] for name in chosen}
+        is_fused = fusion["fused"] is not None
+        kept = {
+            "decision": "fused" if is_fused else "original",
+            "reason": fusion["reason"],
+            "refined": fusion["fused"] if is_fused else record.answer,
+        }
+    return {**chosen, **kept}
+
+
+def refined_row(
+    record: QaRecord, row: Mapping[str, Any], decided: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A row that a training pool reads."""
+    passed = decided["decision"] != "original" or decided["candidates"] is not None
+    rewrite = record.answer if row["rewrite"] is None else row["rewrite"]
+    return {
+        "id": record.id,
+        "messages": [dict(turn) for turn in record.messages],
+        "question": record.question,
+        "answer": decided["refined"],
+        "original": record.answer,
+        "rewrite": rewrite,
+        "filtered": rewrite if passed else record.answer,
+        "decision": decided["decision"],
+    }
+
+
+def write_result(root: Path, result: Result) -> None:
+    """The refined set as JSONL and Parquet, its provenance, and the rejected rows."""
+    write_atomic(root / "refined.jsonl", _lines(result.refined))
+    write_rows(root / "refined.parquet", result.refined, REFINED_COLUMNS)
+    write_rows(root / "provenance.parquet", result.provenance, PROVENANCE_COLUMNS)
+    write_atomic(root / "rejected.jsonl", _lines(result.rejected))
+
+
+def read_result(root: Path) -> list[dict[str, Any]]:
+    """The provenance rows of a finished refinement."""
+    return read_rows_of(root / "provenance.parquet")
+
+
+def write_summary(
+    root: Path, config: RefineConfig, result: Result, stages: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Counts, pass rate, tokens and cost, written and returned (any: JSON)."""
+    rows = result.provenance
+    found = [row["similarity"] for row in rows if row["similarity"] is not None]
+    usage = sum_usage(rows)
+    seconds = result.figures.get("seconds", 0.0)
+    summary = {
+        "rows_read": len(rows) + len(result.rejected),
+        "rejected": dict(Counter(row["reason"] for row in result.rejected)),
+        "records": len(rows),
+        "decisions": dict(Counter(row["decision"] for row in rows)),
+        "kept_original": dict(
+            Counter(row["reason"] for row in rows if row["decision"] == "original")
+        ),
+        "similarity": similarity_figures(found, config.filter.tau),
+        "rewriting": {
+            **result.figures,
+            "records_per_s": result.figures.get("records", 0) / seconds if seconds else None,
+        },
+        "models": {
+            name: {**used, "cost": round(cost_of(used, config.models[name]), 6)}
+            for name, used in usage.items()
+        },
+        "stages": dict(stages),
+    }
+    write_json(root / "summary.json", summary)
+    return summary
+
+
+def similarity_figures(found: Sequence[float], tau: float) -> dict[str, Any]:
+    """Histogram over -1 .. 1 and how many pass, at tau and at others (any: JSON)."""
+    counts = [0] * (2 * BINS)
+    for value in found:
+        counts[min(int((value + 1) * BINS), 2 * BINS - 1)] += 1
+    edges = [round(-1 + number / BINS, 6) for number in range(2 * BINS + 1)]
+    rates = {str(at): _rate(found, at) for at in sorted({*SWEEP, tau})}
+    return {
+        "measured": len(found),
+        "tau": tau,
+        "pass_rate": _rate(found, tau),
+        "pass_rates": rates,
+        "histogram": {"edges": edges, "counts": counts},
+    }
+
+
+def _rate(found: Sequence[float], tau: float) -> float | None:
+    return sum(passes(value, tau) for value in found) / len(found) if found else None
+
+
+def sum_usage(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """What each model was asked in all."""
+    total: dict[str, Counter[str]] = {}
+    for row in rows:
+        for used in row["usage"] or []:
+            counts = {name: used[name] for name in Usage.__slots__}
+            total.setdefault(used["model"], Counter()).update(counts)
+    return {name: dict(counts) for name, counts in total.items()}
+
+
+def describe(summary: Mapping[str, Any], root: Path) -> str:
+    """The summary for people."""
+    lines = [
+        f"{summary['rows_read']} rows read: {summary['records']} records, "
+        f"{sum(summary['rejected'].values())} rejected{_reasons(summary['rejected'])}",
+        f"decisions: {_counts(summary['decisions'])}",
+        f"original answer kept{_reasons(summary['kept_original'])}",
+    ]
+    found = summary["similarity"]
+    if found["measured"]:
+        lines.append(
+            f"similarity: {found['pass_rate']:.1%} of {found['measured']} rewrites reach "
+            f"{found['tau']}"
+        )
+    for name, used in summary["models"].items():
+        lines.append(
+            f"{name}: {used['requests']} requests ({used['retries']} retries, {used['failed']} "
+            f"given up, {used['unparsable']} without a score), {used['prompt_tokens']} + "
+            f"{used['completion_tokens']} tokens, cost {used['cost']:g}"
+        )
+    reused = {n: f"{s['reused']}/{s['shards']}" for n, s in summary["stages"].items()}
+    lines.append("shards done before: " + ", ".join(f"{n} {text}" for n, text in reused.items()))
+    lines.append(f"refined set: {root / 'refined.jsonl'}")
+    return "\n".join(lines)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return f" ({_counts(counts)})" if counts else ": none"
+
+
+def copy_report(output: Path, report: Path) -> None:
+    """Put the diagnostics where the run's report lies."""
+    report.mkdir(mode=0o700, exist_ok=True)
+    for file in sorted(output.glob("refinement.*")):
+        shutil.copyfile(file, report / file.name)
+
+
+def write_json(file: Path, values: Any) -> None:  # any: plain JSON values
+    """Readable JSON, whole or absent."""
+    write_atomic(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _sum_figures(outputs: Iterable[Path]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for output in outputs:
+        if (file := output / FIGURES).exists():
+            total.update(json.loads(file.read_text()))
+    return dict(total)

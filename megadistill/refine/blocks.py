@@ -1,0 +1,80 @@
+"""What a shard has finished: Parquet files of a fixed number of rows, each whole or absent."""
+
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Row = Mapping[str, Any]  # values of several types, as its columns say
+Columns = Mapping[str, Any]
+"""Column name -> pyarrow's name of a simple type, or a pyarrow type."""
+
+
+class Blocks:
+    """The rows of one shard by position, 0 to `total`, saved `size` at a time.
+
+    A block is written when its last row has come, so what a killed shard loses is at most the
+    blocks in work; what it finds again it does not repeat.
+    """
+
+    def __init__(self, directory: Path, columns: Columns, *, total: int, size: int) -> None:
+        self.directory = directory
+        self.total = total
+        self.size = size
+        self._columns = columns
+        self._pending: dict[int, dict[int, Row]] = {}
+        for torn in directory.glob(".*.tmp"):
+            torn.unlink()
+
+    def missing(self) -> list[int]:
+        """Positions whose block is not there, in order."""
+        return [p for p in range(self.total) if not self._file(p // self.size).exists()]
+
+    def add(self, position: int, row: Row) -> bool:
+        """Take the row of a position; returns whether that completed a block."""
+        number = position // self.size
+        pending = self._pending.setdefault(number, {})
+        assert position not in pending, f"position {position} came twice"
+        pending[position] = row
+        if len(pending) < min(self.size, self.total - number * self.size):
+            return False
+        write_rows(self._file(number), [pending[p] for p in sorted(pending)], self._columns)
+        del self._pending[number]
+        return True
+
+    def _file(self, number: int) -> Path:
+        return self.directory / f"block-{number:06d}.parquet"
+
+
+def read_blocks(directories: Iterable[Path]) -> list[dict[str, Any]]:
+    """The rows of finished shards, in order."""
+    return [
+        row
+        for directory in directories
+        for file in sorted(directory.glob("block-*.parquet"))
+        for row in read_rows_of(file)
+    ]
+
+
+def write_rows(file: Path, rows: Sequence[Row], columns: Columns) -> None:
+    """Write a Parquet file so that it is whole or absent."""
+    schema = pa.schema(
+        [(name, getattr(pa, t)() if isinstance(t, str) else t) for name, t in columns.items()]
+    )
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    with temporary.open("wb") as stream:
+        pq.write_table(table, stream, compression="zstd")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def read_rows_of(file: Path) -> list[dict[str, Any]]:
+    """Every row of a Parquet file."""
+    rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+    return rows

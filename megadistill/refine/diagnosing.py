@@ -1,0 +1,290 @@
+"""Diagnostics of a refined set (ALGORITHMS 2.6, items 1-4, and how far judges agree): one shard.
+
+R is the raw answer, F the refined one, B the base model's own answer to the question alone.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from megadistill.config.refine import DiagnoseConfig, EngineConfig, FilterConfig, RewriteConfig
+from megadistill.convert.hf_files import resolve_model
+from megadistill.data.pools import stable_hash
+from megadistill.refine import statistics
+from megadistill.refine.assembly import read_result, write_json
+from megadistill.refine.blocks import read_rows_of, write_rows
+from megadistill.refine.checking import without_thinking
+from megadistill.refine.prompts import chat_ids, load_tokenizer
+from megadistill.refine.records import QaRecord
+from megadistill.refine.report import write_report
+from megadistill.refine.similarity import Encoder, SentenceEncoder, Vectors, embed
+from megadistill.refine.stages import Stage
+from megadistill.rollout.batch import (
+    BatchEngine,
+    BatchRequest,
+    BatchSettings,
+    Sampling,
+    start_batch_engine,
+)
+from megadistill.rollout.seeds import seed_for
+
+log = logging.getLogger(__name__)
+
+Values = dict[str, Any]  # what goes into the report: plain JSON values
+NGRAMS = (1, 2, 3, 4)
+MODEL_COLUMNS = {
+    "id": "string",
+    "base": "string",
+    "raw_nll": "float64",
+    "refined_nll": "float64",
+    "raw_tokens": "int64",
+    "refined_tokens": "int64",
+}
+"""What the model says of a record. An NLL is null where the text does not fit its context."""
+_DIAGNOSE: TypeAdapter[DiagnoseConfig] = TypeAdapter(DiagnoseConfig)
+_REWRITE: TypeAdapter[RewriteConfig] = TypeAdapter(RewriteConfig)
+_ENGINE: TypeAdapter[EngineConfig] = TypeAdapter(EngineConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One sampled record: what refinement did to it, and what the model says of that."""
+
+    row: Mapping[str, Any]  # a row of the provenance
+    model: Mapping[str, Any]  # a row of MODEL_COLUMNS
+
+    @property
+    def raw(self) -> str:
+        return str(self.row["original"])
+
+    @property
+    def refined(self) -> str:
+        return str(self.row["refined"])
+
+    @property
+    def changed(self) -> bool:
+        return self.raw != self.refined
+
+
+def diagnose(directory: Path, arguments: Mapping[str, Any]) -> None:
+    """The shard: measures a sample and writes the report. See `pipeline` for the arguments."""
+    stage = Stage.of(directory)
+    settings = _DIAGNOSE.validate_python(arguments["settings"])
+    rows = sample(read_result(stage.run), settings.sample, arguments["seed"])
+    records = {record.id: record for record in stage.records(arguments["input"])}
+    file = directory / "model.parquet"
+    if not file.exists():
+        found = ask_model(rows, [records[row["id"]] for row in rows], arguments, stage.runtime)
+        write_rows(file, found, MODEL_COLUMNS)
+    cases = [Case(row=r, model=m) for r, m in zip(rows, read_rows_of(file), strict=True)]
+    encoder = SentenceEncoder(
+        FilterConfig(**arguments["filter"]),
+        gpu=stage.runtime["gpu"],
+        threads=stage.runtime["engine"]["threads"],
+    )
+    values = measure(cases, encoder, arguments["accept"], arguments["seed"])
+    values["examples"] = examples(cases, settings.examples)
+    write_json(directory / "refinement.json", values)
+    write_report(directory, values)
+
+
+def sample(rows: Sequence[Mapping[str, Any]], size: int, seed: int) -> list[Mapping[str, Any]]:
+    """Rows chosen by a hash of their ids, so that the same ones are chosen every time."""
+    return sorted(rows, key=lambda row: stable_hash(f"{seed}/{row['id']}"))[:size]
+
+
+def ask_model(
+    rows: Sequence[Mapping[str, Any]],
+    records: Sequence[QaRecord],
+    arguments: Mapping[str, Any],
+    runtime: Mapping[str, Any],
+) -> list[Values]:
+    """B, and the NLL of R and F under the base model."""
+    settings = _REWRITE.validate_python(arguments["rewrite"])
+    most = _DIAGNOSE.validate_python(arguments["settings"]).base_max_tokens
+    taken = _ENGINE.validate_python(runtime["engine"])
+    path = resolve_model(settings.model)
+    tokenizer = load_tokenizer(path)
+    prompts = [chat_ids(record.messages, tokenizer) for record in records]
+    texts = {
+        name: [tokenizer.encode(row[name], add_special_tokens=False) for row in rows]
+        for name in ("original", "refined")
+    }
+    context = settings.max_prompt_tokens + settings.max_tokens
+    engine = start_batch_engine(
+        BatchSettings(
+            model=path,
+            precision=settings.precision,
+            max_model_len=context,
+            gpu=runtime["gpu"],
+            tp=taken.tp,
+            max_num_seqs=taken.max_num_seqs,
+            memory_fraction=taken.memory_fraction,
+            kv_cache_gib=taken.kv_cache_gib,
+            threads=taken.threads,
+        )
+    )
+    requests = [
+        BatchRequest(key=n, token_ids=ids, seed=seed_for(arguments["seed"], 3, records[n].id))
+        for n, ids in enumerate(prompts)
+        if len(ids) + most <= context
+    ]
+    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, max_tokens=most)
+    base = {
+        response.key: str(tokenizer.decode(list(response.token_ids), skip_special_tokens=True))
+        for response in engine.generate(requests, sampling)
+    }
+    nll = {name: fitting_nll(engine, prompts, ids, context) for name, ids in texts.items()}
+    engine.close()
+    return [
+        {
+            "id": row["id"],
+            "base": without_thinking(base[n]) if n in base else None,
+            "raw_nll": nll["original"][n],
+            "refined_nll": nll["refined"][n],
+            "raw_tokens": len(texts["original"][n]),
+            "refined_tokens": len(texts["refined"][n]),
+        }
+        for n, row in enumerate(rows)
+    ]
+
+
+def fitting_nll(
+    engine: BatchEngine,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    context: int,
+) -> list[float | None]:
+    """Mean NLL of each answer after its prompt; None where both do not fit the context."""
+    joined = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    fit = [n for n, ids in enumerate(joined) if len(ids) < context and answers[n]]
+    means = engine.mean_nll([(joined[n], len(answers[n])) for n in fit])
+    by_place = dict(zip(fit, means, strict=True))
+    return [by_place.get(n) for n in range(len(joined))]
+
+
+def measure(cases: Sequence[Case], encoder: Encoder, accept: float | None, seed: int) -> Values:
+    """Every figure of the report."""
+    both = [
+        case for case in cases if None not in (case.model["raw_nll"], case.model["refined_nll"])
+    ]
+    nll = {name: [case.model[name] for case in both] for name in ("raw_nll", "refined_nll")}
+    lengths = {
+        name: [float(case.model[name]) for case in cases]
+        for name in ("raw_tokens", "refined_tokens")
+    }
+    ratios = [case.model["refined_tokens"] / max(case.model["raw_tokens"], 1) for case in cases]
+    return {
+        "records": len(cases),
+        "changed": sum(case.changed for case in cases),
+        "embedding": embedding_figures(cases, encoder),
+        "base_nll": {
+            **(statistics.compare_paired(nll["raw_nll"], nll["refined_nll"], seed) if both else {}),
+            "values": nll,
+        },
+        "overlap": overlap_figures(cases),
+        "length": {
+            "mean_ratio": float(np.mean(ratios)),
+            **statistics.compare_distributions(lengths["raw_tokens"], lengths["refined_tokens"]),
+            "values": lengths,
+        },
+        "style": style_figures(cases, seed),
+        "judges": judge_figures(cases, accept),
+        "similarity": [c.row["similarity"] for c in cases if c.row["similarity"] is not None],
+    }
+
+
+def embedding_figures(cases: Sequence[Case], encoder: Encoder) -> Values:
+    """Mean 1 - cos(R, F); MMD^2 of R and of F to B, with one bandwidth."""
+    own = [case for case in cases if case.model["base"]]
+    raw = embed([case.raw for case in cases], encoder)
+    refined = embed([case.refined for case in cases], encoder)
+    divergence = 1 - np.einsum("nd,nd->n", raw, refined)
+    changed = [value for value, case in zip(divergence, cases, strict=True) if case.changed]
+    values: Values = {
+        "divergence": float(divergence.mean()),
+        "divergence_of_changed": float(np.mean(changed)) if changed else None,
+    }
+    if len(own) < 2:
+        return values
+    keep = [n for n, case in enumerate(cases) if case.model["base"]]
+    base = embed([case.model["base"] for case in own], encoder)
+    return values | mmd_figures(raw[keep], refined[keep], base)
+
+
+def mmd_figures(raw: Vectors, refined: Vectors, base: Vectors) -> Values:
+    """How far the raw and the refined answers are from the base model's own, as sets."""
+    bandwidth = statistics.median_distance(np.concatenate([raw, refined, base]))
+    before = statistics.mmd2(raw, base, bandwidth)
+    after = statistics.mmd2(refined, base, bandwidth)
+    return {
+        "bandwidth": bandwidth,
+        "mmd2_raw": before,
+        "mmd2_refined": after,
+        "mmd2_drop": before - after,
+    }
+
+
+def overlap_figures(cases: Sequence[Case]) -> Values:
+    """How much of F stands in R already, over the changed records."""
+    pairs = [
+        (statistics.words_of(case.refined), statistics.words_of(case.raw))
+        for case in cases
+        if case.changed
+    ]
+    found: dict[str, list[float | None]] = {
+        f"containment_{n}": [statistics.containment(new, old, n) for new, old in pairs]
+        for n in NGRAMS
+    }
+    found["rouge_l"] = [statistics.rouge_l(new, old) for new, old in pairs]
+    found["copy_rate"] = [statistics.copy_rate(new, old) for new, old in pairs]
+    return {
+        name: float(np.mean(given)) if (given := [v for v in values if v is not None]) else None
+        for name, values in found.items()
+    }
+
+
+def style_figures(cases: Sequence[Case], seed: int) -> Values:
+    """Headings, lists and bold per 100 tokens in R and F, with a paired test."""
+    raw = [statistics.style_of(case.raw, case.model["raw_tokens"]) for case in cases]
+    new = [statistics.style_of(case.refined, case.model["refined_tokens"]) for case in cases]
+    return {
+        name: statistics.compare_paired([r[name] for r in raw], [n[name] for n in new], seed)
+        for name in statistics.STYLE
+    }
+
+
+def judge_figures(cases: Sequence[Case], accept: float | None) -> Values:
+    """Scores of each judge, and how far every two agree."""
+    candidates = [
+        {given["judge"]: given["score"] for given in candidate["scores"]}
+        for case in cases
+        for candidate in case.row["candidates"] or []
+    ]
+    if accept is None:
+        return {}
+    names = sorted({judge for scores in candidates for judge in scores})
+    scores = {n: [s for c in candidates if (s := c.get(n)) is not None] for n in names}
+    rounds = [case.row["round"] for case in cases if case.row["round"] is not None]
+    return {
+        "candidates": len(candidates),
+        "scores": scores,
+        "rounds": {str(number): rounds.count(number) for number in sorted(set(rounds))},
+        "agreement": statistics.judge_agreement(candidates, accept),
+    }
+
+
+def examples(cases: Sequence[Case], count: int) -> dict[str, list[Values]]:
+    """The changed records that moved furthest from and stayed nearest to their answers."""
+    changed = sorted((case for case in cases if case.changed), key=lambda c: c.row["similarity"])
+    chosen = {"worst": changed[:count], "best": changed[::-1][:count]}
+    fields = ("id", "question", "original", "rewrite", "refined", "similarity", "decision")
+    return {
+        kind: [{name: case.row[name] for name in fields} for case in some]
+        for kind, some in chosen.items()
+    }

@@ -1,0 +1,251 @@
+"""Answer fusion, Eq. (4): a strong model writes, judges choose; one shard against its endpoints.
+
+The story of a record is `fuse_record`; the rest keeps many under way and saves them.
+"""
+
+import asyncio
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pydantic import TypeAdapter
+
+from megadistill.config.refine import FusionConfig, ModelConfig, ServedConfig
+from megadistill.refine.blocks import Blocks, read_blocks
+from megadistill.refine.checking import Rules, fault_of, without_thinking
+from megadistill.refine.endpoints import Asked, ChatModel, RecordError, Usage, open_endpoint
+from megadistill.refine.records import QaRecord
+from megadistill.refine.serving import served
+from megadistill.refine.similarity import passes
+from megadistill.refine.stages import Stage
+from megadistill.refine.templates import Template, load_template
+from megadistill.rollout.seeds import seed_for
+
+log = logging.getLogger(__name__)
+
+FUSE_FIELDS = ("question", "answer", "rewrite")
+JUDGE_FIELDS = ("question", "answer", "candidate")
+ROUNDING = 1e-9
+"""A mean of scores this little below the bar is at the bar."""
+_SCORE = re.compile(r"<score>\s*([01](?:\.\d*)?|\.\d+)\s*</score>", re.IGNORECASE)
+_SETTINGS: TypeAdapter[FusionConfig] = TypeAdapter(FusionConfig)
+_MODELS: TypeAdapter[dict[str, ModelConfig]] = TypeAdapter(dict[str, ModelConfig])
+
+_SCORES = pa.list_(pa.struct([("judge", pa.string()), ("score", pa.float64())]))
+_CANDIDATE = pa.struct(
+    [
+        ("text", pa.string()),
+        ("fault", pa.string()),
+        ("scores", _SCORES),
+        ("mean", pa.float64()),
+    ]
+)
+_USAGE = pa.struct([("model", pa.string()), *((n, pa.int64()) for n in Usage.__slots__)])
+COLUMNS = {
+    "index": "int64",
+    "fused": "string",
+    "round": "int64",
+    "reason": "string",
+    "candidates": pa.list_(_CANDIDATE),
+    "usage": pa.list_(_USAGE),
+}
+"""`round` counts from 1; `fused` is null where the original answer stays, then `reason` says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One attempt at fusing and what the judges made of it."""
+
+    text: str
+    fault: str | None = None
+    """Why it was not put before the judges."""
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    """By judge; None: no score could be read."""
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the judges that gave a score."""
+        given = [score for score in self.scores.values() if score is not None]
+        return math.fsum(given) / len(given) if given else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fuser:
+    """Models, prompts and rules; the same for every record."""
+
+    settings: FusionConfig
+    models: Mapping[str, ChatModel]
+    template: Template
+    judge_template: Template
+    rules: Rules
+    seed: int = 0
+
+    async def fuse_record(self, record: QaRecord, rewrite: str) -> dict[str, Any]:
+        """Up to R attempts, fewer when one is good enough; the best, or the original answer."""
+        usage = {name: Usage() for name in (self.settings.model, *self.settings.judges)}
+        candidates: list[Candidate] = []
+        try:
+            for number in range(self.settings.rounds):
+                text, cut = await self._attempt(record, rewrite, number, usage)
+                fault = "cut" if cut else fault_of(text, record.answer, self.rules)
+                scores = {} if fault else await self._judge(record, text, usage)
+                candidates.append(Candidate(text=text, fault=fault, scores=scores))
+                if good_enough(candidates[-1], self.settings.accept):
+                    break
+            reason = None
+        except RecordError as error:
+            usage[self.settings.model].failed += 1
+            reason = str(error)
+        chosen = best(candidates)
+        if chosen is None:
+            reason = reason or ("all_faulty" if all(c.fault for c in candidates) else "no_score")
+        return {
+            "index": record.index,
+            "fused": None if chosen is None else candidates[chosen].text,
+            "round": None if chosen is None else chosen + 1,
+            "reason": reason if chosen is None else None,
+            "candidates": [_candidate_row(candidate) for candidate in candidates],
+            "usage": [{"model": name, **asdict(used)} for name, used in usage.items()],
+        }
+
+    async def _attempt(
+        self, record: QaRecord, rewrite: str, number: int, usage: Mapping[str, Usage]
+    ) -> tuple[str, bool]:
+        """One fused answer, and whether it was cut."""
+        values = {"question": record.question, "answer": record.answer, "rewrite": rewrite}
+        asked = Asked(
+            messages=self.template.fill(values),
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+            max_tokens=self.settings.max_tokens,
+            seed=seed_for(self.seed, 1, record.id, number),
+        )
+        name = self.settings.model
+        answered = await self.models[name].ask(asked, usage[name])
+        return without_thinking(answered.text), answered.cut
+
+    async def _judge(
+        self, record: QaRecord, candidate: str, usage: Mapping[str, Usage]
+    ) -> dict[str, float | None]:
+        """Every judge's score."""
+        values = {"question": record.question, "answer": record.answer, "candidate": candidate}
+        messages = self.judge_template.fill(values)
+
+        async def score_of(name: str) -> float | None:
+            for number in range(self.settings.judge_tries):
+                asked = Asked(
+                    messages=messages,
+                    temperature=self.settings.judge_temperature,
+                    max_tokens=self.settings.judge_max_tokens,
+                    seed=seed_for(self.seed, 2, record.id, number),
+                )
+                try:
+                    answered = await self.models[name].ask(asked, usage[name])
+                except RecordError:
+                    usage[name].failed += 1
+                    return None
+                if (score := parse_score(answered.text)) is not None:
+                    return score
+                usage[name].unparsable += 1
+            return None
+
+        scores = await asyncio.gather(*(score_of(name) for name in self.settings.judges))
+        return dict(zip(self.settings.judges, scores, strict=True))
+
+
+def parse_score(text: str) -> float | None:
+    """The last `<score>` of a judge's answer, None unless it is a number from 0 to 1."""
+    found = _SCORE.findall(without_thinking(text))
+    score = float(found[-1]) if found else None
+    return score if score is not None and 0 <= score <= 1 else None
+
+
+def good_enough(candidate: Candidate, accept: float) -> bool:
+    """Whether no further attempt is needed; the bar itself is enough."""
+    return candidate.mean is not None and candidate.mean >= accept - ROUNDING
+
+
+def best(candidates: Sequence[Candidate]) -> int | None:
+    """The candidate with the highest mean, of equals the earliest; None if none has one."""
+    means = {n: mean for n, c in enumerate(candidates) if (mean := c.mean) is not None}
+    return max(means, key=lambda n: (means[n], -n)) if means else None
+
+
+def _candidate_row(candidate: Candidate) -> dict[str, Any]:
+    scores = [{"judge": judge, "score": score} for judge, score in candidate.scores.items()]
+    values = {"text": candidate.text, "fault": candidate.fault}
+    return values | {"scores": scores, "mean": candidate.mean}
+
+
+def fuse(directory: Path, arguments: Mapping[str, Any]) -> None:
+    """The shard: fuses what passed the filter. See `pipeline` for the arguments."""
+    stage = Stage.of(directory)
+    work = chosen_work(stage, arguments)
+    blocks = Blocks(directory, COLUMNS, total=len(work), size=arguments["block"])
+    positions = blocks.missing()
+    if not positions:
+        return
+    settings = _SETTINGS.validate_python(arguments["settings"])
+    configs = _MODELS.validate_python(stage.runtime["models"])
+    names = dict.fromkeys((settings.model, *settings.judges))
+    with ExitStack() as stack:
+        own = {name: c for name in names if isinstance(c := configs[name], ServedConfig)}
+        models = stack.enter_context(served(own, gpu=stage.runtime["gpu"], logs=directory))
+        for name in names:
+            if not isinstance(config := configs[name], ServedConfig):
+                models[name] = open_endpoint(name, config)
+        fuser = Fuser(
+            settings=settings,
+            models=models,
+            template=load_template(settings.template, FUSE_FIELDS),
+            judge_template=load_template(settings.judge_template, JUDGE_FIELDS),
+            rules=Rules(**arguments["rules"]),
+            seed=arguments["seed"],
+        )
+        asyncio.run(fuse_all(fuser, work, positions, blocks))
+
+
+def chosen_work(stage: Stage, arguments: Mapping[str, Any]) -> list[tuple[QaRecord, str]]:
+    """The records that have a rewrite which passed, with it; in order."""
+    rewrites = read_blocks(stage.outputs("rewrite", arguments["rewrites"]))
+    measured = read_blocks(stage.outputs("filter", arguments["similarities"]))
+    records = stage.records(arguments["input"])
+    return [
+        (records[row["index"]], row["rewrite"])
+        for row, found in zip(rewrites, measured, strict=True)
+        if found["similarity"] is not None and passes(found["similarity"], arguments["tau"])
+    ]
+
+
+async def fuse_all(
+    fuser: Fuser,
+    work: Sequence[tuple[QaRecord, str]],
+    positions: Sequence[int],
+    blocks: Blocks,
+) -> None:
+    """Every position, as many at once as keep the models busy; raises the first failure."""
+    waiting = iter(positions)
+
+    async def work_off() -> None:
+        for position in waiting:
+            record, rewrite = work[position]
+            if blocks.add(position, await fuser.fuse_record(record, rewrite)):
+                log.info("fusion: a block of %d records is saved", blocks.size)
+
+    limits = [model.config.concurrency for model in fuser.models.values()]
+    workers = min(len(positions), 2 * max(limits))
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(workers):
+                tasks.create_task(work_off())
+    except* ValueError as group:
+        raise group.exceptions[0] from None
+    finally:
+        for model in fuser.models.values():
+            await model.client.close()

@@ -1,0 +1,266 @@
+"""Stage 1 from its configuration to `refined.jsonl`: read, rewrite, filter, fuse, put together.
+
+Each stage is a fan-out of shards; a shard is named by a hash of all that its result depends on, the
+names of the shards it reads among it. So a repeated call runs what is not done, and a changed
+setting runs its stage and those after it.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from megadistill.config import resolve_path
+from megadistill.config.refine import (
+    EndpointConfig,
+    FilterConfig,
+    FusionConfig,
+    InputConfig,
+    ModelConfig,
+    RefineConfig,
+    RewriteConfig,
+    ServedConfig,
+    dump_refine,
+)
+from megadistill.launch.fanout import Limits, Shard, run_fanout
+from megadistill.launch.shards import content_hash, fingerprint
+from megadistill.refine import assembly, fusing, rewriting
+from megadistill.refine.records import input_file, read_records, write_records
+from megadistill.refine.similarity import encoder_path
+from megadistill.refine.stages import Stage, part_of
+from megadistill.refine.templates import load_template
+from megadistill.rundir import write_atomic
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Changes when a stage computes something else from the same settings."""
+Arguments = dict[str, Any]  # plain JSON values
+
+
+@dataclass(slots=True)
+class Pipeline:
+    """One refinement; `run` is the story."""
+
+    config: RefineConfig
+    gpu: bool
+    stages: dict[str, Any] = field(default_factory=dict)
+    """What each stage did, for the summary (any: JSON)."""
+
+    @property
+    def root(self) -> Path:
+        return (Path(self.config.runs_dir) / self.config.name).absolute()
+
+    def run(self) -> dict[str, Any]:
+        """Run what is not done, write the results, and return the summary (any: JSON)."""
+        self.check()
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomic(self.root / "config.yaml", dump_refine(self.config))
+        source = self.read_input()
+        rewrites = self.rewrite(source)
+        similarities = self.measure(source, rewrites)
+        fused = self.fuse(source, rewrites, similarities)
+        result = assembly.assemble(
+            self.root, self.config, source=source, rewrites=rewrites, similarities=similarities,
+            fused=fused,
+        )  # fmt: skip
+        assembly.write_result(self.root, result)
+        if self.config.diagnose is not None:
+            self.diagnose(source, result)
+        return assembly.write_summary(self.root, self.config, result, self.stages)
+
+    def check(self) -> None:
+        """Complain of templates, encoder and input before any work."""
+        load_template(self.config.rewrite.template, rewriting.FIELDS)
+        encoder_path(self.config.filter.encoder)
+        input_file(self.config.input.path)
+        if (fusion := self.config.fusion) is not None:
+            for path, names in (
+                (fusion.template, fusing.FUSE_FIELDS),
+                (fusion.judge_template, fusing.JUDGE_FIELDS),
+            ):
+                if load_template(path, names).has_opening:
+                    raise ValueError(
+                        f"{path}: found an assistant turn, which an endpoint cannot go on from"
+                    )
+
+    def read_input(self) -> str:
+        """Read the input once; returns the key under which its records lie."""
+        settings = _dump(self.config.input)
+        content = fingerprint(input_file(self.config.input.path))
+        key = content_hash([FORMAT, settings, content])
+        directory = self.root / "input" / key
+        if not (directory / "records.parquet").exists():
+            records, rejected = read_records(self.config.input)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            assembly.write_json(directory / "rejected.json", [asdict(row) for row in rejected])
+            write_records(directory / "records.parquet", records)
+        return key
+
+    def rewrite(self, source: str) -> list[str]:
+        settings = self.config.rewrite
+        common = {
+            "settings": _dump(settings),
+            "template": load_template(settings.template, rewriting.FIELDS).hash,
+            "model": model_hash(settings.model),
+            "input": source,
+            "block": self.config.shards.block,
+            "seed": self.config.seed,
+        }
+        parts = range(self.config.shards.count)
+        arguments = [{**common, "part": part, "of": len(parts)} for part in parts]
+        return self.fan_out("rewrite", "rewriting:rewrite", arguments, gpus=self.config.engine.tp)
+
+    def measure(self, source: str, rewrites: Sequence[str]) -> list[str]:
+        settings = self.config.filter
+        common = {
+            # tau decides later, so another tau measures nothing again.
+            "settings": {**_dump(settings), "tau": 0.0, "batch_size": 1},
+            "encoder": model_hash(encoder_path(settings.encoder)),
+            "input": source,
+            "block": self.config.shards.block,
+        }
+        arguments = [
+            {**common, "rewrites": [key], "part": part, "of": len(rewrites)}
+            for part, key in enumerate(rewrites)
+        ]
+        return self.fan_out("filter", "similarity:measure", arguments, gpus=1)
+
+    def fuse(self, source: str, rewrites: Sequence[str], similarities: Sequence[str]) -> list[str]:
+        settings = self.config.fusion
+        if settings is None:
+            return []
+        names = sorted({settings.model, *settings.judges})
+        common = {
+            "settings": _dump(settings),
+            "templates": [
+                load_template(settings.template, fusing.FUSE_FIELDS).hash,
+                load_template(settings.judge_template, fusing.JUDGE_FIELDS).hash,
+            ],
+            "models": {name: identity(self.config.models[name]) for name in names},
+            "rules": asdict(rewriting.rules_of(self.config.rewrite)),
+            "tau": self.config.filter.tau,
+            "input": source,
+            "block": self.config.shards.block,
+            "seed": self.config.seed,
+        }
+        of = min(self.config.shards.fusion, len(rewrites))
+        arguments = [
+            {
+                **common,
+                "rewrites": list(part_of(rewrites, part, of)),
+                "similarities": list(part_of(similarities, part, of)),
+            }
+            for part in range(of)
+        ]
+        own = [m.engine.tp for n in names if isinstance(m := self.config.models[n], ServedConfig)]
+        return self.fan_out("fusion", "fusing:fuse", arguments, gpus=sum(own))
+
+    def diagnose(self, source: str, result: assembly.Result) -> None:
+        settings = self.config.diagnose
+        assert settings is not None
+        arguments = {
+            "settings": _dump(settings),
+            "model": model_hash(self.config.rewrite.model),
+            "rewrite": _dump(self.config.rewrite),
+            "filter": _dump(self.config.filter),
+            "encoder": model_hash(encoder_path(self.config.filter.encoder)),
+            "accept": self.config.fusion.accept if self.config.fusion else None,
+            "input": source,
+            "result": result.key,
+            "seed": self.config.seed,
+        }
+        (key,) = self.fan_out(
+            "diagnose", "diagnosing:diagnose", [arguments], gpus=self.config.engine.tp
+        )
+        (output,) = Stage(self.root / "stages" / "diagnose").outputs("diagnose", [key])
+        assembly.copy_report(output, self.root / "report")
+
+    def fan_out(
+        self, name: str, entry: str, arguments: Sequence[Arguments], *, gpus: int
+    ) -> list[str]:
+        """Run a stage's shards, those that are not done, and return their keys in order."""
+        stage = Stage(self.root / "stages" / name)
+        stage.write_runtime(self.runtime())
+        shards = [
+            Shard(
+                entry=f"megadistill.refine.{entry}",
+                arguments={"format": FORMAT, **values},
+                label=f"{name} {number}",
+            )
+            for number, values in enumerate(arguments)
+        ]
+        folders = [stage.path / "shards" / shard.key for shard in shards]
+        reused = sum((folder / "done.json").exists() for folder in folders)
+        limits = Limits(
+            concurrency=self.config.shards.concurrency,
+            tries=self.config.shards.tries,
+            gpus=gpus if self.gpu else 0,
+        )
+        begun = time.monotonic()
+        log.info("%s: %d shards, %d of them done before", name, len(shards), reused)
+        job = f"{self.config.name}-{name}"
+        run_fanout(stage.path, shards, limits, cluster=self.config.cluster, name=job).check()
+        self.stages[name] = {
+            "shards": len(shards),
+            "reused": reused,
+            "seconds": round(time.monotonic() - begun, 3),
+            "keys": [shard.key for shard in shards],
+        }
+        return [shard.key for shard in shards]
+
+    def runtime(self) -> dict[str, Any]:
+        """What shards need and no result depends on (any: JSON)."""
+        adapter: TypeAdapter[dict[str, ModelConfig]] = TypeAdapter(dict[str, ModelConfig])
+        return {
+            "gpu": self.gpu,
+            "engine": _dump(self.config.engine),
+            "batch_size": self.config.filter.batch_size,
+            "models": adapter.dump_python(self.config.models, mode="json"),
+        }
+
+
+def refine(config: RefineConfig) -> dict[str, Any]:
+    """Run a refinement to its end; returns the summary (any: JSON)."""
+    return Pipeline(config, uses_gpu(config)).run()
+
+
+def uses_gpu(config: RefineConfig) -> bool:
+    """Whether shards compute on GPUs."""
+    if config.device != "auto":
+        return config.device == "cuda"
+    if config.cluster is not None:
+        return config.cluster.gpus_per_node > 0
+    import torch  # noqa: PLC0415 - slow to import
+
+    return torch.cuda.is_available()
+
+
+def model_hash(path: str) -> str:
+    """Identifies a model's files; a hub name that is not resolved here stands for itself."""
+    directory = Path(resolve_path(path))
+    return fingerprint(directory) if directory.is_dir() else path
+
+
+def identity(config: EndpointConfig | ServedConfig) -> Mapping[str, Any]:
+    """What the answers of a model depend on (any: JSON), not where and how fast it runs."""
+    if isinstance(config, EndpointConfig):
+        return {"model": config.model, "extra_body": config.extra_body}
+    return {
+        "model": model_hash(config.path),
+        "precision": config.precision,
+        "context": config.max_model_len,
+        "extra_body": config.extra_body,
+        "options": config.options,
+    }
+
+
+def _dump(
+    settings: InputConfig | RewriteConfig | FilterConfig | FusionConfig | Any,
+) -> dict[str, Any]:  # any section: its plain JSON values
+    values: dict[str, Any] = TypeAdapter(type(settings)).dump_python(settings, mode="json")
+    return values

@@ -1,0 +1,34 @@
+"""A chat as the token ids that a local model reads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megadistill.types import Message
+
+
+def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    return tokenizer
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts that the tokenizer reads as something other than text, such as the end of a turn."""
+    return [
+        str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special
+    ]
+
+
+def chat_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids up to where the answer is to begin; a last assistant turn is its beginning."""
+    opened = messages[-1]["role"] == "assistant"
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tokenize=False,
+        add_generation_prompt=not opened,
+        continue_final_message=opened,
+    )
+    ids: list[int] = tokenizer.encode(str(text), add_special_tokens=False)
+    return ids

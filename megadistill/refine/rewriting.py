@@ -1,0 +1,162 @@
+"""Self-conditioned rewriting, Eq. (1): one shard through one vLLM engine."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from transformers import PreTrainedTokenizerBase
+
+from megadistill.config.refine import EngineConfig, RewriteConfig
+from megadistill.convert.hf_files import resolve_model
+from megadistill.refine.blocks import Blocks
+from megadistill.refine.checking import Rules, fault_of, without_thinking
+from megadistill.refine.prompts import chat_ids, load_tokenizer, special_tokens
+from megadistill.refine.records import QaRecord
+from megadistill.refine.stages import Stage, part_of
+from megadistill.refine.templates import Template, load_template
+from megadistill.rollout.batch import BatchRequest, BatchSettings, Sampling, start_batch_engine
+from megadistill.rollout.seeds import seed_for
+from megadistill.types import Message
+
+log = logging.getLogger(__name__)
+
+FIELDS = ("question", "answer")
+COLUMNS = {
+    "index": "int64",
+    "id": "string",
+    "rewrite": "string",
+    "reason": "string",
+    "written": "string",
+    "num_tokens": "int64",
+}
+"""`rewrite` is null where there is no usable one, then `reason` says why; `written` is what the
+model wrote in every case."""
+_SETTINGS: TypeAdapter[RewriteConfig] = TypeAdapter(RewriteConfig)
+_ENGINE: TypeAdapter[EngineConfig] = TypeAdapter(EngineConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewriter:
+    """What turns records into prompts, and the model's tokens into rows."""
+
+    settings: RewriteConfig
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+
+    def prompts(
+        self, records: Sequence[QaRecord], positions: Sequence[int], blocks: Blocks
+    ) -> Iterator[BatchRequest]:
+        """A request for each record that can be rewritten; the others' rows go to their blocks."""
+        specials = special_tokens(self.tokenizer)
+        for position in positions:
+            record = records[position]
+            reason = record.problem or _special(record, specials)
+            token_ids: list[int] = []
+            if reason is None:
+                token_ids = chat_ids(rewrite_chat(record, self.template), self.tokenizer)
+                if len(token_ids) > self.settings.max_prompt_tokens:
+                    reason = "prompt_too_long"
+            if reason is None:
+                seed = seed_for(self.seed, 0, record.id)
+                yield BatchRequest(key=position, token_ids=token_ids, seed=seed)
+            else:
+                blocks.add(position, row(record, reason=reason))
+
+    def finish(
+        self, record: QaRecord, token_ids: Sequence[int], finish_reason: str
+    ) -> dict[str, Any]:
+        """The row of a record that was rewritten."""
+        # The method is typed for batches too, whose result would be a list.
+        written = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        text = without_thinking(written)
+        if self.template.has_opening:
+            text = f"{self.template.turns[-1]['content']} {text}"
+        fault = "cut" if finish_reason == "length" else fault_of(text, record.answer, self.rules)
+        values = {"written": written, "num_tokens": len(token_ids)}
+        return row(record, reason=fault, rewrite=None if fault else text, **values)
+
+    @property
+    def rules(self) -> Rules:
+        return rules_of(self.settings)
+
+
+def rules_of(settings: RewriteConfig) -> Rules:
+    """The reject list of the configuration."""
+    return Rules(
+        phrases=settings.reject_phrases,
+        openings=settings.reject_openings,
+        check_final_answer=settings.check_final_answer,
+    )
+
+
+def rewrite_chat(record: QaRecord, template: Template) -> list[Message]:
+    """The chat with its last turn replaced by the template's; earlier turns stay."""
+    values = {"question": record.messages[-1]["content"], "answer": record.answer}
+    return [*record.messages[:-1], *template.fill(values)]
+
+
+def row(record: QaRecord, *, reason: str | None, **values: Any) -> dict[str, Any]:
+    """A row of this stage."""
+    empty = {"rewrite": None, "written": None, "num_tokens": 0}
+    return {"index": record.index, "id": record.id, "reason": reason} | empty | values
+
+
+def _special(record: QaRecord, specials: Sequence[str]) -> str | None:
+    """A text that the tokenizer would take for the end of a turn would break the template."""
+    texts = [record.answer, *(turn["content"] for turn in record.messages)]
+    found = any(special in text for text in texts for special in specials)
+    return "special_tokens" if found else None
+
+
+def rewrite(directory: Path, arguments: Mapping[str, Any]) -> None:
+    """The shard: rewrites what its directory lacks. See `pipeline` for the arguments."""
+    stage = Stage.of(directory)
+    settings = _SETTINGS.validate_python(arguments["settings"])
+    records = part_of(stage.records(arguments["input"]), arguments["part"], arguments["of"])
+    blocks = Blocks(directory, COLUMNS, total=len(records), size=arguments["block"])
+    positions = blocks.missing()
+    if not positions:
+        return
+    model = resolve_model(settings.model)
+    rewriter = Rewriter(
+        settings=settings,
+        template=load_template(settings.template, FIELDS),
+        tokenizer=load_tokenizer(model),
+        seed=arguments["seed"],
+    )
+    taken = _ENGINE.validate_python(stage.runtime["engine"])
+    engine = start_batch_engine(
+        BatchSettings(
+            model=model,
+            precision=settings.precision,
+            max_model_len=settings.max_prompt_tokens + settings.max_tokens,
+            gpu=stage.runtime["gpu"],
+            tp=taken.tp,
+            max_num_seqs=taken.max_num_seqs,
+            memory_fraction=taken.memory_fraction,
+            kv_cache_gib=taken.kv_cache_gib,
+            threads=taken.threads,
+        )
+    )
+    sampling = Sampling(
+        temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_tokens
+    )
+    begun, num_tokens = time.monotonic(), 0
+    requests = rewriter.prompts(records, positions, blocks)
+    for response in engine.generate(requests, sampling):
+        record = records[response.key]
+        finished = rewriter.finish(record, response.token_ids, response.finish_reason)
+        num_tokens += len(response.token_ids)
+        if blocks.add(response.key, finished):
+            log.info("rewriting: a block of %d records is saved", blocks.size)
+    seconds = time.monotonic() - begun
+    engine.close()
+    figures = {"records": len(positions), "tokens": num_tokens, "seconds": seconds}
+    stage.note_figures(directory, figures)
+    log.info("rewriting: %s", json.dumps(figures))
