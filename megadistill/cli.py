@@ -89,6 +89,15 @@ def campaign(arguments: argparse.Namespace) -> int:
     )
 
 
+def refine(arguments: argparse.Namespace) -> int:
+    """RAFT's stage 1: rewrite, filter and fuse a set of answers; again, it runs what is not done."""
+    from megadistill.config.refine import load_refine
+    from megadistill.refine.pipeline import run_refinement
+
+    print(run_refinement(load_refine(arguments.config, arguments.overrides)))
+    return 0
+
+
 def _campaign_submit(chosen: "Campaign", local: bool) -> int:
     for name, commands in chosen.commands().items():
         for words in commands:
@@ -152,10 +161,14 @@ def config_check(arguments: argparse.Namespace) -> int:
 
 def _problem(path: str, with_models: bool) -> str | None:
     from megadistill.config.campaign import is_campaign, load_campaign
+    from megadistill.config.refine import is_refine, load_refine
 
     try:
         if is_campaign(path):
             load_campaign(path)
+            return None
+        if is_refine(path):
+            load_refine(path)
             return None
         config = load_config(path)
         if with_models:
@@ -253,6 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--local", action="store_true", help="run the stages here, also where there is Slurm"
     )
+    _takes_config(_verb(verbs, "refine", refine))
     command = _verb(verbs, "shard", shard)
     command.add_argument("directory", help="the shard's directory, e.g. ROOT/shards/KEY")
     _add_config_actions(verbs)

@@ -224,9 +224,12 @@ class Pipeline:
         }
 
 
-def refine(config: RefineConfig) -> dict[str, Any]:
-    """Run a refinement to its end; returns the summary (any: JSON)."""
-    return Pipeline(config, uses_gpu(config)).run()
+def run_refinement(config: RefineConfig) -> str:
+    """Run a refinement to its end; returns its summary for people."""
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("megadistill").setLevel(logging.INFO)
+    pipeline = Pipeline(config, uses_gpu(config))
+    return assembly.describe(pipeline.run(), pipeline.root)
 
 
 def uses_gpu(config: RefineConfig) -> bool:
