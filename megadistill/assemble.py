@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megadistill import startup
-from megadistill.algorithms import Sft, make_algorithm
+from megadistill.algorithms import Algorithm, Sft, make_algorithm
 from megadistill.collect import AnswerCollector, Collector, OnPolicyCollector, Sampler
 from megadistill.config import RunConfig, resolve_path
-from megadistill.config.schema import SftConfig
+from megadistill.config.algorithm import RaftConfig, SftConfig
 from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import PromptPool, make_pools
 from megadistill.evaluate.heldout import HeldoutKl
@@ -32,6 +32,7 @@ class Parts:
     run: RunDir
     config: RunConfig
     engine: Engine
+    algorithm: Algorithm = field(init=False)
     collector: Collector = field(init=False)
     sampler: Sampler | None = None
     heldout: HeldoutKl | None = None
@@ -53,7 +54,7 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
         parts.metrics = MetricWriter(run.metrics_file, config.log, config.name, state.step)
         for line in startup.describe_run(run, pools):
             logging.info(line)
-    algorithm = make_algorithm(config)
+    parts.algorithm = algorithm = make_algorithm(config, tokenizer, state.algorithm)
     if isinstance(algorithm, Sft):
         pool = pools[used_pools(config)[0]]
         parts.collector = AnswerCollector(algorithm, pool, tokenizer, state.cursors)
@@ -64,9 +65,7 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
         parts.sampler = _connect(run, config)
         if ahead := restore_ahead(run, state):
             parts.sampler.put_back(state.step, ahead)
-    parts.collector = OnPolicyCollector(
-        algorithm, algorithm.branches, pools, engine, parts.sampler, state.cursors
-    )
+    parts.collector = OnPolicyCollector(algorithm, pools, engine, parts.sampler, state.cursors)
     parts.heldout = _heldout(parts, pools, state)
     if parts.published != state.step:
         publish_student(parts, state.step)
@@ -75,10 +74,11 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
 
 def used_pools(config: RunConfig) -> list[str]:
     """Pools that the algorithm or a held-out measurement reads."""
-    if isinstance(config.algorithm, SftConfig):
-        trained = {config.algorithm.pool}
+    algorithm = config.algorithm
+    if isinstance(algorithm, SftConfig | RaftConfig):
+        trained = {algorithm.pool}
     else:
-        trained = {config.algorithm.general.pool, config.algorithm.domain.pool}
+        trained = {algorithm.general.pool, algorithm.domain.pool}
     return sorted(trained | {heldout.pool for heldout in config.evaluate.heldout.values()})
 
 

@@ -15,12 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from megadistill.algorithms import OnPolicy, Selection, Supervised
 from megadistill.algorithms.protocol import response_span
-from megadistill.config.schema import BranchConfig
 from megadistill.data.pools import PromptPool, answer_ids
 from megadistill.publish.files import Published
 from megadistill.rollout.protocol import RolloutEngine
 from megadistill.rollout.seeds import seed_for
-from megadistill.types import FloatArray, Prompt, Rollout, Scored, TokenSpan
+from megadistill.types import FloatArray, Prompt, Rollout, Scored, TokenSpan, TopK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +41,11 @@ class Scorer(Protocol):
 
     def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
         """Log-probabilities of each span's scored tail, on every rank."""
+
+    def score_top_k(
+        self, model: str, spans: Sequence[TokenSpan], *, top_k: int, temperature: float
+    ) -> tuple[list[FloatArray], list[TopK]]:
+        """As `score`, and the most probable ids of each scored token."""
 
     def broadcast(self, value: Value) -> Value:
         """Rank 0's value on every rank."""
@@ -86,16 +90,16 @@ class OnPolicyCollector:
     def __init__(
         self,
         algorithm: OnPolicy,
-        branches: Mapping[str, BranchConfig],
         pools: Mapping[str, PromptPool],
         scorer: Scorer,
         sampler: "Sampler | None",
         cursors: Mapping[str, int],
     ) -> None:
         """`sampler` is rank 0's access to the engines; the other ranks pass None."""
-        self.cursors = dict.fromkeys(sorted({b.pool for b in branches.values()}), 0) | dict(cursors)
+        self._branches = algorithm.branches
+        drawn = sorted({branch.pool for branch in self._branches.values()})
+        self.cursors = dict.fromkeys(drawn, 0) | dict(cursors)
         self._algorithm = algorithm
-        self._branches = branches
         self._pools = pools
         self._scorer = scorer
         self._sampler = sampler
@@ -137,23 +141,35 @@ class OnPolicyCollector:
 
     def _score(self, rollouts: Sequence[Rollout], branch_of: Sequence[str]) -> list[Scored]:
         """Student and teacher log-probs from one engine; only mu came from elsewhere."""
-        spans = [response_span(rollout) for rollout in rollouts]
-        student = self._scorer.score("student", spans)
+        student = self._scorer.score("student", [response_span(rollout) for rollout in rollouts])
+        spans = self._algorithm.teacher_spans(rollouts)
         teacher: dict[int, FloatArray] = {}
+        tops: dict[int, TopK] = {}
         for branch in dict.fromkeys(branch_of):
             members = [index for index, name in enumerate(branch_of) if name == branch]
             name = self._branches[branch].teacher
-            scores = self._scorer.score(name, [spans[index] for index in members])
+            scores, found = self._ask(name, [spans[index] for index in members])
             teacher.update(zip(members, scores, strict=True))
+            tops.update(zip(members, found, strict=False))
         return [
             Scored(
                 rollout=rollout,
                 branch=branch_of[index],
                 student_logprobs_R=student[index],
                 teacher_logprobs_R=teacher[index],
+                top_k=tops.get(index),
             )
             for index, rollout in enumerate(rollouts)
         ]
+
+    def _ask(self, teacher: str, spans: Sequence[TokenSpan]) -> tuple[list[FloatArray], list[TopK]]:
+        """Log-probabilities of each span's scored tail, and the top-K where the algorithm wants it."""
+        request = self._algorithm.top_k
+        if request is None:
+            return self._scorer.score(teacher, spans), []
+        return self._scorer.score_top_k(
+            teacher, spans, top_k=request.size, temperature=request.temperature
+        )
 
 
 class Sampler:

@@ -6,7 +6,8 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megadistill.config import ConfigError, RunConfig, resolve_path
-from megadistill.config.schema import BranchConfig, ChecksConfig
+from megadistill.config.algorithm import BranchConfig
+from megadistill.config.schema import ChecksConfig
 from megadistill.data.pools import PromptPool, end_token
 from megadistill.rundir import RunDir
 from megadistill.types import FloatArray, TokenSpan

@@ -43,12 +43,16 @@ class RunState:
     """Optimizer steps taken; also the version of the weights."""
     cursors: Mapping[str, int] = field(default_factory=dict)
     """Prompts ever drawn from each pool."""
+    algorithm: Mapping[str, float] = field(default_factory=dict)
+    """What the algorithm has learnt about the run, e.g. moving averages of its losses."""
     models: Mapping[str, str] = field(default_factory=dict)
     """Fingerprint of the student's start and of each teacher, by dotted key."""
 
-    def after(self, step: int, cursors: Mapping[str, int]) -> "RunState":
+    def after(
+        self, step: int, cursors: Mapping[str, int], algorithm: Mapping[str, float]
+    ) -> "RunState":
         """The state once `step` (from 0) has been taken."""
-        return replace(self, step=step + 1, cursors=dict(cursors))
+        return replace(self, step=step + 1, cursors=dict(cursors), algorithm=dict(algorithm))
 
 
 AHEAD = "ahead.parquet"

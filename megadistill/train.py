@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megadistill import startup
@@ -16,11 +16,10 @@ from megadistill.collect import Batch, timed
 from megadistill.config import resolve_path
 from megadistill.config.schema import OptimizerConfig
 from megadistill.convert.hf_files import SafetensorsWriter, resolve_model
-from megadistill.losses import policy_gradient
 from megadistill.report.rollouts import store_rollouts
 from megadistill.rundir import RunDir
 from megadistill.state import RunState, save
-from megadistill.types import StepResult
+from megadistill.types import Sample, StepResult
 
 
 def train(parts: Parts, state: RunState) -> None:
@@ -36,12 +35,13 @@ def train(parts: Parts, state: RunState) -> None:
                 startup.check_first_batch(batch.selection.metrics, config.checks)
             with timed(times, "time/train"):
                 rate = learning_rate(config.optimizer, step, config.steps)
-                samples = batch.selection.samples
-                result = parts.engine.step(samples, policy_gradient, learning_rate=rate)
+                result = take_step(parts, batch.selection.samples, rate)
             with timed(times, "time/publish"):
                 publish_student(parts, version=step + 1)
-        state = state.after(step, parts.collector.cursors)
-        log_step(parts, state.step, batch, result, {**times, **evaluate(parts, state.step)})
+        observed = parts.algorithm.observe(result)
+        state = state.after(step, parts.collector.cursors, parts.algorithm.state())
+        measured = {**observed, **times, **evaluate(parts, state.step)}
+        log_step(parts, state.step, batch, result, measured)
         stopping = parts.engine.broadcast(parts.run.stop_file.exists())
         if stopping or state.step % config.checkpoint.every == 0 or state.step == config.steps:
             ahead = parts.sampler.settle() if parts.sampler else []
@@ -49,6 +49,12 @@ def train(parts: Parts, state: RunState) -> None:
         if stopping:
             return
     finish(parts)
+
+
+def take_step(parts: Parts, samples: Sequence[Sample], rate: float) -> StepResult:
+    """One optimizer step on the algorithm's loss of `samples`."""
+    loss = parts.algorithm.loss(lambda loss: parts.engine.measure(samples, loss))
+    return parts.engine.step(samples, loss, learning_rate=rate)
 
 
 def evaluate(parts: Parts, steps_taken: int) -> dict[str, float]:
@@ -83,7 +89,6 @@ def log_step(
         "learning_rate": result.learning_rate,
         "train/tokens": result.num_tokens,
         "train/tokens_per_s": result.num_tokens / extra["time/train"],
-        "entropy": result.metrics["train/entropy_sum"] / result.metrics["train/rows"],
         **batch.metrics,
         **extra,
     }

@@ -1,6 +1,6 @@
 """The nouns of the project: what flows between prompts, engines, scorer and trainer.
 
-Shape legend: N prompt+response tokens, R response tokens, T packed tokens, W weighted rows.
+Shape legend: N prompt+response tokens, R response tokens, T packed tokens, W weighted rows, K ids.
 """
 
 from collections.abc import Mapping
@@ -53,6 +53,15 @@ class TokenSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TopK:
+    """A teacher's K most probable ids at each of R scored tokens."""
+
+    ids_RK: Int32Array
+    logprobs_RK: FloatArray
+    """Over the full vocabulary, at the temperature that was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
     """A rollout with the training engine's log-probabilities of its response tokens."""
 
@@ -61,7 +70,9 @@ class Scored:
     student_logprobs_R: FloatArray
     """log pi_theta, training engine."""
     teacher_logprobs_R: FloatArray
-    """log pi_T, training engine."""
+    """log pi_T, training engine; of what the teacher reads, which may differ in the prompt."""
+    top_k: TopK | None = None
+    """Of the teacher, for algorithms that ask for it."""
 
     @property
     def gap_R(self) -> FloatArray:  # noqa: N802 - R is a shape
@@ -80,6 +91,8 @@ class Sample:
     weights_R: FloatArray
     component: str
     """Which metric group the sample belongs to, e.g. `general`, `domain`, `sft`."""
+    top_k: TopK | None = None
+    """What a teacher expects at each scored token, for losses over its top K."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +113,10 @@ class MicroBatch:
     """Index of each packed sequence in the list that was packed."""
     rows_per_sample: tuple[int, ...] = ()
     """How many rows each packed sequence contributed, in order."""
+    top_ids_WK: torch.Tensor | None = None
+    """A teacher's top-K ids; -1 in the rows of samples without. None where no sample has any."""
+    top_logprobs_WK: torch.Tensor | None = None
+    """fp32, 0 in the rows of samples without."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from megadistill.rollout.protocol import OnProgress
-from megadistill.types import FloatArray, Prompt, Rollout, TokenSpan
+from megadistill.types import FloatArray, Prompt, Rollout, TokenSpan, TopK
 
 Value = TypeVar("Value")
 
@@ -86,6 +86,18 @@ class FakeScorer:
         return [
             (offset - span.token_ids_N[-span.num_scored :]).astype(np.float32) for span in spans
         ]
+
+    def score_top_k(
+        self, model: str, spans: Sequence[TokenSpan], *, top_k: int, temperature: float
+    ) -> tuple[list[FloatArray], list[TopK]]:
+        """The scored token itself and the ids after it, all equally likely."""
+        scores = self.score(model, spans)
+        tops = []
+        for span in spans:
+            ids_RK = span.token_ids_N[-span.num_scored :, None] + np.arange(top_k)
+            logprobs_RK = np.full(ids_RK.shape, -np.log(top_k * temperature), dtype=np.float32)
+            tops.append(TopK(ids_RK=ids_RK.astype(np.int32), logprobs_RK=logprobs_RK))
+        return scores, tops
 
     def broadcast(self, value: Value) -> Value:
         if self.rank == 0:

@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
-from megadistill.algorithms import Camopd, Mopd, Sft, make_algorithm
+from megadistill.algorithms import Camopd, Mopd, Sft
 from megadistill.collect import AnswerCollector, Batch, OnPolicyCollector, Sampler, timed
 from megadistill.data.pools import PromptPool, answer_ids
 from megadistill.publish.files import Published
 from megadistill.types import Prompt
 from tests.fake_engines import FakeRolloutEngine, FakeScorer
-from tests.tiny import Tree, camopd_tree, make_config, make_prompt, make_tokenizer
+from tests.tiny import Tree, camopd_tree, decisions, make_prompt, make_tokenizer
 
 NUM_STEPS = 6
 
@@ -37,12 +37,10 @@ def make_collector(
     cursors: Mapping[str, int] | None = None,
     sampler: Sampler | None = None,
 ) -> OnPolicyCollector:
-    algorithm = make_algorithm(make_config(tree))
+    algorithm = decisions(tree)
     assert isinstance(algorithm, Camopd | Mopd)
     sampler = sampler or make_sampler(engines or FakeRolloutEngine())
-    return OnPolicyCollector(
-        algorithm, algorithm.branches, POOLS, scorer or FakeScorer(), sampler, cursors or {}
-    )
+    return OnPolicyCollector(algorithm, POOLS, scorer or FakeScorer(), sampler, cursors or {})
 
 
 def prompt_ids(batch: Batch) -> list[str]:
@@ -283,13 +281,13 @@ def test_every_rank_ends_with_the_same_batch() -> None:
     """Only rank 0 has engines; the others get its rollouts and make the same selection."""
     meeting = threading.Barrier(2)
     board: list[object] = [None]
-    algorithm = make_algorithm(make_config())
+    algorithm = decisions()
     assert isinstance(algorithm, Camopd)
 
     def collect(rank: int) -> list[Batch]:
         scorer = FakeScorer({"general": 1.0}, rank=rank, meeting=meeting, board=board)
         sampler = make_sampler(FakeRolloutEngine()) if rank == 0 else None
-        collector = OnPolicyCollector(algorithm, algorithm.branches, POOLS, scorer, sampler, {})
+        collector = OnPolicyCollector(algorithm, POOLS, scorer, sampler, {})
         return [collector.collect(step) for step in range(4)]
 
     with ThreadPoolExecutor(2) as ranks:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megadistill.config import ConfigError, RunConfig
-from megadistill.config.schema import BranchConfig, ChecksConfig
+from megadistill.config.algorithm import BranchConfig
+from megadistill.config.schema import ChecksConfig
 from megadistill.data.pools import PromptPool
 from megadistill.preflight import check_config
 from megadistill.rundir import RunDir

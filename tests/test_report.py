@@ -15,14 +15,14 @@ from datasets import load_dataset
 from matplotlib import image
 from rich.console import Console
 
-from megadistill.algorithms import Camopd, make_algorithm
+from megadistill.algorithms import Camopd
 from megadistill.collect import Batch
 from megadistill.report.effect import effect_picture, effect_table, heldout_names
 from megadistill.report.rollouts import store_rollouts
 from megadistill.report.status import show, watch
 from megadistill.rundir import RunDir
 from megadistill.types import Scored
-from tests.tiny import make_config, make_scored
+from tests.tiny import decisions, make_config, make_scored
 
 Row = dict[str, Any]
 
@@ -126,7 +126,7 @@ def test_more_data_draw_another_picture(run: RunDir) -> None:
 
 
 def make_batch() -> tuple[Batch, list[Scored]]:
-    algorithm = make_algorithm(make_config())
+    algorithm = decisions()
     assert isinstance(algorithm, Camopd)
     scored = [
         make_scored([-0.5, -1.25], [-0.1, -3.0], rollout_R=[-0.5, -1.0], prompt_id="one"),
@@ -174,7 +174,7 @@ def test_a_step_can_be_replayed_from_its_rollouts(run: RunDir) -> None:
         make_scored(row["student_logprobs"], row["teacher_logprobs"], branch=row["branch"])
         for row in pq.read_table(run.rollout_file(1)).to_pylist()
     ]
-    algorithm = make_algorithm(make_config())
+    algorithm = decisions()
     assert isinstance(algorithm, Camopd)
     assert list(algorithm.select(scored).selected) == list(batch.selection.selected)
 

@@ -79,7 +79,7 @@ def train_to(run: RunDir, config: RunConfig, steps: int, keep: int = 9) -> RunSt
     state = restore(run, engine, config)
     for step in range(state.step, steps):
         engine.weights = step + 1
-        state = state.after(step, {"general": 4 * (step + 1)})
+        state = state.after(step, {"general": 4 * (step + 1)}, {})
         save(run, engine, state, keep)
     return state
 
@@ -132,7 +132,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint(run: RunDir, config: RunCo
 
     state = train_to(run, config, steps=2)
     with pytest.raises(OSError, match="no space left"):
-        save(run, FullDisk(), state.after(2, {}), keep=1)
+        save(run, FullDisk(), state.after(2, {}, {}), keep=1)
     assert restore(run, FakeEngine(), config).step == 2
 
 
@@ -205,7 +205,7 @@ def test_two_ranks_restore_the_checkpoint_that_rank_zero_names(
 
     def save_and_restore(engine: FakeEngine) -> None:
         state = restore(run, engine, config)
-        save(run, engine, state.after(0, {}), 2)
+        save(run, engine, state.after(0, {}, {}), 2)
         states[engine.rank] = restore(run, engine, config)
 
     on_both(ranks, save_and_restore)
@@ -235,13 +235,13 @@ def on_both(ranks: list[FakeEngine], work: Any) -> None:
 
 def test_the_state_counts_steps_from_one_once_taken() -> None:
     state = RunState(models={"student": "x"})
-    assert state.after(0, {"general": 4}) == RunState(
-        step=1, cursors={"general": 4}, models={"student": "x"}
+    assert state.after(0, {"general": 4}, {"sft": 2.0}) == RunState(
+        step=1, cursors={"general": 4}, algorithm={"sft": 2.0}, models={"student": "x"}
     )
 
 
 def test_a_state_keeps_its_own_copy_of_the_cursors() -> None:
     cursors = {"general": 4}
-    state = RunState().after(0, cursors)
+    state = RunState().after(0, cursors, {})
     cursors["general"] = 8
     assert state.cursors == {"general": 4}

@@ -6,11 +6,10 @@ from typing import Annotated, Any, get_args, get_origin
 import pytest
 import yaml
 
-from megadistill.algorithms import make_algorithm
 from megadistill.algorithms.mopd import SCORES
-from megadistill.config import load, parse_config, schema
+from megadistill.config import algorithm, load, schema
 from megadistill.data import sources
-from tests.tiny import Tree, camopd_tree, sft_tree
+from tests.tiny import Tree, camopd_tree, decisions, raft_tree, sft_tree
 
 BRANCHES: Tree = {
     "general": {"pool": "general", "teacher": "general"},
@@ -20,6 +19,7 @@ TREES = {
     "sft": sft_tree(),
     "mopd": camopd_tree(algorithm={"kind": "mopd"} | BRANCHES),
     "camopd": camopd_tree(algorithm={"kind": "camopd"} | BRANCHES),
+    "raft": raft_tree(),
 }
 
 
@@ -34,14 +34,14 @@ def kinds(union: Any) -> set[str]:
 
 
 def test_every_algorithm_of_the_configuration_is_tried_here() -> None:
-    assert set(TREES) == kinds(schema.AlgorithmConfig)
+    assert set(TREES) == kinds(algorithm.AlgorithmConfig)
 
 
 @pytest.mark.parametrize("kind", TREES)
 def test_every_algorithm_of_the_configuration_is_implemented(kind: str) -> None:
-    algorithm = make_algorithm(parse_config(TREES[kind]))
-    assert type(algorithm).__name__.lower() == kind
-    assert sum(algorithm.phase(0).draws.values()) == 4
+    made = decisions(TREES[kind])
+    assert type(made).__name__.lower() == kind
+    assert sum(made.phase(0).draws.values()) == 4
 
 
 def test_every_source_of_the_configuration_has_a_reader_and_none_is_left_over() -> None:
@@ -59,14 +59,14 @@ def test_every_branch_of_an_algorithm_has_a_score() -> None:
 
 
 def test_error_messages_know_every_kind() -> None:
-    assert set(load._KINDS) == kinds(schema.AlgorithmConfig) | kinds(schema.Source)
+    assert set(load._KINDS) == kinds(algorithm.AlgorithmConfig) | kinds(schema.Source)
 
 
 def test_every_kind_is_used_by_a_shipped_configuration_or_is_a_users_own() -> None:
     configs = Path(__file__).parents[1] / "configs"
     used = {found for path in configs.rglob("*.yaml") for found in kinds_in(path)}
     users_own = {"reasoning_gym", "file"}
-    assert used | users_own >= kinds(schema.AlgorithmConfig) | kinds(schema.Source)
+    assert used | users_own >= kinds(algorithm.AlgorithmConfig) | kinds(schema.Source)
 
 
 def kinds_in(path: Path) -> set[str]:

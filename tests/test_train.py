@@ -25,7 +25,15 @@ from megadistill.state import RunState, restore, restore_ahead
 from megadistill.train import learning_rate, train
 from megadistill.types import FloatArray, Prompt, Rollout, Sample, StepResult, TokenSpan
 from tests.fake_engines import FakeRolloutEngine, FakeScorer
-from tests.tiny import Tree, camopd_tree, float32, make_config, make_prompt, write_model_config
+from tests.tiny import (
+    Tree,
+    camopd_tree,
+    float32,
+    make_config,
+    make_prompt,
+    make_tokenizer,
+    write_model_config,
+)
 
 pytestmark = pytest.mark.megatron  # the loop names the real engine's type
 
@@ -154,13 +162,12 @@ def attempt(folder: Path, **changes: Any) -> Stage:
     sampler.version = state.step
     if ahead := restore_ahead(run, state):
         sampler.put_back(state.step, ahead)
-    algorithm = make_algorithm(config)
+    algorithm = make_algorithm(config, make_tokenizer([]), state.algorithm)
     assert isinstance(algorithm, Camopd)
     parts = Parts(run=run, config=config, engine=cast(Engine, trainer))
     parts.sampler = sampler
-    parts.collector = OnPolicyCollector(
-        algorithm, algorithm.branches, POOLS, trainer, sampler, state.cursors
-    )
+    parts.algorithm = algorithm
+    parts.collector = OnPolicyCollector(algorithm, POOLS, trainer, sampler, state.cursors)
     parts.metrics = MetricWriter(run.metrics_file, config.log, config.name, state.step)
 
     def sample(teacher: str, prompts: Sequence[Prompt], max_tokens: int) -> list[Rollout]:

@@ -4,7 +4,7 @@ Shape legend: R response tokens.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from megadistill.algorithms import make_algorithm
 from megadistill.config import RunConfig, parse_config
 from megadistill.types import FloatArray, Prompt, Rollout, Scored
 
@@ -118,6 +119,17 @@ def sft_tree(**changes: Any) -> Tree:
 
 def make_config(tree: Tree | None = None) -> RunConfig:
     return parse_config(camopd_tree() if tree is None else tree)
+
+
+def raft_tree(**changes: Any) -> Tree:
+    """The smallest RAFT run; `changes` replace whole top-level sections."""
+    raft = {"kind": "raft", "pool": "medical", "teacher": "general", "top_k": 3}
+    return camopd_tree(algorithm=raft) | changes
+
+
+def decisions(tree: Tree | None = None, state: Mapping[str, float] | None = None) -> Any:
+    """The algorithm of a configuration, whichever it is."""
+    return make_algorithm(make_config(tree), make_tokenizer(["a b c"]), state or {})
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

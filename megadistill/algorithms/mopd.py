@@ -16,9 +16,15 @@ from megadistill.algorithms.gaps import (
     mean_positive_gap,
     select_by_mass,
 )
-from megadistill.algorithms.protocol import Selection, response_span
-from megadistill.config.schema import BranchConfig, CamopdConfig, ImportanceConfig, MopdConfig
-from megadistill.types import FloatArray, Phase, Sample, Scored
+from megadistill.algorithms.protocol import (
+    Selection,
+    TopKRequest,
+    Weighted,
+    response_span,
+    rollout_metrics,
+)
+from megadistill.config.algorithm import BranchConfig, CamopdConfig, ImportanceConfig, MopdConfig
+from megadistill.types import FloatArray, Phase, Rollout, Sample, Scored, TokenSpan
 
 SCORES: Mapping[str, Callable[[FloatArray], float]] = {
     "general": mean_absolute_gap,  # Eq. (6): recover wherever the two models differ
@@ -27,13 +33,14 @@ SCORES: Mapping[str, Callable[[FloatArray], float]] = {
 
 
 @dataclass(frozen=True)
-class Mopd:
+class Mopd(Weighted):
     """Vanilla MOPD, Eq. (2)-(3): the sum of both branches' losses, over all their samples."""
 
     branches: Mapping[str, BranchConfig]
     importance: ImportanceConfig
     batch_size: int
     general_share: float
+    top_k: TopKRequest | None = None
 
     @classmethod
     def of(cls, config: MopdConfig, batch_size: int) -> "Mopd":
@@ -53,6 +60,10 @@ class Mopd:
     def scale(self, branch: str) -> float:
         """r_b = 1."""
         return 1.0
+
+    def teacher_spans(self, rollouts: Sequence[Rollout]) -> list[TokenSpan]:
+        """The same ids that the student wrote."""
+        return [response_span(rollout) for rollout in rollouts]
 
     def select(self, scored: Sequence[Scored]) -> Selection:
         """Score, keep and weight the global batch; every rank computes the same result."""
@@ -91,13 +102,8 @@ class Mopd:
     def _metrics(
         self, branch: str, group: Sequence[Scored], scores: Sequence[float], num_kept: int
     ) -> dict[str, float]:
-        """The per-branch diagnostics of a step (token means unless the name says otherwise)."""
-        gap = np.concatenate([item.gap_R for item in group]).astype(np.float64)
+        """The per-branch diagnostics of a step."""
         weight = np.concatenate([self._importance(item) for item in group]).astype(np.float64)
-        student = np.concatenate([item.student_logprobs_R for item in group])
-        rollout = np.concatenate([item.rollout.logprobs_R for item in group])
-        lengths = [len(item.gap_R) for item in group]
-        capped = [item.rollout.finish_reason == "length" for item in group]
         low, median, high = np.quantile(scores, [0.1, 0.5, 0.9])
         values = {
             "selected_fraction": num_kept / len(group),
@@ -105,15 +111,9 @@ class Mopd:
             "score_p10": float(low),
             "score_p50": float(median),
             "score_p90": float(high),
-            "gap": float(gap.mean()),
-            "gap_absolute": float(np.abs(gap).mean()),
-            "gap_positive": float(np.maximum(gap, 0).mean()),
-            "gap_exp": float(np.exp(gap).mean()),
             "importance": float(weight.mean()),
             "masked_fraction": float((weight == 0).mean()),
-            "log_ratio_absolute": float(np.abs(student - rollout).mean()),
-            "response_tokens": float(np.mean(lengths)),
-            "capped_fraction": float(np.mean(capped)),
+            **rollout_metrics(group),
         }
         return {f"{branch}/{name}": value for name, value in values.items()}
 
@@ -129,7 +129,7 @@ class Camopd(Mopd):
     def of(cls, config: CamopdConfig, batch_size: int) -> "Camopd":  # type: ignore[override]
         period = ("general",) * config.schedule.general + ("domain",) * config.schedule.domain
         branches = {"general": config.general, "domain": config.domain}
-        return cls(branches, config.importance, batch_size, 1.0, period)
+        return cls(branches, config.importance, batch_size, 1.0, schedule=period)
 
     def phase(self, step: int) -> Phase:
         """Eq. (5): the branch at this place of the period, alone."""

@@ -1,12 +1,31 @@
 """What an algorithm decides, and nothing of how it is carried out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
-from megadistill.types import Phase, Prompt, Rollout, Sample, Scored, TokenSpan
+from megadistill.config.algorithm import BranchConfig
+from megadistill.head import VocabularyHead
+from megadistill.losses import policy_gradient
+from megadistill.types import (
+    MicroBatch,
+    Phase,
+    Prompt,
+    Rollout,
+    Sample,
+    Scored,
+    StepResult,
+    TokenSpan,
+)
+
+Loss = Callable[[VocabularyHead, Tensor, MicroBatch], tuple[Tensor, Mapping[str, Tensor]]]
+"""`(head, hidden_WD, micro-batch) -> (sum over rows, named sums over rows)`."""
+
+Measure = Callable[[Loss], Mapping[str, float]]
+"""The named sums of a loss over the whole batch of a step, before the step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,15 +40,43 @@ class Selection:
     metrics: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopKRequest:
+    """Asks for the K most probable ids of a teacher at every scored token."""
+
+    size: int
+    temperature: float
+
+
 class Algorithm(Protocol):
-    """Whom a step learns from."""
+    """Whom a step learns from, and by which loss."""
 
     def phase(self, step: int) -> Phase:
         """The active branches and how many prompts each draws at `step` (from 0)."""
 
+    def loss(self, measure: Measure) -> Loss:
+        """The loss of this step's samples."""
+
+    def observe(self, result: StepResult) -> dict[str, float]:
+        """Learn from a step that was taken; returns what is worth logging."""
+
+    def state(self) -> dict[str, float]:
+        """What `observe` has learnt, for the next attempt at the run."""
+
 
 class OnPolicy(Algorithm, Protocol):
     """Learns from the student's own responses, scored by a teacher."""
+
+    @property
+    def branches(self) -> Mapping[str, BranchConfig]:
+        """Pool and teacher of every branch."""
+
+    @property
+    def top_k(self) -> TopKRequest | None:
+        """What is asked of the teachers beside the log-probabilities of the response."""
+
+    def teacher_spans(self, rollouts: Sequence[Rollout]) -> list[TokenSpan]:
+        """What the teacher reads in place of each prompt and response; scored is the response."""
 
     def select(self, scored: Sequence[Scored]) -> Selection:
         """Which rollouts are kept, and their token weights."""
@@ -42,6 +89,19 @@ class Supervised(Algorithm, Protocol):
         """(prompt, answer ids) pairs to weighted samples."""
 
 
+class Weighted:
+    """For algorithms whose every decision is in the weights: `-sum of weight x log pi`."""
+
+    def loss(self, measure: Measure) -> Loss:
+        return policy_gradient
+
+    def observe(self, result: StepResult) -> dict[str, float]:
+        return {"entropy": result.metrics["train/entropy_sum"] / result.metrics["train/rows"]}
+
+    def state(self) -> dict[str, float]:
+        return {}
+
+
 def response_span(rollout: Rollout) -> TokenSpan:
     """Prompt and response as the student wrote them; every model scores these same ids."""
     prompt_ids = np.asarray(rollout.prompt.token_ids, dtype=np.int32)
@@ -49,3 +109,21 @@ def response_span(rollout: Rollout) -> TokenSpan:
         token_ids_N=np.concatenate([prompt_ids, rollout.response_ids_R]),
         num_scored=len(rollout.response_ids_R),
     )
+
+
+def rollout_metrics(group: Sequence[Scored]) -> dict[str, float]:
+    """Diagnostics of a group of rollouts; token means unless the name says otherwise."""
+    gap = np.concatenate([item.gap_R for item in group]).astype(np.float64)
+    student = np.concatenate([item.student_logprobs_R for item in group])
+    rollout = np.concatenate([item.rollout.logprobs_R for item in group])
+    lengths = [len(item.gap_R) for item in group]
+    capped = [item.rollout.finish_reason == "length" for item in group]
+    return {
+        "gap": float(gap.mean()),
+        "gap_absolute": float(np.abs(gap).mean()),
+        "gap_positive": float(np.maximum(gap, 0).mean()),
+        "gap_exp": float(np.exp(gap).mean()),
+        "log_ratio_absolute": float(np.abs(student - rollout).mean()),
+        "response_tokens": float(np.mean(lengths)),
+        "capped_fraction": float(np.mean(capped)),
+    }

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megadistill.algorithms.protocol import Selection
+from megadistill.algorithms.protocol import Selection, Weighted
 from megadistill.types import Phase, Prompt, Sample, TokenSpan
 
 
 @dataclass(frozen=True)
-class Sft:
+class Sft(Weighted):
     """L = (1/N) sum_i (1/T_i) sum_t -log pi(y_t); answer tokens and the end token count."""
 
     batch_size: int
@@ -21,7 +21,7 @@ class Sft:
 
     def samples(self, answers: Sequence[tuple[Prompt, Sequence[int]]]) -> Selection:
         """Weights 1 / (N T_i) on the answer tokens."""
-        made = [self._sample(prompt, ids, len(answers)) for prompt, ids in answers]
+        made = [answer_sample(prompt, ids, len(answers)) for prompt, ids in answers]
         lengths = [len(ids) for _, ids in answers]
         return Selection(
             samples=made,
@@ -30,11 +30,13 @@ class Sft:
             metrics={"sft/response_tokens": float(np.mean(lengths))},
         )
 
-    def _sample(self, prompt: Prompt, answer_ids: Sequence[int], num_samples: int) -> Sample:
-        ids = np.asarray([*prompt.token_ids, *answer_ids], dtype=np.int32)
-        weight = 1.0 / (num_samples * len(answer_ids))
-        return Sample(
-            span=TokenSpan(token_ids_N=ids, num_scored=len(answer_ids)),
-            weights_R=np.full(len(answer_ids), weight, dtype=np.float32),
-            component="sft",
-        )
+
+def answer_sample(prompt: Prompt, answer_ids: Sequence[int], num_samples: int) -> Sample:
+    """One of `num_samples` answers: every token weighs 1 / (N T_i)."""
+    ids = np.asarray([*prompt.token_ids, *answer_ids], dtype=np.int32)
+    weight = 1.0 / (num_samples * len(answer_ids))
+    return Sample(
+        span=TokenSpan(token_ids_N=ids, num_scored=len(answer_ids)),
+        weights_R=np.full(len(answer_ids), weight, dtype=np.float32),
+        component="sft",
+    )

@@ -14,7 +14,7 @@ from megadistill.config.schema import RunConfig
 
 Config = TypeVar("Config")
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
-_KINDS = ("sft", "mopd", "camopd", "packaged", "reasoning_gym", "file")
+_KINDS = ("sft", "mopd", "camopd", "raft", "packaged", "reasoning_gym", "file")
 
 
 class ConfigError(ValueError):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megadistill.types import FloatArray, MicroBatch, TokenSpan
+from megadistill.types import FloatArray, MicroBatch, TokenSpan, TopK
 
 PAD_ID = 0
 """Fills the tail of a micro-batch; nobody attends to it, nothing is scored on it."""
@@ -70,11 +70,13 @@ def micro_batches(
     indices: Sequence[int],
     rules: PackingRules,
     weights: Sequence[FloatArray] | None = None,
+    top_k: Sequence[TopK | None] = (),
 ) -> list[MicroBatch]:
     """Pack `spans[i]` for i in `indices`; `sample_ids` are these i.
 
-    `weights` belong to all of `spans`, one number per scored token; absent: zeros. A span without
-    scored tokens is left out. Raises `ValueError` for a span that scores its first token or more.
+    `weights` belong to all of `spans`, one number per scored token; absent: zeros. So does `top_k`,
+    if given. A span without scored tokens is left out. Raises `ValueError` for a span that scores
+    its first token or more.
     """
     for index in indices:
         check_span(spans[index])
@@ -88,8 +90,26 @@ def micro_batches(
         if weights is not None:
             values = np.concatenate([weights[i] for i in ids]).astype(np.float32)
             batch = replace(batch, weights_W=torch.from_numpy(values))
+        if top_k:
+            batch = _with_top_k(batch, [top_k[i] for i in ids])
         batches.append(_own_part(batch, rules) if rules.cp > 1 else batch)
     return batches
+
+
+def _with_top_k(batch: MicroBatch, top_k: Sequence[TopK | None]) -> MicroBatch:
+    """The rows' top-K ids and log-probabilities, where any sequence of the micro-batch has them."""
+    sizes = {found.ids_RK.shape[1] for found in top_k if found}
+    if not sizes:
+        return batch
+    (size,) = sizes
+    shape = len(batch.rows_W), size
+    ids_WK, logprobs_WK = torch.full(shape, -1), torch.zeros(shape)
+    ends = np.cumsum(batch.rows_per_sample)
+    for found, end, rows in zip(top_k, ends, batch.rows_per_sample, strict=True):
+        if found:
+            ids_WK[end - rows : end] = torch.from_numpy(found.ids_RK.astype(np.int64))
+            logprobs_WK[end - rows : end] = torch.from_numpy(found.logprobs_RK)
+    return replace(batch, top_ids_WK=ids_WK, top_logprobs_WK=logprobs_WK)
 
 
 def empty_micro_batch(rules: PackingRules) -> MicroBatch:
@@ -165,6 +185,8 @@ def _own_part(batch: MicroBatch, rules: PackingRules) -> MicroBatch:
         rows_W=rows[mine],
         targets_W=batch.targets_W[mine],
         weights_W=batch.weights_W[mine],
+        top_ids_WK=None if batch.top_ids_WK is None else batch.top_ids_WK[mine],
+        top_logprobs_WK=None if batch.top_logprobs_WK is None else batch.top_logprobs_WK[mine],
         rows_per_sample=(num_rows,) if batch.sample_ids else (),
     )
 

@@ -125,7 +125,7 @@ def _render(
     messages = list(record.messages)
     first = 1 if messages[0]["role"] == "system" else 0
     while True:
-        token_ids = _token_ids(messages, config, tokenizer)
+        token_ids = render_ids(messages, config.enable_thinking, tokenizer)
         if len(token_ids) <= config.max_prompt_tokens:
             return Prompt(
                 id=record.id,
@@ -139,13 +139,14 @@ def _render(
         del messages[first]
 
 
-def _token_ids(
-    messages: Sequence[Message], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+def render_ids(
+    messages: Sequence[Message], enable_thinking: bool | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
+    """Token ids of a conversation by the chat template, up to where the assistant begins."""
     # `Any`, because the method has many other keyword arguments, of many types.
     switches: dict[str, Any] = {}
-    if config.enable_thinking is not None:
-        switches["enable_thinking"] = config.enable_thinking
+    if enable_thinking is not None:
+        switches["enable_thinking"] = enable_thinking
     text = tokenizer.apply_chat_template(
         [dict(message) for message in messages],
         tokenize=False,

@@ -21,10 +21,16 @@ from megadistill.head import VocabularyHead
 from megadistill.megatron import checkpoint, export
 from megadistill.megatron.model import build_model, check_model, load_hf
 from megadistill.megatron.offload import Residence
-from megadistill.megatron.scoring import Scorable, mean_divergences, own_batches, score_spans
+from megadistill.megatron.scoring import (
+    Scorable,
+    mean_divergences,
+    own_batches,
+    score_spans,
+    top_k_spans,
+)
 from megadistill.megatron.training import Student
 from megadistill.megatron.world import connect, disconnect, pick_device
-from megadistill.types import FloatArray, MicroBatch, Sample, StepResult, TokenSpan
+from megadistill.types import FloatArray, MicroBatch, Sample, StepResult, TokenSpan, TopK
 
 STUDENT = "student"
 
@@ -122,6 +128,15 @@ class Engine:
         return self._score(model, spans, with_entropy=True)
 
     @_names_rank
+    def score_top_k(
+        self, model: str, spans: Sequence[TokenSpan], *, top_k: int, temperature: float
+    ) -> tuple[list[FloatArray], list[TopK]]:
+        """As `score`, and the exact `top_k` most probable ids of each scored token."""
+        scorable = self._scorable(model)
+        with self._residence.of(scorable.model):
+            return top_k_spans(scorable, spans, self._rules, top_k=top_k, temperature=temperature)
+
+    @_names_rank
     def divergences(
         self, student: str, teacher: str, spans: Sequence[TokenSpan]
     ) -> tuple[FloatArray, FloatArray]:
@@ -142,22 +157,24 @@ class Engine:
         and `FloatingPointError`, changing no weight, if the loss or its gradient is not finite.
         """
         _check_samples(samples)
-        spans = [sample.span for sample in samples]
-        weights = [sample.weights_R for sample in samples]
-        batches = own_batches(spans, self._rules, self.world, weights)
-        scorable = self._scorables[STUDENT]
-
-        def loss_of(hidden_WD: Tensor, batch: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-            return loss(scorable.head(training=True), hidden_WD, batch)
-
-        total, grad_norm, metrics = self._student.step(batches, loss_of, learning_rate)
+        head = functools.partial(self._scorables[STUDENT].head, training=True)
+        total, grad_norm, metrics = self._student.step(
+            self._batches(samples), lambda *rows: loss(head(), *rows), learning_rate
+        )
         return StepResult(
             loss=total,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
-            num_tokens=sum(num_inputs(span) for span in spans),
+            num_tokens=sum(num_inputs(sample.span) for sample in samples),
             metrics=metrics,
         )
+
+    @_names_rank
+    def measure(self, samples: Sequence[Sample], loss: Loss) -> dict[str, float]:
+        """The named sums of `loss` over all rows of all samples, as `step` would report them."""
+        _check_samples(samples)
+        head = self._scorables[STUDENT].head
+        return self._student.measure(self._batches(samples), lambda *rows: loss(head(), *rows))
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The student's weights as (Hugging Face name, CPU tensor), on rank 0 only.
@@ -209,6 +226,15 @@ class Engine:
             multiple=multiple,
             cp=parallel.cp,
             cp_rank=self.world.groups.cp.rank(),
+        )
+
+    def _batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
+        return own_batches(
+            [sample.span for sample in samples],
+            self._rules,
+            self.world,
+            [sample.weights_R for sample in samples],
+            [sample.top_k for sample in samples],
         )
 
     def _score(

@@ -124,12 +124,9 @@ def _packed_params(batch: MicroBatch, longest: int) -> PackedSeqParams:
 def _on(device: torch.device, batch: MicroBatch) -> MicroBatch:
     if device.type == "cpu":
         return batch
-    return replace(
-        batch,
-        token_ids_T=batch.token_ids_T.to(device, non_blocking=True),
-        position_ids_T=batch.position_ids_T.to(device, non_blocking=True),
-        cu_seqlens=batch.cu_seqlens.to(device, non_blocking=True),
-        rows_W=batch.rows_W.to(device, non_blocking=True),
-        targets_W=batch.targets_W.to(device, non_blocking=True),
-        weights_W=batch.weights_W.to(device, non_blocking=True),
-    )
+    tensors: dict[str, Any] = {
+        name: value.to(device, non_blocking=True)
+        for name in MicroBatch.__slots__
+        if isinstance(value := getattr(batch, name), Tensor)
+    }
+    return replace(batch, **tensors)

@@ -25,7 +25,7 @@ from megadistill.megatron.boundary import calls_megatron
 from megadistill.megatron.model import output_weight
 from megadistill.megatron.schedule import forward
 from megadistill.megatron.world import World
-from megadistill.types import FloatArray, MicroBatch, TokenSpan
+from megadistill.types import FloatArray, MicroBatch, TokenSpan, TopK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +52,11 @@ def own_batches(
     rules: PackingRules,
     world: World,
     weights: Sequence[FloatArray] | None = None,
+    top_k: Sequence[TopK | None] = (),
 ) -> list[MicroBatch]:
     """This data-parallel rank's share of `spans`, packed; at least one micro-batch."""
     shares = assign([num_inputs(span) for span in spans], world.groups.dp.size())
-    own = micro_batches(spans, shares[world.groups.dp.rank()], rules, weights)
+    own = micro_batches(spans, shares[world.groups.dp.rank()], rules, weights, top_k)
     return own or [empty_micro_batch(rules)]
 
 
@@ -82,8 +83,47 @@ def score_spans(
     batches = own_batches(spans, rules, scorable.world)
     scorable.model.eval()
     values = forward(scorable.model, batches, scorable.world, visit)
-    columns = _everywhere(spans, batches, values, 1 + with_entropy, scorable.world)
-    return columns[0], columns[1] if with_entropy else []
+    tables = _everywhere(spans, batches, values, 1 + with_entropy, scorable.world)
+    return _column(tables, 0), _column(tables, 1) if with_entropy else []
+
+
+@calls_megatron
+def top_k_spans(
+    scorable: Scorable,
+    spans: Sequence[TokenSpan],
+    rules: PackingRules,
+    *,
+    top_k: int,
+    temperature: float,
+) -> tuple[list[FloatArray], list[TopK]]:
+    """As `score_spans`, and the exact top-K of every scored token at `temperature`.
+
+    2 K + 1 fp32 numbers a token travel between the ranks, so this is for short responses.
+    """
+    head = scorable.head() if scorable.world.is_last_stage else None
+
+    def visit(hidden_WD: Tensor, batch: MicroBatch) -> Tensor:
+        assert head is not None
+        columns = hidden_WD.new_zeros(len(hidden_WD), 1 + 2 * top_k, dtype=torch.float32)
+        if len(hidden_WD):
+            targets_W1 = batch.targets_W[:, None]
+            columns[:, :1] = score(head, hidden_WD, targets_W1).logprobs_TK
+            top = score(head, hidden_WD, targets_W1[:, :0], temperature=temperature, top_k=top_k)
+            assert top.top_ids_TK is not None
+            assert top.top_logprobs_TK is not None
+            columns[:, 1 : 1 + top_k] = top.top_ids_TK  # exact: ids are far below 2^24
+            columns[:, 1 + top_k :] = top.top_logprobs_TK
+        return columns
+
+    batches = own_batches(spans, rules, scorable.world)
+    scorable.model.eval()
+    values = forward(scorable.model, batches, scorable.world, visit)
+    tables = _everywhere(spans, batches, values, 1 + 2 * top_k, scorable.world)
+    tops = [
+        TopK(ids_RK=table[:, 1 : 1 + top_k].astype(np.int32), logprobs_RK=table[:, 1 + top_k :])
+        for table in tables
+    ]
+    return _column(tables, 0), tops
 
 
 @calls_megatron
@@ -107,8 +147,8 @@ def mean_divergences(
             result = divergences(student.head(), student_WD, teacher.head(), teacher_WD)
             columns[:, 0], columns[:, 1] = result.forward_kl_T, result.reverse_kl_T
         values.append(columns)
-    columns = _everywhere(spans, batches, values, 2, world)
-    forward_kl, reverse_kl = ([_mean(values_R) for values_R in column] for column in columns)
+    tables = _everywhere(spans, batches, values, 2, world)
+    forward_kl, reverse_kl = ([_mean(values_R) for values_R in _column(tables, i)] for i in (0, 1))
     return np.array(forward_kl, dtype=np.float32), np.array(reverse_kl, dtype=np.float32)
 
 
@@ -122,8 +162,8 @@ def _everywhere(
     values: Sequence[Tensor],
     num_columns: int,
     world: World,
-) -> list[list[FloatArray]]:
-    """Columns of all spans, on every rank, from the rows `[W, columns]` of each rank's batches.
+) -> list[FloatArray]:
+    """`[R, columns]` of each span, on every rank, from the rows `[W, columns]` of all batches.
 
     Each row is written by one rank, so the sum over all ranks only moves numbers.
     """
@@ -133,8 +173,11 @@ def _everywhere(
         for batch, rows in zip(batches, values, strict=True):
             table[_places(spans, starts, batch).to(world.device)] = rows
     dist.all_reduce(table)
-    columns = table.cpu().numpy().T
-    return [np.split(column.copy(), starts[1:-1]) if spans else [] for column in columns]
+    return np.split(table.cpu().numpy(), starts[1:-1]) if spans else []
+
+
+def _column(tables: Sequence[FloatArray], index: int) -> list[FloatArray]:
+    return [table[:, index].copy() for table in tables]
 
 
 def _places(spans: Sequence[TokenSpan], starts: npt.NDArray[np.int64], batch: MicroBatch) -> Tensor:

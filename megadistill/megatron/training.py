@@ -19,7 +19,7 @@ from torch import Tensor
 from megadistill.config.schema import OptimizerConfig
 from megadistill.megatron.adam import GroupStepAdam
 from megadistill.megatron.boundary import calls_megatron
-from megadistill.megatron.schedule import Loss, forward_backward
+from megadistill.megatron.schedule import Loss, forward, forward_backward
 from megadistill.megatron.world import World
 from megadistill.types import MicroBatch
 
@@ -70,6 +70,18 @@ class Student:
             group["weight_decay"] = self._weight_decay * group["wd_mult"]
         _, grad_norm, _ = self.optimizer.step()
         return total, float(grad_norm), metrics
+
+    @calls_megatron
+    def measure(self, batches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
+        """The metrics of `loss` summed over every rank's micro-batches, without gradient."""
+        self.model.eval()
+        reports = forward(
+            self.model,
+            batches,
+            self.world,
+            lambda hidden_WD, batch: loss(hidden_WD, batch) if len(batch.rows_W) else None,
+        )
+        return self._sum_over_ranks([report for report in reports if report])[1]
 
     def _sum_over_ranks(
         self, reports: Sequence[tuple[Tensor, Mapping[str, Tensor]]]

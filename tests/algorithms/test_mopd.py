@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from megadistill.algorithms import Camopd, Mopd, Selection, make_algorithm
-from megadistill.config.schema import CamopdConfig, MopdConfig
+from megadistill.algorithms import Camopd, Mopd, Selection
+from megadistill.config.algorithm import CamopdConfig, MopdConfig
 from megadistill.types import FloatArray, Sample, Scored
-from tests.tiny import Tree, camopd_tree, float32, make_config, make_scored
+from tests.tiny import Tree, camopd_tree, decisions, float32, make_config, make_scored
 
 W3 = (
     make_scored([-0.5, -1, -2], [-0.2, -1.5, -0.5], rollout_R=[-0.6, -1, -1], prompt_id="one"),
@@ -377,14 +377,14 @@ def test_metrics_of_a_step_are_those_of_its_branch() -> None:
 
 
 def test_the_configuration_names_the_algorithm() -> None:
-    assert type(make_algorithm(make_config())) is Camopd
+    assert type(decisions()) is Camopd
     tree = camopd_tree()
     tree["algorithm"] = {
         "kind": "mopd",
         "general": {"pool": "general", "teacher": "general"},
         "domain": {"pool": "medical", "teacher": "domain"},
     }
-    algorithm = make_algorithm(make_config(tree))
+    algorithm = decisions(tree)
     assert type(algorithm) is Mopd
     assert algorithm.batch_size == 4
 
@@ -392,7 +392,7 @@ def test_the_configuration_names_the_algorithm() -> None:
 def test_importance_bounds_come_from_the_configuration() -> None:
     tree = camopd_tree()
     tree["algorithm"]["importance"] = {"low": 0.3, "high": 9.0}
-    algorithm = make_algorithm(make_config(tree))
+    algorithm = decisions(tree)
     assert isinstance(algorithm, Camopd)
     item = make_scored([-2.0, 0.0], [-1.0, 0.0], rollout_R=[-1.0, -2.0])
     masked = algorithm.select([item]).metrics["general/masked_fraction"]

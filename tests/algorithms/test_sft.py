@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megadistill.algorithms import Sft, make_algorithm
-from tests.tiny import make_config, make_prompt, sft_tree
+from megadistill.algorithms import Sft
+from tests.tiny import decisions, make_prompt, sft_tree
 
 ANSWERS = [(make_prompt("a"), [1, 2, 3, 0]), (make_prompt("b"), [4, 0])]
 
@@ -36,6 +36,6 @@ def test_weights_of_a_batch_sum_to_one() -> None:
 
 
 def test_every_step_draws_the_whole_batch() -> None:
-    algorithm = make_algorithm(make_config(sft_tree()))
+    algorithm = decisions(sft_tree())
     assert isinstance(algorithm, Sft)
     assert [dict(algorithm.phase(step).draws) for step in (0, 5)] == [{"sft": 4}, {"sft": 4}]

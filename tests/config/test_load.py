@@ -19,7 +19,8 @@ from megadistill.config import (
     parse_config,
     resolve_path,
 )
-from megadistill.config.schema import CamopdConfig, FileSource, MopdConfig, PackagedSource
+from megadistill.config.algorithm import CamopdConfig, MopdConfig
+from megadistill.config.schema import FileSource, PackagedSource
 from tests.tiny import Tree, camopd_tree, sft_tree
 
 CONFIGS = Path(__file__).parents[2] / "configs"

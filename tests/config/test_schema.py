@@ -4,7 +4,7 @@ import dataclasses
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from megadistill.config import campaign, cluster, schema, work
+from megadistill.config import algorithm, campaign, cluster, schema, work
 from megadistill.config.campaign import CampaignConfig
 from megadistill.config.schema import RunConfig
 
@@ -30,7 +30,7 @@ def test_no_class_has_more_than_twenty_fields() -> None:
 
 
 def test_every_class_of_the_schema_is_part_of_the_tree() -> None:
-    modules = (schema, cluster, work, campaign)
+    modules = (schema, algorithm, cluster, work, campaign)
     members = [member for module in modules for member in vars(module).values()]
     defined = {kind for kind in members if dataclasses.is_dataclass(kind)}
     assert tree_classes() == defined

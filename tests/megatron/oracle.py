@@ -10,8 +10,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from megadistill.types import Sample, TokenSpan
-from tests.megatron.reference import VOCAB_SIZE, Reference, random_samples, random_spans
+from megadistill.types import Sample, TokenSpan, TopK
+from tests.megatron.reference import (
+    TEMPERATURE,
+    TOP_K,
+    VOCAB_SIZE,
+    Reference,
+    random_samples,
+    random_spans,
+    reversed_top_k,
+)
 
 NUM_STEPS = 3
 LEARNING_RATE = 1e-3
@@ -99,6 +107,8 @@ def reference(model_dir: Path, lengths: Sequence[int]) -> Reference:
     spans, samples = random_spans(lengths), random_samples(lengths)
     with torch.no_grad():
         scores = [token_logprobs(model, span) for span in spans]
+        tops = [top_k(rows, span) for rows, span in zip(scores, spans, strict=True)]
+        kl = sum(distillation(model, s, t) for s, t in zip(samples, tops, strict=True))
     start = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     losses, grad_norms = [], []
@@ -121,6 +131,8 @@ def reference(model_dir: Path, lengths: Sequence[int]) -> Reference:
             (-(rows.exp() * rows).sum(-1))[-span.num_scored :].numpy()
             for rows, span in zip(scores, spans, strict=True)
         ],
+        tops=tops,
+        kl=kl,
         samples=samples,
         losses=losses,
         grad_norms=grad_norms,
@@ -148,6 +160,22 @@ def scored(rows: Tensor, span: TokenSpan) -> Tensor:
     """The scored tokens' entries of `token_logprobs`."""
     targets = torch.from_numpy(span.token_ids_N[1:].astype(np.int64))
     return rows.gather(1, targets[:, None])[len(rows) - span.num_scored :, 0]
+
+
+def top_k(rows: Tensor, span: TokenSpan) -> TopK:
+    """The scored tokens' most likely ids at the temperature."""
+    found = (rows / TEMPERATURE).log_softmax(-1)[len(rows) - span.num_scored :].topk(TOP_K)
+    return TopK(ids_RK=found.indices.int().numpy(), logprobs_RK=found.values.numpy())
+
+
+def distillation(model: torch.nn.Module, sample: Sample, top: TopK) -> float:
+    """One sample's part of RAFT's L_KL with the reversed top K as the teacher."""
+    rows = (token_logprobs(model, sample.span) / TEMPERATURE).log_softmax(-1).double()
+    ids = torch.from_numpy(top.ids_RK.astype(np.int64))
+    p = rows[len(rows) - sample.span.num_scored :].gather(1, ids).log_softmax(-1)
+    q = torch.from_numpy(reversed_top_k(top).logprobs_RK).double().log_softmax(-1)
+    kl = (q.exp() * (q - p)).sum(-1)
+    return float(TEMPERATURE**2 * (torch.from_numpy(sample.weights_R) * kl).sum())
 
 
 def loss(model: torch.nn.Module, samples: Sequence[Sample]) -> Tensor:

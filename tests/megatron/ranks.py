@@ -4,6 +4,8 @@ Runs in the spawned processes, so it imports no transformers; references come re
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megadistill.config.algorithm import SftConfig
 from megadistill.config.schema import (
     BatchConfig,
     DataConfig,
@@ -20,13 +23,13 @@ from megadistill.config.schema import (
     ParallelConfig,
     PoolConfig,
     RunConfig,
-    SftConfig,
 )
 from megadistill.head import VocabularyHead, weighted_nll
+from megadistill.losses import answer_conditioned
 from megadistill.megatron import export
 from megadistill.megatron.engine import STUDENT, Engine
 from megadistill.types import MicroBatch
-from tests.megatron.reference import Reference
+from tests.megatron.reference import TEMPERATURE, TOP_K, Reference, reversed_top_k
 
 Layout = dict[str, Any]
 """Arguments of ParallelConfig."""
@@ -91,7 +94,17 @@ def _scoring(engine: Engine, reference: Reference) -> dict[str, float]:
     scores = engine.score(STUDENT, reference.spans)
     same, entropies = engine.score_with_entropy("same", reference.spans)
     forward_kl, reverse_kl = engine.divergences(STUDENT, "same", reference.spans)
+    _, tops = engine.score_top_k("same", reference.spans, top_k=TOP_K, temperature=TEMPERATURE)
+    taught = [
+        replace(sample, top_k=reversed_top_k(top))
+        for sample, top in zip(reference.samples, tops, strict=True)
+    ]
+    loss = partial(answer_conditioned, balance=1.0, temperature=TEMPERATURE)
     return {
+        "top k": _largest_of(
+            (a.logprobs_RK, b.logprobs_RK) for a, b in zip(tops, reference.tops, strict=True)
+        ),
+        "top-k kl": abs(engine.measure(taught, loss)["raft/kl"] - reference.kl),
         "logprob": _largest_of(zip(scores, reference.logprobs, strict=True)),
         "entropy": _largest_of(zip(entropies, reference.entropies, strict=True)),
         "gap to itself": _largest_of(zip(scores, same, strict=True)),

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from megadistill.types import FloatArray, Sample, TokenSpan
+from megadistill.types import FloatArray, Sample, TokenSpan, TopK
 
 VOCAB_SIZE = 259
 """Odd, so that tensor parallelism must pad it."""
+
+
+TOP_K, TEMPERATURE = 4, 1.5
+"""What a teacher is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,10 @@ class Reference:
     spans: list[TokenSpan]
     logprobs: list[FloatArray]
     entropies: list[FloatArray]
+    tops: list[TopK]
+    """At TEMPERATURE."""
+    kl: float
+    """RAFT's L_KL of all samples, where their teacher is `tops` in reverse order of likelihood."""
     samples: list[Sample]
     losses: list[float]
     """Of each of the steps, before it."""
@@ -32,6 +40,11 @@ class Reference:
     """After the last step."""
     last_loss: float
     """Of the first sample alone, after the last step."""
+
+
+def reversed_top_k(top: TopK) -> TopK:
+    """The least likely of the ids becomes the most likely one."""
+    return TopK(ids_RK=top.ids_RK, logprobs_RK=top.logprobs_RK[:, ::-1].copy())
 
 
 def random_spans(lengths: Sequence[int], seed: int = 0) -> list[TokenSpan]:

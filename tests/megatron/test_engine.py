@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from torch import Tensor
 from megadistill.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megadistill.convert.families import read_spec
 from megadistill.head import VocabularyHead
+from megadistill.losses import answer_conditioned
 from megadistill.megatron.engine import STUDENT, Engine
 from megadistill.megatron.model import check_model
 from megadistill.types import FloatArray, MicroBatch, Sample, TokenSpan
 from tests.megatron import oracle
 from tests.megatron.ranks import Layout, nll, read_reference, run_config
-from tests.megatron.reference import random_samples, random_spans
+from tests.megatron.reference import VOCAB_SIZE, random_samples, random_spans
 
 pytestmark = [pytest.mark.megatron, pytest.mark.timeout(600)]
 
@@ -64,6 +66,51 @@ def test_spans_without_scored_tokens_keep_their_place(engine: Engine) -> None:
     forward_kl, _ = engine.divergences(STUDENT, "same", [empty, spans[1]])
     assert np.isnan(forward_kl[0])
     assert forward_kl[1] == 0.0
+
+
+def test_the_top_k_is_that_of_the_whole_vocabulary(engine: Engine) -> None:
+    spans = random_spans((9, 14, 60))
+    scores, tops = engine.score_top_k(STUDENT, spans, top_k=VOCAB_SIZE, temperature=1.0)
+    assert largest(scores, engine.score(STUDENT, spans)) == 0.0
+    for span, score, top in zip(spans, scores, tops, strict=True):
+        assert top.ids_RK.shape == (span.num_scored, VOCAB_SIZE)
+        assert (np.sort(top.ids_RK) == np.arange(VOCAB_SIZE)).all()
+        assert (np.diff(top.logprobs_RK) <= 0).all()
+        places = (top.ids_RK == span.token_ids_N[-span.num_scored :, None]).argmax(1)
+        chosen = np.take_along_axis(top.logprobs_RK, places[:, None], 1)[:, 0]
+        assert np.abs(chosen - score).max() < 1e-6
+    _, few = engine.score_top_k(STUDENT, spans, top_k=4, temperature=1.0)
+    for whole, part in zip(tops, few, strict=True):
+        assert (whole.ids_RK[:, :4] == part.ids_RK).all()
+        assert (whole.logprobs_RK[:, :4] == part.logprobs_RK).all()
+
+
+def test_measuring_a_loss_gives_what_the_step_will_report(engine: Engine) -> None:
+    spans = random_spans((9, 14, 60, 12))
+    _, tops = engine.score_top_k("same", spans, top_k=8, temperature=1.5)
+    rng = np.random.default_rng(0)
+    shaken = [
+        replace(t, logprobs_RK=(t.logprobs_RK + rng.normal(size=t.ids_RK.shape)).astype(np.float32))
+        for t in tops
+    ]
+    samples = [
+        Sample(
+            span=span,
+            weights_R=np.full(span.num_scored, 0.1, dtype=np.float32),
+            component="any",
+            top_k=shaken[index] if index % 2 else None,
+        )
+        for index, span in enumerate(spans)
+    ]
+    loss = partial(answer_conditioned, balance=2.0, temperature=1.5)
+    measured = engine.measure(samples, loss)
+    assert measured["raft/kl"] > 0
+    before = dict(engine.hf_tensors())
+    assert measured == engine.measure(samples, loss)
+    result = engine.step(samples, loss, learning_rate=1e-3)
+    assert result.metrics == pytest.approx(measured, rel=1e-6)
+    assert result.loss == pytest.approx(measured["raft/sft"] + 2 * measured["raft/kl"], rel=1e-6)
+    assert set(before) == set(dict(engine.hf_tensors()))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ pytestmark = [pytest.mark.megatron, pytest.mark.multi, pytest.mark.timeout(600)]
 LIMITS = {
     "logprob": 1e-5,
     "entropy": 1e-5,
+    "top k": 1e-5,
+    "top-k kl": 1e-5,
     "gap to itself": 0.0,
     "kl to itself": 0.0,
     "round trip": 0.0,
