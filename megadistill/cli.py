@@ -146,6 +146,11 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def config_show(arguments: argparse.Namespace) -> int:
     """The resolved configuration."""
+    from megadistill.config.refine import dump_refine, is_refine, load_refine
+
+    if is_refine(arguments.config):
+        print(dump_refine(load_refine(arguments.config, arguments.overrides)), end="")
+        return 0
     print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
     return 0
 

@@ -7,8 +7,8 @@ setting runs its stage and those after it.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from megadistill.config.refine import (
     ServedConfig,
     dump_refine,
 )
-from megadistill.launch.fanout import Limits, Shard, run_fanout
+from megadistill.launch.fanout import FanoutResult, Limits, Shard, run_fanout
 from megadistill.launch.shards import content_hash, fingerprint
 from megadistill.refine import assembly, fusing, rewriting
 from megadistill.refine.records import input_file, read_records, write_records
@@ -48,6 +48,7 @@ class Pipeline:
 
     config: RefineConfig
     gpu: bool
+    run_shards: Callable[..., FanoutResult] = run_fanout
     stages: dict[str, Any] = field(default_factory=dict)
     """What each stage did, for the summary (any: JSON)."""
 
@@ -74,7 +75,14 @@ class Pipeline:
         return assembly.write_summary(self.root, self.config, result, self.stages)
 
     def check(self) -> None:
-        """Complain of templates, encoder and input before any work."""
+        """Complain of templates, encoder, input and GPUs before any work."""
+        if (cluster := self.config.cluster) is not None and self.gpu:
+            most = max(self.config.engine.tp, self.served_gpus())
+            if most > cluster.gpus_per_node:
+                raise ValueError(
+                    f"cluster.gpus_per_node: found {cluster.gpus_per_node}, expected at least "
+                    f"{most}, which the models of one shard use"
+                )
         load_template(self.config.rewrite.template, rewriting.FIELDS)
         encoder_path(self.config.filter.encoder)
         input_file(self.config.input.path)
@@ -157,8 +165,14 @@ class Pipeline:
             }
             for part in range(of)
         ]
-        own = [m.engine.tp for n in names if isinstance(m := self.config.models[n], ServedConfig)]
-        return self.fan_out("fusion", "fusing:fuse", arguments, gpus=sum(own))
+        return self.fan_out("fusion", "fusing:fuse", arguments, gpus=self.served_gpus())
+
+    def served_gpus(self) -> int:
+        """GPUs of the models that one shard of fusion serves."""
+        if (fusion := self.config.fusion) is None:
+            return 0
+        models = [self.config.models[name] for name in {fusion.model, *fusion.judges}]
+        return sum(model.engine.tp for model in models if isinstance(model, ServedConfig))
 
     def diagnose(self, source: str, result: assembly.Result) -> None:
         settings = self.config.diagnose
@@ -196,15 +210,19 @@ class Pipeline:
         ]
         folders = [stage.path / "shards" / shard.key for shard in shards]
         reused = sum((folder / "done.json").exists() for folder in folders)
+        gpus = gpus if self.gpu else 0
         limits = Limits(
             concurrency=self.config.shards.concurrency,
             tries=self.config.shards.tries,
-            gpus=gpus if self.gpu else 0,
+            gpus=gpus,
         )
+        cluster = self.config.cluster
+        if cluster is not None:  # a shard asks for the GPUs it uses, not for all of a node
+            cluster = replace(cluster, gpus_per_node=gpus)
         begun = time.monotonic()
         log.info("%s: %d shards, %d of them done before", name, len(shards), reused)
         job = f"{self.config.name}-{name}"
-        run_fanout(stage.path, shards, limits, cluster=self.config.cluster, name=job).check()
+        self.run_shards(stage.path, shards, limits, cluster=cluster, name=job).check()
         self.stages[name] = {
             "shards": len(shards),
             "reused": reused,
