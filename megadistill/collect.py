@@ -76,7 +76,7 @@ class AnswerCollector:
         self._tokenizer = tokenizer
 
     def collect(self, step: int) -> Batch:
-        (count,) = self._algorithm.phase(step).draws.values()
+        (count,) = self._algorithm.draws(step).values()
         prompts = self._pool.draw(self.cursors[self._pool.name], count)
         self.cursors[self._pool.name] += count
         pairs = [(prompt, answer_ids(prompt, self._tokenizer)) for prompt in prompts]
@@ -124,7 +124,7 @@ class OnPolicyCollector:
     def _draw(self, step: int, cursors: Mapping[str, int]) -> dict[str, list[Prompt]]:
         positions = dict(cursors)
         drawn: dict[str, list[Prompt]] = {}
-        for branch, count in self._algorithm.phase(step).draws.items():
+        for branch, count in self._algorithm.draws(step).items():
             pool = self._branches[branch].pool
             drawn[branch] = self._pools[pool].draw(positions[pool], count)
             positions[pool] += count

@@ -120,14 +120,6 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """Whom this step learns from: branch name -> number of prompts to draw."""
-
-    step: int
-    draws: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What one optimizer step reports."""
 

@@ -41,7 +41,7 @@ def test_every_algorithm_of_the_configuration_is_tried_here() -> None:
 def test_every_algorithm_of_the_configuration_is_implemented(kind: str) -> None:
     made = decisions(TREES[kind])
     assert type(made).__name__.lower() == kind
-    assert sum(made.phase(0).draws.values()) == 4
+    assert sum(made.draws(0).values()) == 4
 
 
 def test_every_source_of_the_configuration_has_a_reader_and_none_is_left_over() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
 
-from megadistill.algorithms.mopd import Camopd, Mopd
+from megadistill.algorithms.mopd import Camopd, Mopd, make_camopd, make_mopd
 from megadistill.algorithms.protocol import Algorithm, OnPolicy, Selection, Supervised
 from megadistill.algorithms.raft import Moments, Raft
 from megadistill.algorithms.sft import Sft
@@ -33,7 +33,7 @@ def make_algorithm(
         moments = Moments(**state)  # type: ignore[arg-type]
         return Raft(algorithm, config.data, config.batch.size, tokenizer, moments)
     if isinstance(algorithm, CamopdConfig):
-        return Camopd.of(algorithm, config.batch.size)
+        return make_camopd(algorithm, config.batch.size)
     if isinstance(algorithm, MopdConfig):
-        return Mopd.of(algorithm, config.batch.size)
+        return make_mopd(algorithm, config.batch.size)
     return Sft(config.batch.size)

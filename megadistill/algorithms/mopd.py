@@ -5,6 +5,8 @@ which samples are kept, and how strongly each branch pulls. Formulas: CaMOPD, ar
 Shape legend: R response tokens.
 """
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,8 +25,16 @@ from megadistill.algorithms.protocol import (
     response_span,
     rollout_metrics,
 )
-from megadistill.config.algorithm import BranchConfig, CamopdConfig, ImportanceConfig, MopdConfig
-from megadistill.types import FloatArray, Phase, Rollout, Sample, Scored, TokenSpan
+from megadistill.config.algorithm import (
+    BranchConfig,
+    CamopdConfig,
+    ImportanceConfig,
+    MopdConfig,
+    SelectiveBranchConfig,
+)
+from megadistill.types import FloatArray, Rollout, Sample, Scored, TokenSpan
+
+log = logging.getLogger(__name__)
 
 SCORES: Mapping[str, Callable[[FloatArray], float]] = {
     "general": mean_absolute_gap,  # Eq. (6): recover wherever the two models differ
@@ -38,20 +48,13 @@ class Mopd(Weighted):
 
     branches: Mapping[str, BranchConfig]
     importance: ImportanceConfig
-    batch_size: int
-    general_share: float
+    period: tuple[Mapping[str, int], ...]
+    """Branch -> number of prompts, of each step until the schedule repeats."""
     top_k: TopKRequest | None = None
 
-    @classmethod
-    def of(cls, config: MopdConfig, batch_size: int) -> "Mopd":
-        branches = {"general": config.general, "domain": config.domain}
-        return cls(branches, config.importance, batch_size, config.general_share)
-
-    def phase(self, step: int) -> Phase:
-        """Both branches at every step."""
-        num_general = round(self.batch_size * self.general_share)
-        draws = {"general": num_general, "domain": self.batch_size - num_general}
-        return Phase(step=step, draws={name: count for name, count in draws.items() if count})
+    def draws(self, step: int) -> Mapping[str, int]:
+        """The active branches of a step: Eq. (5)."""
+        return self.period[step % len(self.period)]
 
     def keep(self, branch: str, scores: Sequence[float]) -> list[int]:
         """Everything."""
@@ -75,7 +78,9 @@ class Mopd(Weighted):
             members = [index for index, item in enumerate(scored) if item.branch == branch]
             if not members:
                 continue
-            branch_scores = [SCORES[branch](scored[index].gap_R) for index in members]
+            branch_scores = [_score(branch, scored[index]) for index in members]
+            if not any(branch_scores):
+                log.warning("branch %s: every score is 0, all samples are kept", branch)
             kept = sorted(members[position] for position in self.keep(branch, branch_scores))
             scores.update(zip(members, branch_scores, strict=True))
             samples += [self._sample(scored[index], len(kept)) for index in kept]
@@ -122,18 +127,7 @@ class Mopd(Weighted):
 class Camopd(Mopd):
     """CaMOPD: alternate the branches, keep the samples with the gap mass, scale recovery."""
 
-    schedule: tuple[str, ...] = ()
-    """One period of Eq. (5), e.g. general, general, general, domain."""
-
-    @classmethod
-    def of(cls, config: CamopdConfig, batch_size: int) -> "Camopd":  # type: ignore[override]
-        period = ("general",) * config.schedule.general + ("domain",) * config.schedule.domain
-        branches = {"general": config.general, "domain": config.domain}
-        return cls(branches, config.importance, batch_size, 1.0, schedule=period)
-
-    def phase(self, step: int) -> Phase:
-        """Eq. (5): the branch at this place of the period, alone."""
-        return Phase(step=step, draws={self.schedule[step % len(self.schedule)]: self.batch_size})
+    branches: Mapping[str, SelectiveBranchConfig]
 
     def keep(self, branch: str, scores: Sequence[float]) -> list[int]:
         """Eq. (8): the samples that hold rho_b of the branch's gap mass."""
@@ -142,3 +136,33 @@ class Camopd(Mopd):
     def scale(self, branch: str) -> float:
         """r_b of Eq. (9)."""
         return self.branches[branch].scale
+
+
+def make_mopd(config: MopdConfig, batch_size: int) -> Mopd:
+    """Both branches at every step."""
+    num_general = round(batch_size * config.general_share)
+    draws = {"general": num_general, "domain": batch_size - num_general}
+    period = ({name: count for name, count in draws.items() if count},)
+    branches = {"general": config.general, "domain": config.domain}
+    return Mopd(branches, config.importance, period)
+
+
+def make_camopd(config: CamopdConfig, batch_size: int) -> Camopd:
+    """One branch a step: `schedule.general` of the one, then `schedule.domain` of the other."""
+    schedule = config.schedule
+    period = ({"general": batch_size},) * schedule.general + (
+        {"domain": batch_size},
+    ) * schedule.domain
+    branches = {"general": config.general, "domain": config.domain}
+    return Camopd(branches, config.importance, period)
+
+
+def _score(branch: str, scored: Scored) -> float:
+    """s_b of Eq. (6)-(7). Raises `FloatingPointError` where it is no number to select by."""
+    score = SCORES[branch](scored.gap_R)
+    if not math.isfinite(score):
+        raise FloatingPointError(
+            f"branch {branch}: found the score {score} of prompt {scored.rollout.prompt.id!r}, "
+            "expected a finite number: student or teacher gave a token no finite log-probability"
+        )
+    return score

@@ -12,7 +12,6 @@ from megadistill.head import VocabularyHead
 from megadistill.losses import policy_gradient
 from megadistill.types import (
     MicroBatch,
-    Phase,
     Prompt,
     Rollout,
     Sample,
@@ -51,8 +50,8 @@ class TopKRequest:
 class Algorithm(Protocol):
     """Whom a step learns from, and by which loss."""
 
-    def phase(self, step: int) -> Phase:
-        """The active branches and how many prompts each draws at `step` (from 0)."""
+    def draws(self, step: int) -> Mapping[str, int]:
+        """Branch -> number of prompts that it draws at `step` (from 0); active branches only."""
 
     def loss(self, measure: Measure) -> Loss:
         """The loss of this step's samples."""

@@ -23,7 +23,7 @@ from megadistill.config.algorithm import BranchConfig, RaftConfig
 from megadistill.config.schema import DataConfig
 from megadistill.data.pools import answer_ids, render_ids
 from megadistill.losses import answer_conditioned
-from megadistill.types import Phase, Prompt, Rollout, Sample, Scored, StepResult, TokenSpan
+from megadistill.types import Prompt, Rollout, Sample, Scored, StepResult, TokenSpan
 
 BRANCH = "domain"
 
@@ -74,9 +74,9 @@ class Raft:
         """Eq. (9): the teacher's K most probable ids, at the temperature of Eq. (8)."""
         return TopKRequest(size=self.config.top_k, temperature=self.config.temperature)
 
-    def phase(self, step: int) -> Phase:
+    def draws(self, step: int) -> Mapping[str, int]:
         """One branch, always."""
-        return Phase(step=step, draws={BRANCH: self.batch_size})
+        return {BRANCH: self.batch_size}
 
     def teacher_spans(self, rollouts: Sequence[Rollout]) -> list[TokenSpan]:
         """Eq. (7): the response behind a prompt that holds the answer, as `context` says."""

@@ -1,12 +1,12 @@
 """Supervised fine-tuning: cross-entropy on the answers, mean per sequence, then over the batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megadistill.algorithms.protocol import Selection, Weighted
-from megadistill.types import Phase, Prompt, Sample, TokenSpan
+from megadistill.types import Prompt, Sample, TokenSpan
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,9 @@ class Sft(Weighted):
 
     batch_size: int
 
-    def phase(self, step: int) -> Phase:
+    def draws(self, step: int) -> Mapping[str, int]:
         """One branch, always."""
-        return Phase(step=step, draws={"sft": self.batch_size})
+        return {"sft": self.batch_size}
 
     def samples(self, answers: Sequence[tuple[Prompt, Sequence[int]]]) -> Selection:
         """Weights 1 / (N T_i) on the answer tokens."""

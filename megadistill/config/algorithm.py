@@ -19,12 +19,18 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class BranchConfig:
-    """One branch of (Ca)MOPD: where its prompts come from and how its signal is used."""
+    """One branch of MOPD: where its prompts come from, and who scores the answers."""
 
     pool: str
     """Name of the prompt pool in `data.pools`."""
     teacher: str
     """Name of the teacher in `teachers`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SelectiveBranchConfig(BranchConfig):
+    """One branch of CaMOPD: also how much of its signal is used, and how strongly."""
+
     mass: Fraction = 0.8
     """rho_b of Eq. (8): the share of gap mass that the kept samples must hold; 1 keeps all."""
     scale: PositiveFloat = 1.0
@@ -59,22 +65,14 @@ class MopdConfig:
     """Share of the batch drawn from the general branch."""
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
 
-    def __post_init__(self) -> None:
-        for name, branch in (("general", self.general), ("domain", self.domain)):
-            if branch.scale != 1 or branch.mass not in (0.8, 1):
-                raise ValueError(
-                    f"{name}: found mass {branch.mass} and scale {branch.scale}; "
-                    "vanilla MOPD neither selects nor scales, use kind: camopd"
-                )
-
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CamopdConfig:
     """CaMOPD, Eq. (5)-(9): alternating branches, gap-mass selection, scaled recovery."""
 
     kind: Literal["camopd"] = "camopd"
-    general: BranchConfig
-    domain: BranchConfig
+    general: SelectiveBranchConfig
+    domain: SelectiveBranchConfig
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
 

@@ -38,4 +38,4 @@ def test_weights_of_a_batch_sum_to_one() -> None:
 def test_every_step_draws_the_whole_batch() -> None:
     algorithm = decisions(sft_tree())
     assert isinstance(algorithm, Sft)
-    assert [dict(algorithm.phase(step).draws) for step in (0, 5)] == [{"sft": 4}, {"sft": 4}]
+    assert [dict(algorithm.draws(step)) for step in (0, 5)] == [{"sft": 4}, {"sft": 4}]
