@@ -34,8 +34,30 @@ run_nodes() { # default config, then the job script's arguments: [CONFIG] [key=v
   export MEGADISTILL_LAUNCH
   # A warning that comes while Python still loads must not kill it: USR1 starts out ignored.
   local start=(bash -c 'trap "" USR1; exec "$@"' node)
+  # Of `sbatch ... : ...` the first component trains and the second hosts the engines.
+  if ((${SLURM_HET_SIZE:-1} > 1)); then
+    options+=(--het-group=0-$((SLURM_HET_SIZE - 1)))
+    unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE # they are the first component's
+  fi
   # One node process a node. It starts the trainers and engines itself, so it is bound to no core;
   # when one node fails or ends, the others do not go on without it.
-  exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=120 --cpu-bind=none --input=none \
-    ${options[@]+"${options[@]}"} "${start[@]}" "$python" -u -m megadistill node "$config" "$@"
+  local command=(srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=120 --cpu-bind=none
+    --input=none ${options[@]+"${options[@]}"} "${start[@]}" "$python" -u
+    -m megadistill node "$config" "$@")
+  [[ ${MEGADISTILL_SRUN_OPTIONS:-} == *--container* ]] || exec "${command[@]}"
+  run_in_container "${command[@]}"
+}
+
+run_in_container() { # command...: a container mostly has no scontrol, so what needs it is done here
+  local code=0
+  MEGADISTILL_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
+  MEGADISTILL_REQUEUE=$SLURM_SUBMIT_DIR/.requeue-$SLURM_JOB_ID
+  export MEGADISTILL_HOSTS MEGADISTILL_REQUEUE
+  trap '' TERM # Slurm's, which the node processes heed
+  "$@" || code=$?
+  if [[ -e $MEGADISTILL_REQUEUE ]]; then
+    rm "$MEGADISTILL_REQUEUE"
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit "$code"
 }

@@ -55,14 +55,20 @@ class Layout:
     nodes: tuple[NodePlan, ...]
 
 
-def layout(config: RunConfig, nodes: int, gpus_per_node: int) -> Layout:
+def layout(
+    config: RunConfig, nodes: int, gpus_per_node: int, *, second_component: int = 0
+) -> Layout:
     """Deal the roles of a run to `nodes` nodes with `gpus_per_node` GPUs each (0: a CPU run).
 
+    Of a heterogeneous job the last `second_component` nodes are the second component's: engines
+    live there, trainers on the first's; its nodes have `cluster.rollout_gpus_per_node` GPUs.
     Raises `ValueError`, naming the key, what was found and what was expected.
     """
+    if second_component:
+        _check_second_component(config, second_component)
     if gpus_per_node == 0:
-        return _cpu_layout(config, nodes)
-    trainer_gpus, engines = _gpu_split(config, nodes, gpus_per_node)
+        return _cpu_layout(config, nodes, second_component)
+    trainer_gpus, engines = _gpu_split(config, nodes, gpus_per_node, second_component)
     world = sum(len(gpus) for gpus in trainer_gpus)
     _check_world(config.parallel, world, trainer_gpus)
     plans, rank = [], 0
@@ -73,6 +79,20 @@ def layout(config: RunConfig, nodes: int, gpus_per_node: int) -> Layout:
         plans.append(NodePlan(node=node, roles=(*trainers, *engines[node])))
         rank += len(gpus)
     return Layout(trainer_world=world, nodes=tuple(plans))
+
+
+def _check_second_component(config: RunConfig, nodes: int) -> None:
+    if config.rollout is None or config.rollout.placement != "dedicated":
+        found = "none" if config.rollout is None else config.rollout.placement
+        raise ValueError(
+            f"rollout.placement: found {found}, expected dedicated in a heterogeneous job, whose "
+            "second component is for engines"
+        )
+    if config.cluster.rollout_nodes not in (0, nodes):
+        raise ValueError(
+            f"cluster.rollout_nodes: found {config.cluster.rollout_nodes}, expected {nodes} as in "
+            "the job's second component, or 0"
+        )
 
 
 def describe(plan: Layout) -> str:
@@ -98,21 +118,24 @@ Engines = list[tuple[Role, ...]]
 
 
 def _gpu_split(
-    config: RunConfig, nodes: int, gpus_per_node: int
+    config: RunConfig, nodes: int, gpus_per_node: int, second_component: int
 ) -> tuple[list[Sequence[int]], Engines]:
     """The GPUs of each node's trainers, and each node's engines."""
     every_gpu: list[Sequence[int]] = [range(gpus_per_node) for _ in range(nodes)]
     rollout = config.rollout
     if rollout is None:
         return every_gpu, [() for _ in range(nodes)]
-    if rollout.tp > gpus_per_node:
+    engine_gpus = gpus_per_node
+    if second_component:
+        engine_gpus = config.cluster.rollout_gpus_per_node or gpus_per_node
+    if rollout.tp > engine_gpus:
         raise ValueError(
-            f"rollout.tp: found {rollout.tp}, expected at most {gpus_per_node}: "
+            f"rollout.tp: found {rollout.tp}, expected at most {engine_gpus}: "
             "an engine lives on one node"
         )
     if rollout.placement == "colocated":
         return every_gpu, _deal_engines(rollout, range(nodes), nodes, gpus_per_node)
-    apart = config.cluster.rollout_nodes
+    apart = second_component or config.cluster.rollout_nodes
     if rollout.placement == "split" or (nodes == 1 and apart == 0):
         return _split_last_node(rollout, nodes, gpus_per_node)
     if not 1 <= apart < nodes:
@@ -120,7 +143,7 @@ def _gpu_split(
             f"cluster.rollout_nodes: found {apart}, expected 1 to {nodes - 1} of {nodes} node(s) "
             "for rollout.placement dedicated"
         )
-    engines = _deal_engines(rollout, range(nodes - apart, nodes), nodes, gpus_per_node)
+    engines = _deal_engines(rollout, range(nodes - apart, nodes), nodes, engine_gpus)
     return [*every_gpu[:-apart], *([()] * apart)], engines
 
 
@@ -193,11 +216,11 @@ def _check_world(
 # --- CPU runs ---
 
 
-def _cpu_layout(config: RunConfig, nodes: int) -> Layout:
+def _cpu_layout(config: RunConfig, nodes: int, second_component: int) -> Layout:
     """Engines on the last nodes, apart from the trainers when there are nodes to spare."""
     parallel = config.parallel
     world = parallel.tp * parallel.pp * parallel.cp * (parallel.dp or 1)
-    apart = config.cluster.rollout_nodes if nodes > 1 else 0
+    apart = second_component or (config.cluster.rollout_nodes if nodes > 1 else 0)
     if apart >= nodes:
         raise ValueError(
             f"cluster.rollout_nodes: found {apart}, expected less than the {nodes} node(s)"
@@ -207,7 +230,7 @@ def _cpu_layout(config: RunConfig, nodes: int) -> Layout:
     for node, block in enumerate(_blocks(world, trainer_nodes)):
         roles[node] += [Role(kind="trainer", index=rank) for rank in block]
     num_engines = config.rollout.engines if config.rollout else 0
-    hosts = min(num_engines, nodes - trainer_nodes or nodes)
+    hosts = min(num_engines, second_component or nodes - trainer_nodes or nodes)
     for place, block in enumerate(_blocks(num_engines, hosts)):
         roles[nodes - hosts + place] += [Role(kind="engine", index=index) for index in block]
     plans = tuple(NodePlan(node=node, roles=tuple(own)) for node, own in enumerate(roles))

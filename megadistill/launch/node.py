@@ -24,6 +24,7 @@ from megadistill.launch.board import (
     begin_launch,
     sole_owner,
 )
+from megadistill.launch.exports import ExportWatch, export_watch
 from megadistill.launch.failures import note_failure
 from megadistill.launch.layout import Layout, NodePlan, describe, layout
 from megadistill.launch.place import Place, local_place, requeue, slurm_place
@@ -34,6 +35,9 @@ from megadistill.rundir import RunDir
 
 DONE, FAILED, STOPPED = 0, 1, 75
 """Exit codes; 75 (EX_TEMPFAIL) says that the run can be resumed."""
+
+EXPORTS_WAIT_S = 60.0
+"""For the evaluation of the last exports to be submitted, not for itself."""
 
 STOP_SIGNALS = {
     signal.SIGUSR1: "SIGUSR1, Slurm's warning of the time limit or of preemption",
@@ -59,7 +63,9 @@ def run_node(
     """
     waits = waits or Waits()
     config, run = open_run(source, overrides)
-    plan = layout(config, place.num_nodes, gpus_per_node(config))
+    plan = layout(
+        config, place.num_nodes, gpus_per_node(config), second_component=place.second_component
+    )
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
         if place.node == 0:
@@ -150,6 +156,8 @@ class Node:
     processes: Processes = field(default_factory=Processes)
     follower: LogFollower | None = None
     """Copies rank 0's log to the job's output."""
+    exports: ExportWatch | None = None
+    """On node 0: starts the evaluation of what the run exports."""
 
     def __post_init__(self) -> None:
         directory = attempt_directory(self.run, self.launch.attempt)
@@ -177,6 +185,7 @@ class Node:
     def start_roles(self, command: RoleCommand) -> None:
         if self.place.node == 0:
             self.say(f"{self.run.path}, attempt {self.launch.attempt}\n{describe(self.plan)}")
+            self.exports = export_watch(self.run)
         for role in self.own.roles:
             log = self.run.log_file(role.name, self.launch.attempt)
             environment = role_environment(
@@ -204,6 +213,8 @@ class Node:
         while True:
             exited = self.processes.next_exit(self.waits.poll_s)
             self.follow()
+            if self.exports is not None:
+                self.exports.look()
             notice = replace(self.board.notice, stop=self.stop.reason)
             if exited and exited.code == 0 and exited.name in working:
                 working.remove(exited.name)
@@ -239,6 +250,8 @@ class Node:
 
     def conclude(self, end: End) -> int:
         """Node 0 makes the verdict known, after the requeue that ends all nodes; then leave."""
+        if self.exports is not None and end.status == "done":
+            self.exports.finish(EXPORTS_WAIT_S)
         if self.place.node == 0:
             if end.status == "stopped":
                 self.say(f"{end.message}; {self.resume()}")

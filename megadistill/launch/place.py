@@ -29,6 +29,8 @@ class Place:
     """Slurm's job, absent without Slurm."""
     restarts: int = 0
     """How often Slurm has requeued the job."""
+    second_component: int = 0
+    """How many of the nodes, the last, are a heterogeneous job's second component."""
 
     @property
     def host(self) -> str:
@@ -58,7 +60,7 @@ def slurm_place(environment: Mapping[str, str] = os.environ) -> Place:
         )
     job, restarts = environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0")
     nonce = environment.get("MEGADISTILL_LAUNCH", "")
-    hosts = expand_hosts(environment.get("SLURM_STEP_NODELIST", environment["SLURM_JOB_NODELIST"]))
+    hosts, second = component_hosts(environment)
     return Place(
         node=int(environment["SLURM_NODEID"]),
         num_nodes=len(hosts),
@@ -68,7 +70,33 @@ def slurm_place(environment: Mapping[str, str] = os.environ) -> Place:
         ),
         job_id=job,
         restarts=int(restarts),
+        second_component=second,
     )
+
+
+def component_hosts(environment: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
+    """The job's nodes in the order of SLURM_NODEID, and how many are of a second component.
+
+    Of a heterogeneous job (`sbatch ... : ...`) the first component's come first; Slurm's list of all
+    nodes is sorted by name instead.
+    """
+    components = environment.get("SLURM_HET_SIZE", "1")
+    if components == "1":
+        names = environment.get("SLURM_STEP_NODELIST", environment["SLURM_JOB_NODELIST"])
+        return expand_hosts(names), 0
+    if components != "2":
+        raise ValueError(
+            f"SLURM_HET_SIZE: found {components} components, expected 2: trainers, then engines"
+        )
+    first, second = (
+        expand_hosts(environment[f"SLURM_JOB_NODELIST_HET_GROUP_{group}"]) for group in range(2)
+    )
+    if environment.get("SLURM_NNODES") != str(len(first) + len(second)):
+        raise ValueError(
+            f"SLURM_NNODES: found {environment.get('SLURM_NNODES')} in this step, expected the "
+            f"{len(first) + len(second)} nodes of both components (srun --het-group=0,1)"
+        )
+    return (*first, *second), len(second)
 
 
 def expand_hosts(node_list: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import yaml
 from megadistill.launch import slurm
 from megadistill.launch.campaign import Campaign
 from megadistill.launch.fanout import read_jobs
+from megadistill.launch.node import open_run
 from tests.e2e.local_slurm import ROOT, Cluster, local_cluster, wait_until
 from tests.launch.configs import settings
 from tests.launch.fake_node import FakeTask
@@ -115,3 +116,53 @@ def test_cancelling_takes_what_is_in_the_queue(folder: Path, cluster: Cluster) -
     wait_for_end(campaign)
     assert statuses(campaign)["last"] == "stopped"
     assert read_jobs(campaign.stages["last"].folder) == [jobs["last"]]
+
+
+def test_every_export_starts_an_array_that_the_run_does_not_wait_for(
+    folder: Path, cluster: Cluster
+) -> None:
+    run_dir = folder / "runs" / "launch"
+    work = {
+        "verb": "config",
+        "args": ["check", f"{folder}/part-{{shard}}.yaml", "{export}/config-{step}.yaml"],
+        "array": 2,
+        "resources": {"exclusive": False, "nodes": 1},
+    }
+    write_campaign(folder)  # for its parts
+    tree = settings(
+        runs_dir=str(folder / "runs"),
+        cluster={"nodes": 2, "cpus_per_node": 1, "exclusive": False},
+        checkpoint={"on_export": work},
+    )
+    (folder / "train.yaml").write_text(yaml.safe_dump(tree))
+    for name, step in (("exports/step-000002", 2), ("export", 3)):
+        (run_dir / name).mkdir(parents=True)
+        (run_dir / name / f"config-{step}.yaml").write_text(yaml.safe_dump(settings()))
+    config, run = open_run(folder / "train.yaml", ())
+    job = slurm.submit_gang(config, run).job_id
+    cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    assert cluster.state(job) == "COMPLETED"
+    log = (run.path / "logs" / "on_export.log").read_text()
+    assert log.count(": job ") == 2, log
+    evaluations = [run.path / "evaluations" / name for name in ("step-000002", "final")]
+    wait_until(
+        lambda: all(len(list(path.glob("shards/*/done.json"))) == 2 for path in evaluations),
+        lambda: str([file.read_text() for file in run.path.glob("evaluations/**/try-*.log")]),
+        patience_s=90,
+    )
+
+
+def test_an_evaluation_that_cannot_be_submitted_is_no_failure_of_the_run(
+    folder: Path, cluster: Cluster
+) -> None:
+    work = {"verb": "eval", "resources": {"partition": "nowhere"}}
+    tree = settings(runs_dir=str(folder / "runs"), checkpoint={"on_export": work})
+    (folder / "train.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "runs" / "launch" / "export").mkdir(parents=True)
+    config, run = open_run(folder / "train.yaml", ())
+    job = slurm.submit_gang(config, run).job_id
+    cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    assert cluster.state(job) == "COMPLETED"
+    log = (run.path / "logs" / "on_export.log").read_text()
+    assert "could not be submitted" in log
+    assert "invalid partition specified: nowhere" in log

@@ -166,9 +166,9 @@ def test_a_crash_is_requeued_and_the_run_goes_on(job: Job) -> None:
     job.sbatch()
     job.reach(2)
     wait_until(lambda: "is requeued" in job.log)
-    job.reach(job.run.read_progress()["step"] + 1)
     job.let_end("COMPLETED")
     assert "NoLuckError" in job.log
+    job.check_steps()
 
 
 def test_a_cancelled_job_stays_cancelled(job: Job) -> None:
@@ -179,6 +179,25 @@ def test_a_cancelled_job_stays_cancelled(job: Job) -> None:
     job.cluster.wait_for_state(job.id, "CANCELLED")
     time.sleep(2)  # a requeue would bring it back
     assert job.cluster.state(job.id) == "CANCELLED"
+
+
+def test_a_heterogeneous_job_trains_on_its_first_component(job: Job) -> None:
+    job.play("trainer-0", "work 1000")
+    script, config = str(ROOT / "slurm" / "camopd_medical.sh"), str(job.configure())
+    job.id = job.cluster.call(
+        *("sbatch", "--parsable", "--nodes=2", "--nodelist=node[3-4]"),
+        *(":", "--nodes=1", "--nodelist=node1", "--partition=high", script, config),
+        cwd=job.directory,
+    )
+    job.reach(1)
+    for role, host in (("trainer-0", 3), ("trainer-1", 4), ("engine-0", 1)):
+        seen = (job.run.path / "logs" / f"seen-{role}.0.json").read_text()
+        assert f'"MEGADISTILL_HOST": "node{host}"' in seen
+    job.cluster.call("scancel", "--signal=USR1", job.id)
+    wait_until(lambda: "is requeued" in job.log)
+    job.play("trainer-0", f"work {job.run.read_progress()['step'] + 3}")
+    wait_until(lambda: "attempt 1: done" in job.log, lambda: job.log)
+    job.check_steps()
 
 
 def test_a_submitit_job_requeues_and_returns(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

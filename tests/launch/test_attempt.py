@@ -19,7 +19,14 @@ from megadistill.launch.board import (
 )
 from megadistill.launch.layout import layout
 from megadistill.launch.node import check_restarts
-from megadistill.launch.place import Place, local_place, rendezvous_port, slurm_place
+from megadistill.launch.place import (
+    Place,
+    local_place,
+    own_job,
+    rendezvous_port,
+    requeue,
+    slurm_place,
+)
 from megadistill.launch.verdict import Member, Referee, Waits
 from megadistill.rundir import RunDir
 from tests.launch.configs import make_config
@@ -87,6 +94,52 @@ def test_place_comes_from_slurms_variables(tmp_path: Path, monkeypatch: pytest.M
         node=1, num_nodes=2, hosts=("n1", "n2"), launch_id="41-3-0-77", job_id="41", restarts=3
     )
     assert found.host == "n2"
+
+
+HETEROGENEOUS = {
+    **SLURM,
+    "SLURM_NODEID": "2",
+    "SLURM_NNODES": "3",
+    "SLURM_HET_SIZE": "2",
+    "SLURM_JOB_NODELIST": "a1,z[1-2]",
+    "SLURM_STEP_NODELIST": "a1,z[1-2]",
+    "SLURM_JOB_NODELIST_HET_GROUP_0": "z[1-2]",
+    "SLURM_JOB_NODELIST_HET_GROUP_1": "a1",
+}
+
+
+def test_a_heterogeneous_jobs_nodes_come_in_the_order_of_its_components(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = 'case "$3" in a1) echo a1;; "z[1-2]") printf "z1\\nz2\\n";; *) exit 1;; esac'
+    make_command(tmp_path, "scontrol", body)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = slurm_place(HETEROGENEOUS)
+    assert found.hosts == ("z1", "z2", "a1")
+    assert (found.host, found.second_component) == ("a1", 1)
+    with pytest.raises(ValueError, match=r"srun --het-group=0,1"):
+        slurm_place({**HETEROGENEOUS, "SLURM_NNODES": "2"})
+    with pytest.raises(ValueError, match="SLURM_HET_SIZE: found 3 components, expected 2"):
+        slurm_place({**HETEROGENEOUS, "SLURM_HET_SIZE": "3"})
+
+
+def test_in_a_container_the_job_script_stands_in_for_scontrol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_NODELIST", SLURM["SLURM_JOB_NODELIST"])
+    monkeypatch.setenv("MEGADISTILL_HOSTS", "n1,n2")
+    assert slurm_place(SLURM).hosts == ("n1", "n2")
+    assert requeue("41") == "found no scontrol here and no MEGADISTILL_REQUEUE from the job script"
+    monkeypatch.setenv("MEGADISTILL_REQUEUE", str(tmp_path / "wanted"))
+    assert requeue("41") is None
+    assert (tmp_path / "wanted").exists()
+
+
+def test_a_task_of_an_array_is_requeued_alone() -> None:
+    assert own_job({"SLURM_JOB_ID": "41"}) == "41"
+    array = {"SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "7"}
+    assert own_job({"SLURM_JOB_ID": "41", **array}) == "41_7"
 
 
 def test_a_place_outside_srun_or_beside_another_task_is_refused() -> None:

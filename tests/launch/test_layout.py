@@ -130,6 +130,80 @@ def test_cpu_layout(changed: dict[str, Any], nodes: int, expected: Expected) -> 
     assert seen(layout(make_config(**changed), nodes, 0)) == expected
 
 
+HETEROGENEOUS_CASES: list[tuple[str, dict[str, Any], int, int, int, Expected]] = [
+    (
+        "trainers on the first component, engines on the second's smaller nodes",
+        {
+            "rollout": {"engines": 3, "tp": 2},
+            "cluster": {"rollout_gpus_per_node": 4},
+            "parallel": {"tp": 8},
+        },
+        4,
+        8,
+        2,
+        (
+            16,
+            [
+                (ranks(0, 7), []),
+                (ranks(8, 15), []),
+                ([], [(0, 1)]),
+                ([], [(0, 1), (2, 3)]),
+            ],
+        ),
+    ),
+    (
+        "the second's nodes are like the first's unless said otherwise",
+        {"rollout": {"engines": 8}, "cluster": {"rollout_nodes": 1}},
+        2,
+        8,
+        1,
+        (8, [(ranks(0, 7), []), ([], ONES)]),
+    ),
+    (
+        "on CPUs, engines stay on the second component though the first has a node to spare",
+        {"rollout": {"engines": 2}},
+        3,
+        0,
+        1,
+        (1, [([0], []), ([], []), ([], [(), ()])]),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("changed", "nodes", "gpus", "second", "expected"),
+    [case[1:] for case in HETEROGENEOUS_CASES],
+    ids=[case[0] for case in HETEROGENEOUS_CASES],
+)
+def test_the_layout_of_a_heterogeneous_job(
+    changed: dict[str, Any], nodes: int, gpus: int, second: int, expected: Expected
+) -> None:
+    plan = layout(make_config(**changed), nodes, gpus, second_component=second)
+    assert seen(plan) == expected
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rollout": {"placement": "split"}}, "rollout.placement: found split, expected dedicated"),
+        (
+            {"algorithm": {"kind": "sft", "pool": "all"}, "rollout": None},
+            "rollout.placement: found none, expected dedicated",
+        ),
+        ({"cluster": {"rollout_nodes": 2}}, "cluster.rollout_nodes: found 2, expected 1 as in"),
+        (
+            {"rollout": {"tp": 8}, "cluster": {"rollout_gpus_per_node": 4}},
+            "rollout.tp: found 8, expected at most 4",
+        ),
+    ],
+)
+def test_a_second_component_that_fits_nothing_is_refused(
+    changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        layout(make_config(**changed), 3, 8, second_component=1)
+
+
 @pytest.mark.parametrize(
     ("changed", "nodes", "gpus", "message"),
     [

@@ -1,0 +1,102 @@
+"""Every student a run exports starts work of its own, which nobody waits for.
+
+`checkpoint.on_export` says what. The node process sees a new export and starts
+`python -m megadistill.launch.evaluation RUN EXPORT` beside the run, which submits it: what goes wrong
+there, or on the way to Slurm, is a line in RUN/logs/on_export.log and none of the run's business.
+"""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megadistill.config import resolve_path
+from megadistill.config.work import WorkConfig
+from megadistill.rundir import RunDir
+
+LOOK_EVERY_S = 5.0
+
+
+@dataclass(slots=True, kw_only=True)
+class ExportWatch:
+    """Starts the work for exports that were not there before; never raises for what they cause."""
+
+    run: RunDir
+    work: WorkConfig | None
+    final: Path
+    """Where the last export goes."""
+    _next: float = 0.0
+    _children: "dict[Path, subprocess.Popen[bytes]]" = field(default_factory=dict)
+    """Export -> the process that submits its work, or did."""
+
+    def look(self, at_once: bool = False) -> None:
+        """Start work for new exports, not more often than every few seconds."""
+        if self.work is None or (time.monotonic() < self._next and not at_once):
+            return
+        self._next = time.monotonic() + LOOK_EVERY_S
+        try:
+            for export in self.new_exports():
+                self._children[export] = self.start(export)
+        except OSError as error:  # the run goes on whatever becomes of its evaluation
+            note(self.run, f"could not look after exports: {error}")
+
+    def new_exports(self) -> list[Path]:
+        """Whole exports whose work was not begun in this attempt, nor submitted in an earlier one."""
+        found = [*sorted((self.run.path / "exports").glob("step-*")), self.final]
+        return [
+            export
+            for export in found
+            if export.is_dir()
+            and export not in self._children
+            and not (evaluation(self.run, export) / "jobs.json").exists()
+        ]
+
+    def start(self, export: Path) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "megadistill.launch.evaluation", str(self.run.path)]
+        with log_file(self.run).open("ab") as log:
+            return subprocess.Popen(
+                [*command, str(export)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def finish(self, timeout_s: float) -> None:
+        """At the run's end: see the last export, and let the submissions get to Slurm."""
+        self.look(at_once=True)
+        deadline = time.monotonic() + timeout_s
+        for export, child in self._children.items():
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                note(self.run, f"{export}: its submission was under way when the run ended")
+
+
+def export_watch(run: RunDir) -> ExportWatch:
+    """The watch of a run, as its configuration asks."""
+    checkpoint = run.load_config().checkpoint
+    final = run.export
+    if checkpoint.export_dir is not None:
+        final = Path(resolve_path(checkpoint.export_dir)).absolute()
+    return ExportWatch(run=run, work=checkpoint.on_export, final=final)
+
+
+def evaluation(run: RunDir, export: Path) -> Path:
+    """Where the work on an export lies, as a fan-out."""
+    return run.path / "evaluations" / (export.name if export.name.startswith("step-") else "final")
+
+
+def log_file(run: RunDir) -> Path:
+    """Tells what became of every export."""
+    return run.path / "logs" / "on_export.log"
+
+
+def note(run: RunDir, text: str) -> None:
+    """A line in the log of what became of the exports; a full disk is no reason to end the run."""
+    try:
+        with log_file(run).open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    except OSError as error:
+        sys.stderr.write(f"{text} ({error})\n")
