@@ -115,7 +115,7 @@ def ask_model(
         name: [tokenizer.encode(row[name], add_special_tokens=False) for row in rows]
         for name in ("original", "refined")
     }
-    context = settings.max_prompt_tokens + settings.max_tokens
+    context = settings.max_prompt_tokens + max(settings.max_tokens, most)
     engine = start_batch_engine(
         BatchSettings(
             model=path,

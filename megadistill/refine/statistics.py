@@ -41,7 +41,7 @@ def squared_distances(first_ND: Array, second_ND: Array) -> Array:
 def median_distance(vectors_ND: Array) -> float:
     """Median distance of two different vectors: the bandwidth of the kernel."""
     above = np.triu_indices(len(vectors_ND), k=1)
-    median = float(np.sqrt(np.median(squared_distances(vectors_ND, vectors_ND)[above])))
+    median = float(np.median(np.sqrt(squared_distances(vectors_ND, vectors_ND)[above])))
     return median or 1.0
 
 
