@@ -65,6 +65,21 @@ def submit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """Check the cluster, here and in a tiny job; code 1 when something would keep a run from going."""
+    from rich.console import Console
+
+    from megadistill.config.campaign import load_cluster
+    from megadistill.launch.doctor import examine, table
+
+    cluster = load_cluster(arguments.config, arguments.cluster)
+    shared = Path(arguments.shared).absolute()
+    shared.mkdir(mode=0o700, parents=True, exist_ok=True)
+    findings = list(examine(cluster, shared))
+    Console().print(table(findings))
+    return 1 if any(finding.verdict == "fail" for finding in findings) else 0
+
+
 def shard(arguments: argparse.Namespace) -> int:
     """One try of one shard of a fan-out, whose directory holds what it is to do."""
     from megadistill.launch.shards import run_shard
@@ -95,6 +110,16 @@ def refine(arguments: argparse.Namespace) -> int:
     from megadistill.refine.pipeline import run_refinement
 
     print(run_refinement(load_refine(arguments.config, arguments.overrides)))
+    return 0
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    """Make training sets from published data sets; --download-only where there is network."""
+    from megadistill.config.prepare import load_prepare
+    from megadistill.prepare.pipeline import run_preparation
+
+    config = load_prepare(arguments.config, arguments.overrides)
+    print(run_preparation(config, download_only=arguments.download_only))
     return 0
 
 
@@ -166,9 +191,13 @@ def config_check(arguments: argparse.Namespace) -> int:
 
 def _problem(path: str, with_models: bool) -> str | None:
     from megadistill.config.campaign import is_campaign, load_campaign
+    from megadistill.config.prepare import is_prepare, load_prepare
     from megadistill.config.refine import is_refine, load_refine
 
     try:
+        if is_prepare(path):
+            load_prepare(path)
+            return None
         if is_campaign(path):
             load_campaign(path)
             return None
@@ -272,6 +301,13 @@ def _parser() -> argparse.ArgumentParser:
         "--local", action="store_true", help="run the stages here, also where there is Slurm"
     )
     _takes_config(_verb(verbs, "refine", refine))
+    command = _verb(verbs, "prepare", prepare)
+    command.add_argument(
+        "--download-only",
+        action="store_true",
+        help="copy what the hub has into the mirror, no more",
+    )
+    _takes_config(command)
     command = _verb(verbs, "shard", shard)
     command.add_argument("directory", help="the shard's directory, e.g. ROOT/shards/KEY")
     _add_config_actions(verbs)
@@ -286,6 +322,16 @@ def _parser() -> argparse.ArgumentParser:
     command = _verb(verbs, "report", report)
     command.add_argument("run", help="run directory")
     command.add_argument("--picture", metavar="FILE", help="PNG to write (default: in the run)")
+    command = _verb(verbs, "doctor", doctor)
+    command.add_argument("--config", metavar="FILE", help="a run whose `cluster` section to check")
+    command.add_argument(
+        "--cluster",
+        metavar="FILE",
+        help="a site profile, see configs/clusters/; wins over --config",
+    )
+    command.add_argument(
+        "--shared", default="runs", metavar="DIR", help="directory that all nodes see (runs)"
+    )
     _verb(verbs, "prepare-model", prepare_model)
     command = _verb(verbs, "convert", convert)
     command.add_argument("to", choices=("megatron", "hf"), help="format of TARGET")

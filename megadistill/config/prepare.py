@@ -1,0 +1,188 @@
+"""The configuration of `megadistill prepare`: from published data sets to the files that runs read."""
+
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from megadistill.config.fields import STRICT, Fraction, NaturalInt, PositiveInt
+from megadistill.config.load import read_tree, validate
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+"""Becomes part of record ids and the name of a file."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataFilesConfig:
+    """Files of a data set: on the Hugging Face hub (or its mirror here), or a user's own."""
+
+    hub: str | None = None
+    """`org/name` on the hub. Read from `mirror/org__name`, where `--download-only` puts it."""
+    revision: str = "main"
+    """Branch, tag or commit on the hub."""
+    files: list[str] = field(default_factory=list)
+    """Glob patterns inside the hub's repository, or paths of files (.jsonl, .json, .parquet, .csv)."""
+    licence: str = "unknown"
+    """As the data card shall name it."""
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError("files: found none, expected at least one pattern or path")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RowConfig:
+    """How a row is read."""
+
+    format: Literal["messages", "pairs", "instruction", "choices", "medmcqa"] = "messages"
+    """`messages`: chat turns, the last assistant turn is the answer; `pairs`: question and answer;
+    `instruction`: instruction, input, output; `choices`: a question with lettered options (a mapping,
+    a list, or lines `A. ...`) and the right letter or text; `medmcqa`: opa to opd and cop."""
+    id: str | None = None
+    """Field that identifies a row; absent: file name and row number."""
+    question: str = "question"
+    answer: str = "answer"
+    options: str = "options"
+    """May be the question's own field, where the options stand in its last lines."""
+    messages: str = "messages"
+    instruction: str = "instruction"
+    instruction_input: str = "input"
+    output: str = "output"
+    letters_from: Literal[0, 1] = 0
+    """Number that stands for A in `cop` (the hub's files count from 0, MIRAGE's from 1)."""
+    open_ended: bool = False
+    """Ask without the options (`choices`, `medmcqa`)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PartConfig:
+    """One share of a mixture."""
+
+    source: DataFilesConfig
+    row: RowConfig = field(default_factory=RowConfig)
+    count: PositiveInt | None = None
+    """Records of this part; absent: by `weight`, or all of them."""
+    weight: PositiveInt | None = None
+    """Its size, for a share of `total` in proportion."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MixtureConfig:
+    """Records drawn at random from each of several parts."""
+
+    kind: Literal["mixture"] = "mixture"
+    parts: dict[Name, PartConfig]
+    total: PositiveInt | None = None
+    """Records to share out over the parts in proportion to their weights, by largest remainder."""
+    prompts: Literal["messages", "question"] = "messages"
+    """Write chat turns as `messages`, or one text as `question`, with `options` beside it."""
+
+    def __post_init__(self) -> None:
+        weights = [part.weight for part in self.parts.values()]
+        if not self.parts:
+            raise ValueError("parts: found none, expected at least one")
+        if (self.total is None) == any(weights) or (self.total is not None and not all(weights)):
+            raise ValueError("parts: found weights without `total` or the reverse; set all or none")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ConversationsConfig:
+    """Conversations split by length: the longest become prompts, the rest supervised examples."""
+
+    kind: Literal["conversations"] = "conversations"
+    source: DataFilesConfig
+    id: str | None = None
+    messages: str = "conversations"
+    """Field with the turns, `role`/`content` or `from`/`value`."""
+    reserve: PositiveInt = 10_000
+    """Conversations with the most turns, whose first n - 1 turns are the prompts."""
+    min_turns: PositiveInt = 2
+    """Shorter conversations are left out (a system message counts as a turn)."""
+    sft_turns: Literal["last", "all"] = "last"
+    """Which assistant turns of the others become examples."""
+
+
+RecipeConfig = Annotated[MixtureConfig | ConversationsConfig, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DuplicatesConfig:
+    """Removal of near duplicates: MinHash of word n-grams."""
+
+    n: PositiveInt = 5
+    """Words of an n-gram; a shorter text is one n-gram."""
+    threshold: Fraction = 0.8
+    """Least estimated Jaccard similarity to an earlier record at which one is dropped."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ContaminationConfig:
+    """Removal of records that contain a benchmark's item, by the n-grams of words they share."""
+
+    benchmarks: dict[str, str]
+    """Name of a benchmark -> its file, as in `benchmarks.NAME.path` of an evaluation."""
+    n: PositiveInt = 13
+    """Words of an n-gram; an item of fewer words, but `least`, counts as a whole."""
+    share: Fraction = 0.2
+    """Least share of an item's n-grams at which a record contains it."""
+    least: PositiveInt = 8
+    """Items with fewer words than this are not looked for."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PrepareConfig:
+    """One preparation; `megadistill prepare` takes exactly this."""
+
+    name: Name
+    """Names the files: `output_dir/NAME.jsonl`, `NAME.card.md`, `NAME.card.json`."""
+    output_dir: str = "./data"
+    mirror: str = "./data/mirror"
+    """Where `--download-only` puts what the hub has, and where it is read without network."""
+    seed: int = 0
+    recipe: RecipeConfig
+    sft_name: Name | None = None
+    """Names the second file of a split of conversations."""
+    duplicates: DuplicatesConfig | None = field(default_factory=DuplicatesConfig)
+    """Absent (null): near duplicates stay."""
+    contamination: ContaminationConfig | None = None
+    tokenizer: str | None = None
+    """Model whose tokenizer and chat template measure lengths; absent: words are counted."""
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """As `data.heldout_fraction` of the run that will read the file: the card counts both parts."""
+    unusable: NaturalInt = 0
+    """Rows without the fields or letters their format needs that may be left out, and are counted in
+    the card; one more is an error."""
+    max_line_mib: PositiveInt = 64
+    """Longest line of an input file; a longer one is an error."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.recipe, ConversationsConfig) != (self.sft_name is not None):
+            raise ValueError("sft_name: expected exactly where recipe.kind is conversations")
+
+
+_ADAPTER: TypeAdapter[PrepareConfig] = TypeAdapter(PrepareConfig)
+
+
+def is_prepare(path: str | Path) -> bool:
+    """Whether the file describes a preparation rather than a run."""
+    return "recipe" in read_tree(path)
+
+
+def load_prepare(path: str | Path, overrides: Sequence[str] = ()) -> PrepareConfig:
+    """Read, merge and validate; `ConfigError` with all problems at once."""
+    return parse_prepare(read_tree(path, overrides), source=str(path))
+
+
+def parse_prepare(tree: dict[str, Any], source: str = "prepare") -> PrepareConfig:
+    """Validate a plain mapping (any: it is YAML)."""
+    return validate(_ADAPTER, tree, source)
+
+
+def dump_prepare(config: PrepareConfig) -> str:
+    """The resolved configuration as YAML, itself a valid input."""
+    tree = _ADAPTER.dump_python(config, mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

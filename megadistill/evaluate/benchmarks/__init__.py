@@ -1,0 +1,33 @@
+"""The benchmarks by name, each in a module of its own that is imported when it is used."""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from megadistill.evaluate.protocol import Benchmark, Item, read_benchmark
+
+BENCHMARKS = {
+    "ifeval": "ifeval:IFEVAL",
+    "medqa": "medical:MEDQA",
+    "medxpertqa": "medical:MEDXPERTQA",
+    "gpqa_diamond": "verified:GPQA_DIAMOND",
+    "hmmt25": "verified:HMMT25",
+    "zebralogic": "zebralogic:ZEBRALOGIC",
+    "arena_hard_hp": "arena_hard:HARD_PROMPT",
+    "arena_hard_cw": "arena_hard:CREATIVE_WRITING",
+}
+"""Name -> `module:NAME` of this package."""
+
+
+def get_benchmark(name: str) -> Benchmark:
+    """Raises `ValueError` for a name that is not in the table."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"found benchmark {name!r}, expected one of {', '.join(BENCHMARKS)}")
+    module, _, constant = BENCHMARKS[name].partition(":")
+    benchmark: Benchmark = getattr(importlib.import_module(f"{__name__}.{module}"), constant)
+    return benchmark
+
+
+def read_items(name: str, file: Path) -> Iterator[Item]:
+    """The items of a benchmark's file."""
+    return read_benchmark(get_benchmark(name), file)

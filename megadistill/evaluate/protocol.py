@@ -1,0 +1,122 @@
+"""What a benchmark is: items, how answers are drawn, what an answer is worth."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megadistill.refine.records import read_rows
+from megadistill.types import Message
+
+Block = Literal["general", "domain"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One question of a benchmark."""
+
+    id: str
+    messages: tuple[Message, ...]
+    text: str
+    """The question without template: what contamination is looked for with."""
+    reference: Any = None
+    """What the scorer compares with, plain JSON (any: each benchmark knows its own)."""
+    group: str = "all"
+    """Task or category, where a score is a mean of means."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """How answers are drawn."""
+
+    samples: int = 1
+    """Answers to each item; the score is their mean (avg@n)."""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    repetition_penalty: float = 1.0
+    max_tokens: int = 32768
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What one answer is worth."""
+
+    value: float
+    """From 0 to 1."""
+    extracted: str | None = None
+    """The final answer that was found in it; None when there was none."""
+    weight: float = 1.0
+    """Its share in the mean of all."""
+    details: Mapping[str, float] = field(default_factory=dict)
+    """Further measures, averaged the same way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One question to a judge or verifier."""
+
+    messages: tuple[Message, ...]
+    temperature: float = 0.0
+    max_tokens: int = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A score that another model has a say in."""
+
+    asks: Callable[[Item, str], Sequence[Ask]]
+    """What it is asked of an answer; nothing where rules suffice."""
+    usable: Callable[[str], bool]
+    """Whether a reply can be read; one that cannot is asked for once more."""
+    settle: Callable[[Item, str, Sequence[str]], Score]
+    """The score by the replies."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """One protocol; each file of `benchmarks/` is one."""
+
+    title: str
+    block: Block
+    draw: Draw
+    rows: Callable[[Mapping[str, Any]], Item]
+    """A row of the file as an item; raises `ValueError` or `KeyError` when it is none."""
+    score: Callable[[Item, str], Score] | None = None
+    judged: Judged | None = None
+    hint: str = ""
+    """How to get the file."""
+    strip_thinking: bool = True
+    """Whether what stands before the last `</think>` is no part of the answer."""
+    groups: Literal["none", "mean_of_means"] = "none"
+    """`mean_of_means`: tasks (`category/task`) in categories count the same however long they are."""
+    size: int | None = None
+    """Items of the whole set."""
+
+
+def read_benchmark(benchmark: Benchmark, file: Path) -> Iterator[Item]:
+    """The items of a file. Raises `ValueError` with the row that is wrong."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file. {benchmark.title}: {benchmark.hint}")
+    seen: dict[str, int] = {}
+    for number, row in enumerate(read_rows(file), start=1):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{file}: row {number} is not a JSON object")
+        try:
+            item = benchmark.rows({"row": number, **row})
+        except KeyError as error:
+            raise ValueError(
+                f"{file}: row {number} has no field {error}; it has {sorted(map(str, row))}"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{file}: row {number}: {error}") from None
+        if item.id in seen:
+            raise ValueError(f"{file}: row {number} has the id {item.id!r} of row {seen[item.id]}")
+        seen[item.id] = number
+        yield item
+
+
+def user(text: str) -> tuple[Message, ...]:
+    """A chat of one turn."""
+    return ({"role": "user", "content": text},)

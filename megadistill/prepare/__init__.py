@@ -1,0 +1,1 @@
+"""From published data sets to the files that runs read: sampled, cleaned, described."""

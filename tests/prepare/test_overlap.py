@@ -1,0 +1,58 @@
+"""Near duplicates and benchmark items inside records."""
+
+import random
+
+from megadistill.prepare.overlap import BenchmarkItems, NearDuplicates
+
+WORDS = [f"word{number}" for number in range(5000)]
+
+
+def text_of(seed: int, length: int = 120) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=length))
+
+
+def test_a_copy_with_other_case_and_punctuation_is_no_news() -> None:
+    known = NearDuplicates(n=5, threshold=0.8)
+    assert known.is_new("What is the capital of France, and why?")
+    assert not known.is_new("what is the CAPITAL of france and why")
+    assert known.is_new("What is the capital of Peru, and why not?")
+
+
+def test_a_text_with_one_word_changed_is_found_and_a_half_new_one_stays() -> None:
+    known = NearDuplicates(n=5, threshold=0.8)
+    assert known.is_new(text_of(1))
+    changed = text_of(1).split()
+    changed[3] = "other"
+    assert not known.is_new(" ".join(changed))
+    assert known.is_new(text_of(1, 60) + " " + text_of(2, 60))
+
+
+def test_unrelated_texts_are_all_new() -> None:
+    known = NearDuplicates(n=5, threshold=0.8)
+    assert all(known.is_new(text_of(seed)) for seed in range(200))
+
+
+def test_a_benchmarks_item_is_found_inside_a_longer_text() -> None:
+    items = BenchmarkItems(n=13, least=8, share=0.2)
+    items.add("medqa", [text_of(5, 40)])
+    assert items.found_in(f"Consider this. {text_of(5, 40)} What now?") == "medqa"
+    half = " ".join(text_of(5, 40).split()[10:30])
+    assert items.found_in(f"{text_of(6)} {half} {text_of(7)}") == "medqa"
+    assert items.found_in(text_of(8)) is None
+
+
+def test_one_shared_sentence_of_many_is_no_item() -> None:
+    items = BenchmarkItems(n=13, least=8, share=0.2)
+    vitals = text_of(1, 15)
+    items.add("medqa", [f"{text_of(2)} {vitals} {text_of(3)}"])
+    assert items.found_in(f"{text_of(4)} {vitals} {text_of(5)}") is None
+
+
+def test_twelve_words_in_common_are_too_few_but_a_short_item_counts_whole() -> None:
+    items = BenchmarkItems(n=13, least=8, share=0.2)
+    items.add("long", [text_of(5, 40)])
+    items.add("short", [text_of(9, 9), "too few words"])
+    twelve = " ".join(text_of(5, 40).split()[10:22])
+    assert items.found_in(f"{text_of(6)} {twelve} {text_of(7)}") is None
+    assert items.found_in(f"so: {text_of(9, 9)}") == "short"
+    assert items.found_in("these are too few words") is None
