@@ -19,6 +19,7 @@ VERBS = (
     ["node"],
     ["submit"],
     ["campaign"],
+    ["doctor"],
     ["shard"],
     ["config"],
     ["config", "show"],

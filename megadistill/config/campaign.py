@@ -84,3 +84,15 @@ def dump_campaign(config: CampaignConfig) -> str:
     """The resolved campaign as YAML, itself a valid input."""
     tree = _ADAPTER.dump_python(config, mode="json")
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+_CLUSTER: TypeAdapter[ClusterConfig] = TypeAdapter(ClusterConfig)
+
+
+def load_cluster(config: str | None, profile: str | None) -> ClusterConfig:
+    """The `cluster` section of a run or campaign, with a site profile's settings over it."""
+    tree: dict[str, Any] = {}
+    for file in (config, profile):
+        if file is not None:
+            tree |= read_tree(file).get("cluster", {})
+    return validate(_CLUSTER, tree, source=str(profile or config or "cluster"))
