@@ -19,7 +19,13 @@ from megadistill.refine.prompts import chat_ids, load_tokenizer, special_tokens
 from megadistill.refine.records import QaRecord
 from megadistill.refine.stages import Stage, part_of
 from megadistill.refine.templates import Template, load_template
-from megadistill.rollout.batch import BatchRequest, BatchSettings, Sampling, start_batch_engine
+from megadistill.rollout.batch import (
+    BatchEngine,
+    BatchRequest,
+    BatchSettings,
+    Sampling,
+    start_batch_engine,
+)
 from megadistill.rollout.seeds import seed_for
 from megadistill.types import Message
 
@@ -116,7 +122,7 @@ def _special(record: QaRecord, specials: Sequence[str]) -> str | None:
 
 def rewrite(directory: Path, arguments: Mapping[str, Any]) -> None:
     """The shard: rewrites what its directory lacks. See `pipeline` for the arguments."""
-    stage = Stage.of(directory)
+    stage = Stage.of_shard(directory)
     settings = _SETTINGS.validate_python(arguments["settings"])
     records = part_of(stage.records(arguments["input"]), arguments["part"], arguments["of"])
     blocks = Blocks(directory, COLUMNS, total=len(records), size=arguments["block"])
@@ -147,16 +153,30 @@ def rewrite(directory: Path, arguments: Mapping[str, Any]) -> None:
     sampling = Sampling(
         temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_tokens
     )
+    figures = rewrite_all(rewriter, records, positions, blocks, engine=engine, sampling=sampling)
+    engine.close()
+    stage.note_figures(directory, figures)
+    log.info("rewriting: %s", json.dumps(figures))
+
+
+def rewrite_all(
+    rewriter: Rewriter,
+    records: Sequence[QaRecord],
+    positions: Sequence[int],
+    blocks: Blocks,
+    *,
+    engine: BatchEngine,
+    sampling: Sampling,
+) -> dict[str, float]:
+    """Rewrite the records at these positions into their blocks; returns counts and seconds."""
     begun, num_tokens = time.monotonic(), 0
     requests = rewriter.prompts(records, positions, blocks)
     for response in engine.generate(requests, sampling):
-        record = records[response.key]
-        finished = rewriter.finish(record, response.token_ids, response.finish_reason)
+        finished = rewriter.finish(
+            records[response.key], response.token_ids, response.finish_reason
+        )
         num_tokens += len(response.token_ids)
         if blocks.add(response.key, finished):
             log.info("rewriting: a block of %d records is saved", blocks.size)
     seconds = time.monotonic() - begun
-    engine.close()
-    figures = {"records": len(positions), "tokens": num_tokens, "seconds": seconds}
-    stage.note_figures(directory, figures)
-    log.info("rewriting: %s", json.dumps(figures))
+    return {"records": len(positions), "tokens": num_tokens, "seconds": seconds}

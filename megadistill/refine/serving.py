@@ -110,7 +110,7 @@ def wait_until_up(processes: Processes, port: int, name: str, timeout_s: float) 
     begun = time.monotonic()
     while not _answers(port):
         if exited := processes.next_exit(POLL_S):
-            raise ValueError(f"models.{name}: {exited.describe()}:\n{exited.tail()}")
+            raise ValueError(f"models.{exited.name}: {exited.describe()}:\n{exited.tail()}")
         if time.monotonic() - begun > timeout_s:
             raise ValueError(
                 f"models.{name}.start_timeout_s: the server was not up after {timeout_s:g} s"

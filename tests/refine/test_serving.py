@@ -1,0 +1,105 @@
+"""Models that a shard serves: started, found, and ended, with a small server in vLLM's place."""
+
+import asyncio
+import importlib.metadata
+import os
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from megadistill.config.refine import EngineConfig, ServedConfig
+from megadistill.refine import serving
+from megadistill.refine.endpoints import Asked, Usage
+from megadistill.refine.serving import HOST, serve_command, serve_environment, served
+from megadistill.rollout.vllm_serve import name_vllm
+from tests.refine.world import completion
+from tests.tiny import write_model_config
+
+SERVER = """
+import os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self): self.answer(200, "")
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        known = self.headers["Authorization"] == "Bearer " + os.environ["VLLM_API_KEY"]
+        self.answer(200 if known else 401, sys.argv[2])
+    def answer(self, status, text):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(text.encode())
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def stand_in(_: ServedConfig, name: str, port: int, *, gpu: bool) -> list[str]:
+    assert not gpu
+    if name == "broken":
+        return [sys.executable, "-c", "raise SystemExit('no such weights')"]
+    return [sys.executable, "-c", SERVER, str(port), completion(f"I am {name}")]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ServedConfig:
+    return ServedConfig(path=str(write_model_config(tmp_path / "model")), tries=1)
+
+
+def test_models_are_served_for_the_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ServedConfig
+) -> None:
+    monkeypatch.setattr(serving, "serve_command", stand_in)
+    usage = Usage()
+
+    async def ask() -> list[str]:
+        asked = Asked(messages=[{"role": "user", "content": "?"}], temperature=0, max_tokens=9)
+        answers = [(await model.ask(asked, usage)).text for model in models.values()]
+        for model in models.values():
+            await model.client.close()
+        return answers
+
+    with served({"one": config, "two": config}, gpu=False, logs=tmp_path) as models:
+        urls = [str(model.client.base_url) for model in models.values()]
+        assert asyncio.run(ask()) == ["I am one", "I am two"]
+        assert all(url.startswith(f"http://{HOST}:") for url in urls)
+    assert (usage.requests, usage.completion_tokens) == (2, 10)
+    for url in urls:
+        with pytest.raises(urllib.error.URLError):
+            urllib.request.urlopen(url, timeout=5)
+
+
+def test_a_server_that_ends_is_reported_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ServedConfig
+) -> None:
+    monkeypatch.setattr(serving, "serve_command", stand_in)
+    models = {"one": config, "broken": config}
+    with (
+        pytest.raises(ValueError, match=r"(?s)models.broken: broken ended .* no such weights"),
+        served(models, gpu=False, logs=tmp_path),
+    ):
+        pass
+
+
+def test_commands_hold_no_secret_and_each_model_its_gpus(
+    monkeypatch: pytest.MonkeyPatch, config: ServedConfig
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    two = ServedConfig(path=config.path, engine=EngineConfig(tp=2))
+    words = serve_command(two, "judge", 1234, gpu=True)
+    assert words[words.index("--tensor-parallel-size") + 1] == "2"
+    assert words[words.index("--host") + 1] == "127.0.0.1"
+    environment = serve_environment(two, "secret", (2, 3), gpu=True)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert environment["VLLM_API_KEY"] == "secret"
+    assert "secret" not in words
+    assert "secret" not in os.environ.values()
+
+
+@pytest.mark.vllm
+def test_vllm_is_given_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name_vllm(tmp_path)
+    assert importlib.metadata.version("vllm")
