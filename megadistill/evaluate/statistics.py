@@ -1,0 +1,158 @@
+"""Intervals and tests for scores of benchmarks.
+
+A system's result is one array of shape [S, I]: S seeds (trainings of the same recipe) and I items,
+each entry the mean of the item's samples. Weights make every aggregate a weighted mean over items:
+all ones for an accuracy, unequal for a mean of category means or for Arena-Hard's repeated entries.
+
+Shape legend: S seeds, I items, B bootstrap draws.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+Array = npt.NDArray[np.float64]
+DRAWS = 10_000
+CHUNK = 1 << 22
+"""Most random numbers at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """An estimate with bounds."""
+
+    value: float
+    low: float
+    high: float
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased pass@k of one item, 1 - C(n-c, k) / C(n, k); pass@1 is c / n."""
+    if samples - correct < k:
+        return 1.0
+    return 1.0 - float(np.prod(1.0 - k / np.arange(samples - correct + 1, samples + 1)))
+
+
+def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a proportion."""
+    found = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return Interval(value=successes / trials, low=float(found.low), high=float(found.high))
+
+
+def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+    """The exact binomial interval."""
+    found = stats.binomtest(successes, trials).proportion_ci(confidence, method="exact")
+    return Interval(value=successes / trials, low=float(found.low), high=float(found.high))
+
+
+def bootstrap_means(values_SI: Array, weights_I: Array, *, seed: int, draws: int = DRAWS) -> Array:
+    """Weighted means of `draws` resamples: seeds first, then the same items for all seeds."""
+    num_seeds, num_items = values_SI.shape
+    random = np.random.default_rng(seed)
+    means = np.empty(draws)
+    weighted_SI = values_SI * weights_I
+    step = max(1, CHUNK // num_items)
+    for first in range(0, draws, step):
+        count = min(step, draws - first)
+        items_BI = random.integers(num_items, size=(count, num_items))
+        totals_B = weights_I[items_BI].sum(1)
+        seeds_BS = random.integers(num_seeds, size=(count, num_seeds))
+        sums_SB = np.stack([row[items_BI].sum(1) for row in weighted_SI])
+        chosen_B = np.take_along_axis(sums_SB, seeds_BS.T, axis=0).mean(0)
+        means[first : first + count] = chosen_B / totals_B
+    return means
+
+
+def bootstrap(
+    values_SI: Array,
+    weights_I: Array | None = None,
+    *,
+    seed: int = 0,
+    confidence: float = 0.95,
+    draws: int = DRAWS,
+) -> Interval:
+    """Percentile interval of the weighted mean."""
+    weights_I = np.ones(values_SI.shape[1]) if weights_I is None else weights_I
+    means = bootstrap_means(values_SI, weights_I, seed=seed, draws=draws)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    value = np.average(values_SI.mean(0), weights=weights_I)
+    return Interval(value=float(value), low=float(low), high=float(high))
+
+
+def is_binary(values_SI: Array) -> bool:
+    """Whether these are single right-or-wrong answers of one model."""
+    return len(values_SI) == 1 and bool(np.isin(values_SI, (0.0, 1.0)).all())
+
+
+def interval(values_SI: Array, weights_I: Array, *, seed: int, confidence: float) -> Interval:
+    """Wilson's where answers are right or wrong and count the same, else the bootstrap's."""
+    if is_binary(values_SI) and bool((weights_I == weights_I[0]).all()):
+        return wilson(int(values_SI.sum()), values_SI.shape[1], confidence)
+    return bootstrap(values_SI, weights_I, seed=seed, confidence=confidence)
+
+
+def mcnemar(first_I: Array, second_I: Array) -> float:
+    """Exact two-sided p-value that two models are right equally often, from where they differ."""
+    only_first = int(((first_I == 1) & (second_I == 0)).sum())
+    only_second = int(((first_I == 0) & (second_I == 1)).sum())
+    if only_first + only_second == 0:
+        return 1.0
+    return float(stats.binomtest(only_first, only_first + only_second, 0.5).pvalue)
+
+
+def paired_bootstrap(
+    first_SI: Array, second_SI: Array, weights_I: Array, *, seed: int = 0, draws: int = DRAWS
+) -> float:
+    """Two-sided p-value of the difference of weighted means, items resampled together.
+
+    Twice the smaller share of resampled differences on one side of zero, counting the sample itself.
+    """
+    random = np.random.default_rng(seed)
+    item_seed = int(random.integers(1 << 62))
+    if len(first_SI) == len(second_SI) == 1:
+        differences = bootstrap_means(first_SI - second_SI, weights_I, seed=item_seed, draws=draws)
+    else:  # the same items for both, but each system's own seeds
+        differences = _unpaired_seeds(first_SI, second_SI, weights_I, seed=item_seed, draws=draws)
+    below = (1 + int((differences <= 0).sum())) / (draws + 1)
+    above = (1 + int((differences >= 0).sum())) / (draws + 1)
+    return min(1.0, 2 * min(below, above))
+
+
+def _unpaired_seeds(
+    first_SI: Array, second_SI: Array, weights_I: Array, *, seed: int, draws: int
+) -> Array:
+    random = np.random.default_rng(seed)
+    num_items = first_SI.shape[1]
+    differences = np.empty(draws)
+    for draw in range(draws):
+        items_I = random.integers(num_items, size=num_items)
+        means = [
+            values_SI[random.integers(len(values_SI), size=len(values_SI))].mean(0)[items_I]
+            for values_SI in (first_SI, second_SI)
+        ]
+        weights = weights_I[items_I]
+        differences[draw] = ((means[0] - means[1]) * weights).sum() / weights.sum()
+    return differences
+
+
+def compare(first_SI: Array, second_SI: Array, weights_I: Array, *, seed: int) -> float:
+    """McNemar's p-value where both give right-or-wrong answers, else the paired bootstrap's."""
+    if first_SI.shape[1] != second_SI.shape[1]:
+        raise ValueError("found results on different items, expected the same")
+    equal = bool((weights_I == weights_I[0]).all())
+    if equal and is_binary(first_SI) and is_binary(second_SI):
+        return mcnemar(first_SI[0], second_SI[0])
+    return paired_bootstrap(first_SI, second_SI, weights_I, seed=seed)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values: below alpha exactly where Holm's procedure rejects at alpha."""
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
