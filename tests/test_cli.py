@@ -19,6 +19,7 @@ VERBS = (
     ["node"],
     ["submit"],
     ["campaign"],
+    ["refine"],
     ["doctor"],
     ["shard"],
     ["config"],

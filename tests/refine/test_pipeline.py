@@ -9,6 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from megadistill.cli import main
+from megadistill.config.refine import load_refine
 from megadistill.config.schema import FileSource, PoolConfig
 from megadistill.data.sources import read_pool
 from megadistill.refine.assembly import describe
@@ -300,3 +302,21 @@ def test_mistakes_are_told_before_any_work(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match=r"fusion.model: found 'gone', expected one of \[\]"):
         world.config(fusion={"model": "gone", "judges": ["gone"]})
     assert not world.root.exists()
+
+
+def test_the_command_line_knows_refinements(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(__file__).parents[2] / "configs" / "refine" / "raft_served.yaml"
+    shown = tmp_path / "shown.yaml"
+    for words in (["config", "show", str(file), "seed=5"], ["config", "check", str(shown)]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0
+        if words[1] == "show":
+            shown.write_text(capsys.readouterr().out)
+    assert load_refine(shown).seed == 5
+    with pytest.raises(SystemExit) as ended:
+        main(["refine", str(file), "filter.tau=2"])
+    assert ended.value.code == 2
+    assert "filter.tau" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def test_a_server_that_ends_is_reported_with_its_last_words(
     monkeypatch.setattr(serving, "serve_command", stand_in)
     models = {"one": config, "broken": config}
     with (
-        pytest.raises(ValueError, match=r"(?s)models.broken: broken ended .* no such weights"),
+        pytest.raises(ValueError, match=r"(?s)models.broken: broken ended .*no such weights"),
         served(models, gpu=False, logs=tmp_path),
     ):
         pass
