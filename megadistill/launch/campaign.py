@@ -43,6 +43,7 @@ from megadistill.launch.fanout import (
     submit_fanout,
 )
 from megadistill.launch.node import open_run
+from megadistill.launch.roots import check_root
 from megadistill.launch.shards import Shard, command_shard, content_hash, fingerprint, say
 from megadistill.launch.slurm import live_jobs, submit_gang
 from megadistill.rundir import RunDir, write_atomic
@@ -316,6 +317,7 @@ class Campaign:
 
     def begin(self) -> None:
         """Make the directory (mode 0700) and keep the configurations there."""
+        check_root("runs_dir", self.root)
         for stage in self.stages.values():
             assert stage.digest, "problems of any stage come up before anything is written"
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from megadistill.launch.layout import Layout, NodePlan, describe, layout
 from megadistill.launch.place import Place, local_place, requeue, slurm_place
 from megadistill.launch.processes import Exit, LogFollower, Processes
 from megadistill.launch.roles import Launch, RoleCommand, role_command, role_environment
+from megadistill.launch.roots import check_run_roots
 from megadistill.launch.verdict import Decider, Member, Referee, Waits
 from megadistill.rundir import RunDir
 
@@ -96,9 +97,12 @@ def open_run(source: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, R
     path = Path(source)
     if path.is_dir():
         run = RunDir(path.absolute())
-        return load_config(run.config_file, overrides), run
-    config = load_config(path, overrides)
-    return config, RunDir.of(config)
+        config = load_config(run.config_file, overrides)
+    else:
+        config = load_config(path, overrides)
+        run = RunDir.of(config)
+    check_run_roots(config)
+    return config, run
 
 
 def gpus_per_node(config: RunConfig) -> int:

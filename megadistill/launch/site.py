@@ -14,7 +14,12 @@ from megadistill.config.cluster import ClusterConfig, ContainerConfig
 SRUN_ARGS = ("--kill-on-bad-exit=1", "--cpu-bind=none")
 
 # A warning that comes while Python still loads must not kill it: USR1 starts out ignored.
-START = ("bash", "-c", 'trap "" USR1; [[ -z ${TMPDIR-} ]] || mkdir -p "$TMPDIR"; exec "$@"', "node")
+START = (
+    "bash",
+    "-c",
+    'trap "" USR1; [[ -z ${TMPDIR-} ]] || mkdir -p -m 700 "$TMPDIR"; exec "$@"',
+    "node",
+)
 
 JOB_SETUP = (
     'export MEGADISTILL_LAUNCH="$(date +%s%N)"',  # tells this start of the job from others
