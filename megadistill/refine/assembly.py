@@ -51,7 +51,7 @@ PROVENANCE_COLUMNS = {
     "usage": FUSION_COLUMNS["usage"],
     "hashes": "string",
 }
-"""`hashes` is JSON: the shards of each stage, which name models, templates and settings."""
+"""`hashes` is JSON: the input's hash, and those of models and templates by stage."""
 SWEEP = (0.0, 0.3, 0.5, 0.8, 1.0)
 BINS = 20
 
@@ -73,20 +73,20 @@ def assemble(
     config: RefineConfig,
     *,
     source: str,
-    rewrites: Sequence[str],
-    similarities: Sequence[str],
-    fused: Sequence[str],
+    keys: Mapping[str, Sequence[str]],
+    hashes: Mapping[str, Any],
 ) -> Result:
-    """Join the stages' rows; every record of the input comes out exactly once."""
+    """Join the stages' rows; every record of the input comes out exactly once.
+
+    `keys` are the shards of each stage, `hashes` (any: JSON) what they compute by.
+    """
     stage = Stage(root / "stages" / "rewrite")
     records = stage.records(source)
-    written = read_blocks(stage.outputs("rewrite", rewrites))
-    measured = read_blocks(stage.outputs("filter", similarities))
-    by_index = {row["index"]: row for row in read_blocks(stage.outputs("fusion", fused))}
-    keys = {"input": source, "rewrite": rewrites, "filter": similarities, "fusion": fused}
-    hashes = json.dumps(keys)
+    rows = {name: read_blocks(stage.outputs(name, shards)) for name, shards in keys.items()}
+    by_index = {row["index"]: row for row in rows["fusion"]}
+    hashes_text = json.dumps({"input": source, **hashes})
     refined, provenance = [], []
-    for record, row, found in zip(records, written, measured, strict=True):
+    for record, row, found in zip(records, rows["rewrite"], rows["filter"], strict=True):
         assert row["index"] == found["index"] == record.index
         decided = decide(record, row, found["similarity"], by_index.get(record.index), config)
         refined.append(refined_row(record, row, decided))
@@ -98,7 +98,7 @@ def assemble(
                 "written": row["written"],
                 "rewrite": row["rewrite"],
                 "similarity": found["similarity"],
-                "hashes": hashes,
+                "hashes": hashes_text,
                 **decided,
             }
         )
@@ -107,8 +107,8 @@ def assemble(
         refined=refined,
         provenance=provenance,
         rejected=json.loads((root / "input" / source / "rejected.json").read_text()),
-        figures=_sum_figures(stage.outputs("rewrite", rewrites)),
-        key=content_hash([keys, config.filter.tau]),
+        figures=_sum_figures(stage.outputs("rewrite", keys["rewrite"])),
+        key=content_hash([source, dict(keys), config.filter.tau]),
     )
 
 

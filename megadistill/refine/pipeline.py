@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Changes when a stage computes something else from the same settings."""
+HASHES = ("model", "template", "encoder", "models", "templates")
+"""Arguments that say by which models and templates a stage computes."""
 Arguments = dict[str, Any]  # plain JSON values
 
 
@@ -51,6 +53,8 @@ class Pipeline:
     run_shards: Callable[..., FanoutResult] = run_fanout
     stages: dict[str, Any] = field(default_factory=dict)
     """What each stage did, for the summary (any: JSON)."""
+    hashes: dict[str, Any] = field(default_factory=dict)
+    """Models and templates of each stage, for the provenance (any: JSON)."""
 
     @property
     def root(self) -> Path:
@@ -65,10 +69,10 @@ class Pipeline:
         rewrites = self.rewrite(source)
         similarities = self.measure(source, rewrites)
         fused = self.fuse(source, rewrites, similarities)
+        keys = {"rewrite": rewrites, "filter": similarities, "fusion": fused}
         result = assembly.assemble(
-            self.root, self.config, source=source, rewrites=rewrites, similarities=similarities,
-            fused=fused,
-        )  # fmt: skip
+            self.root, self.config, source=source, keys=keys, hashes=self.hashes
+        )
         assembly.write_result(self.root, result)
         if self.config.diagnose is not None:
             self.diagnose(source, result)
@@ -208,6 +212,7 @@ class Pipeline:
             )
             for number, values in enumerate(arguments)
         ]
+        self.hashes[name] = {key: arguments[0][key] for key in HASHES if key in arguments[0]}
         folders = [stage.path / "shards" / shard.key for shard in shards]
         reused = sum((folder / "done.json").exists() for folder in folders)
         gpus = gpus if self.gpu else 0

@@ -104,7 +104,11 @@ def test_fused_answers_carry_their_provenance(
     assert row["round"] == 1
     assert row["decision"] == "fused"
     assert row["candidates"][0]["scores"] == [{"judge": "strong", "score": 0.9}]
-    assert json.loads(row["hashes"]).keys() == {"input", "rewrite", "filter", "fusion"}
+    hashes = json.loads(row["hashes"])
+    assert hashes["rewrite"].keys() == {"model", "template"}
+    assert hashes["filter"].keys() == {"encoder"}
+    assert hashes["fusion"]["models"]["strong"]["model"] == "m"
+    assert len(hashes["fusion"]["templates"]) == 2
     used = summary["models"]["strong"]
     assert (used["requests"], used["prompt_tokens"], used["completion_tokens"]) == (20, 200, 100)
     assert used["cost"] == pytest.approx(200 * 2e-6)
