@@ -18,7 +18,6 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megadistill.megatron.boundary import calls_megatron
-from megadistill.megatron.cpu import release_memory
 from megadistill.megatron.training import Student
 from megadistill.megatron.world import World
 
@@ -48,8 +47,6 @@ def save(student: Student, directory: Path, extra: Extra) -> None:
     filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, texts[0], strategy, content_metadata=_stored_metadata())
     dist.barrier()
-    if student.world.device.type == "cpu":
-        release_memory()  # a second copy of weights and optimizer
 
 
 @calls_megatron

@@ -7,7 +7,6 @@ this module: `model.py` sets them.
 """
 
 import contextlib
-import ctypes
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -25,13 +24,6 @@ CPU = torch.device("cpu")
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def release_memory() -> None:
-    """Return freed memory to the system, where malloc keeps it (as CPU roles are told to)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc only
-        trim(0)
 
 
 class _CudaLiterals(TorchFunctionMode):
