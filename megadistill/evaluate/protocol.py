@@ -1,13 +1,16 @@
 """What a benchmark is: items, how answers are drawn, what an answer is worth."""
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megadistill.config import resolve_path
 from megadistill.refine.records import read_rows
 from megadistill.types import Message
 
+PACKAGED = "packaged"
 Block = Literal["general", "domain"]
 
 
@@ -81,10 +84,13 @@ class Benchmark:
     title: str
     block: Block
     draw: Draw
-    rows: Callable[[Mapping[str, Any]], Item]
-    """A row of the file as an item; raises `ValueError` or `KeyError` when it is none."""
+    rows: Callable[[Mapping[str, Any]], Item | None]
+    """A row of the file as an item, or None for one of another benchmark in the same file; raises
+    `ValueError` or `KeyError` when it is wrong."""
     score: Callable[[Item, str], Score] | None = None
     judged: Judged | None = None
+    packaged: str | None = None
+    """Place of the file in a Python package; `path: packaged` means this one."""
     hint: str = ""
     """How to get the file."""
     strip_thinking: bool = True
@@ -93,6 +99,19 @@ class Benchmark:
     """`mean_of_means`: tasks (`category/task`) in categories count the same however long they are."""
     size: int | None = None
     """Items of the whole set."""
+
+
+def benchmark_file(benchmark: Benchmark, path: str) -> Path:
+    """The file that a configuration's `path` means."""
+    if path != PACKAGED:
+        return Path(resolve_path(path))
+    if benchmark.packaged is None:
+        raise ValueError(f"path: found packaged, but {benchmark.title} comes in no package")
+    package, _, rest = benchmark.packaged.partition("/")
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(f"path: packaged needs the `eval` extra of this package ({package})")
+    return Path(found.submodule_search_locations[0]) / rest
 
 
 def read_benchmark(benchmark: Benchmark, file: Path) -> Iterator[Item]:
@@ -111,6 +130,8 @@ def read_benchmark(benchmark: Benchmark, file: Path) -> Iterator[Item]:
             ) from None
         except ValueError as error:
             raise ValueError(f"{file}: row {number}: {error}") from None
+        if item is None:
+            continue
         if item.id in seen:
             raise ValueError(f"{file}: row {number} has the id {item.id!r} of row {seen[item.id]}")
         seen[item.id] = number

