@@ -4,6 +4,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedTokenizerBase
+
 from megadistill import startup
 from megadistill.algorithms import Algorithm, Sft, make_algorithm
 from megadistill.collect import AnswerCollector, Collector, OnPolicyCollector, Sampler
@@ -14,6 +16,7 @@ from megadistill.data.pools import PromptPool, make_pools
 from megadistill.evaluate.heldout import HeldoutKl
 from megadistill.megatron.engine import Engine
 from megadistill.metrics import MetricWriter
+from megadistill.preflight import used_pools
 from megadistill.publish.files import publish_files, published_at
 from megadistill.rollout.client import EnginePool
 from megadistill.rollout.seeds import seed_for
@@ -45,18 +48,20 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
     """Load models, data and engines; restore the newest whole checkpoint. Collective."""
     config = run.load_config()
     tokenizer = startup.load_tokenizer(config)
-    pools = make_pools(config.data, tokenizer, config.seed, used_pools(config))
+    pools = _read_pools(config, tokenizer)
     startup.check_pools(pools, config)
     engine = Engine(config)
     state = restore(run, engine, config)
     parts = Parts(run=run, config=config, engine=engine)
+    startup.check_vocabularies(config, pools, engine.score_top_k)
     if engine.is_writer:
         parts.metrics = MetricWriter(run.metrics_file, config.log, config.name, state.step)
         for line in startup.describe_run(run, pools):
             logging.info(line)
     parts.algorithm = algorithm = make_algorithm(config, tokenizer, state.algorithm)
     if isinstance(algorithm, Sft):
-        pool = pools[used_pools(config)[0]]
+        assert isinstance(config.algorithm, SftConfig)
+        pool = pools[config.algorithm.pool]
         parts.collector = AnswerCollector(algorithm, pool, tokenizer, state.cursors)
         return parts, state
     if state.step == 0:
@@ -70,16 +75,6 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
     if parts.published != state.step:
         publish_student(parts, state.step)
     return parts, state
-
-
-def used_pools(config: RunConfig) -> list[str]:
-    """Pools that the algorithm or a held-out measurement reads."""
-    algorithm = config.algorithm
-    if isinstance(algorithm, SftConfig | RaftConfig):
-        trained = {algorithm.pool}
-    else:
-        trained = {algorithm.general.pool, algorithm.domain.pool}
-    return sorted(trained | {heldout.pool for heldout in config.evaluate.heldout.values()})
 
 
 def publish_student(parts: Parts, version: int) -> None:
@@ -98,6 +93,14 @@ def publish_student(parts: Parts, version: int) -> None:
         parts.sampler.publish(version, publish_files(tensors, parts.run.weights, version))
     parts.published = version
     parts.engine.barrier()
+
+
+def _read_pools(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, PromptPool]:
+    """The pools that the run reads; where answers are trained on, those that fit with theirs."""
+    algorithm = config.algorithm
+    answered = algorithm.max_tokens if isinstance(algorithm, SftConfig | RaftConfig) else None
+    names = used_pools(config)
+    return make_pools(config.data, tokenizer, config.seed, names, max_answered=answered)
 
 
 def _connect(run: RunDir, config: RunConfig) -> Sampler:

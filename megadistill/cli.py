@@ -193,6 +193,8 @@ def _problem(path: str, with_models: bool) -> str | None:
     from megadistill.config.campaign import is_campaign, load_campaign
     from megadistill.config.prepare import is_prepare, load_prepare
     from megadistill.config.refine import is_refine, load_refine
+    from megadistill.launch.layout import layout
+    from megadistill.launch.node import gpus_per_node
 
     try:
         if is_prepare(path):
@@ -205,12 +207,14 @@ def _problem(path: str, with_models: bool) -> str | None:
             load_refine(path)
             return None
         config = load_config(path)
+        layout(config, config.cluster.nodes, gpus_per_node(config))
         if with_models:
             from megadistill.preflight import check_config
 
             check_config(config)
     except ValueError as error:
-        return str(error)
+        text = str(error)
+        return text if text.startswith(path) else f"{path}: {text}"
     return None
 
 

@@ -241,11 +241,14 @@ class Sampler:
 
     @contextmanager
     def _awake(self) -> Iterator[None]:
-        """Let colocated engines have the GPUs' memory for the block."""
-        if self._colocated:
-            self._engines.wake()
-        yield
-        if self._colocated:
+        """Let colocated engines have the GPUs' memory for the block, however it ends."""
+        if not self._colocated:
+            yield
+            return
+        self._engines.wake()
+        try:
+            yield
+        finally:
             self._engines.sleep()
 
 

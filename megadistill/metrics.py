@@ -2,11 +2,13 @@
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megadistill.config.schema import LogConfig
+from megadistill.rundir import write_atomic
 
 
 class MetricWriter:
@@ -18,11 +20,11 @@ class MetricWriter:
     def __init__(self, file: Path, log: LogConfig, name: str, steps_taken: int) -> None:
         self._file = file
         kept = [row for row in read_metrics(file) if row["step"] <= steps_taken and steps_taken]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
-        self._wandb = _start_wandb(log, name, file.parent) if log.wandb != "off" else None
+        write_atomic(file, "".join(json.dumps(row) + "\n" for row in kept))
+        self._wandb: Any = None  # wandb has no types
+        if log.wandb != "off":
+            run_id = wandb_id(file.parent / "state" / "wandb-id", anew=steps_taken == 0)
+            self._wandb = _start_wandb(log, name, run_id, file.parent)
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """One line for `step`; it is on disk when this returns."""
@@ -53,14 +55,22 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _start_wandb(log: LogConfig, name: str, directory: Path) -> Any:  # wandb has no types
+def wandb_id(file: Path, *, anew: bool) -> str:
+    """What Weights & Biases knows this run by: random, so that no other run of its name has it."""
+    if anew or not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        write_atomic(file, secrets.token_hex(8))
+    return file.read_text(encoding="utf-8")
+
+
+def _start_wandb(log: LogConfig, name: str, run_id: str, directory: Path) -> Any:
     import wandb  # noqa: PLC0415 - slow to import; only the writer of a logged run needs it
 
     os.environ.setdefault("WANDB_SILENT", "true")
     return wandb.init(
         project=log.project,
         name=name,
-        id=name,
+        id=run_id,
         resume="allow",
         dir=str(directory),
         mode="online" if log.wandb == "online" else "offline",

@@ -2,11 +2,22 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 from megadistill.config import ConfigError, RunConfig, resolve_path
+from megadistill.config.algorithm import RaftConfig, SftConfig
+from megadistill.config.schema import FileSource
 from megadistill.convert.families import ModelSpec, read_spec
 from megadistill.rundir import RunDir
+
+CHECKPOINT_BYTES = 14
+"""Of a parameter in a checkpoint: fp32 master weight and two moments, and the bf16 weight."""
+
+WEIGHT_COPIES = 4
+"""Of the weights on disk beside checkpoints: two published, the next one, and the export."""
 
 
 def check_config(config: RunConfig) -> None:
@@ -17,22 +28,18 @@ def check_config(config: RunConfig) -> None:
     problems: list[str] = []
     specs: dict[str, ModelSpec] = {}
     for key, path in model_paths(config).items():
-        directory = Path(resolve_path(path))
-        if not directory.is_dir():
-            if not _is_hub_name(path):
-                problems.append(f"{key}.path: found {str(directory)!r}, which does not exist")
-            continue
         try:
-            specs[key] = read_spec(directory)
+            specs[key] = read_spec(_model_directory(path))
         except ValueError as error:
             problems.append(f"{key}.path: {error}")
     for key, spec in specs.items():
         problems += _parallel_problems(key, spec, config)
     problems += [
+        *_data_problems(config),
         *_length_problems(specs, config),
         *_overlap_problems(config),
-        *_vocabulary_problems(specs, config),
-        *_disk_problems(config),
+        *_heldout_problems(specs, config),
+        *_disk_problems(specs, config),
         *_export_problems(config),
     ]
     if problems:
@@ -46,9 +53,46 @@ def model_paths(config: RunConfig) -> dict[str, str]:
     return {"student": config.student.path, **teachers}
 
 
+def used_pools(config: RunConfig) -> list[str]:
+    """Pools that the algorithm or a held-out measurement reads."""
+    algorithm = config.algorithm
+    if isinstance(algorithm, SftConfig | RaftConfig):
+        trained = {algorithm.pool}
+    else:
+        trained = {algorithm.general.pool, algorithm.domain.pool}
+    return sorted(trained | {heldout.pool for heldout in config.evaluate.heldout.values()})
+
+
+def _model_directory(path: str) -> Path:
+    """Where the files of a model lie now. Raises `ValueError` when they are not on this machine."""
+    directory = Path(resolve_path(path))
+    if directory.is_dir():
+        return directory
+    if not _is_hub_name(path):
+        raise ValueError(f"found {str(directory)!r}, which does not exist")
+    file = try_to_load_from_cache(path, "config.json")
+    if not isinstance(file, str):
+        raise ValueError(
+            f"found {path!r}, which is neither a directory nor in the Hugging Face cache; run "
+            f"`hf download {path}` first"
+        )
+    return Path(file).parent
+
+
 def _is_hub_name(path: str) -> bool:
     """`org/name` is looked up on the hub; anything else must be a directory."""
     return path.count("/") == 1 and path[0] not in "./~$" and not path.startswith("cache:")
+
+
+def _data_problems(config: RunConfig) -> list[str]:
+    """Files of prompts that are not there."""
+    return [
+        f"data.pools.{name}.sources[{index}].path: found {source.path!r}, which does not exist; "
+        "`megadistill prepare` makes the papers' sets, see configs/prepare/"
+        for name in used_pools(config)
+        for index, source in enumerate(config.data.pools[name].sources)
+        if isinstance(source, FileSource) and not Path(resolve_path(source.path)).is_file()
+    ]
 
 
 def _parallel_problems(key: str, spec: ModelSpec, config: RunConfig) -> list[str]:
@@ -90,16 +134,23 @@ def _overlap_problems(config: RunConfig) -> list[str]:
     return []
 
 
-def _vocabulary_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> list[str]:
-    """A divergence over the full vocabulary needs as many rows on both sides."""
-    sizes = {key: spec.vocab_size for key, spec in specs.items()}
-    return [
-        f"evaluate.heldout.{name}.teacher: teachers.{heldout.teacher} has {sizes[teacher]} "
-        f"vocabulary rows, expected {sizes['student']} like the student"
-        for name, heldout in config.evaluate.heldout.items()
-        if (teacher := f"teachers.{heldout.teacher}") in sizes
-        and sizes[teacher] != sizes.get("student", sizes[teacher])
-    ]
+def _heldout_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> list[str]:
+    """The student's engines sample with these teachers' weights, so they must be of one shape."""
+    problems: list[str] = []
+    for name, heldout in config.evaluate.heldout.items():
+        teacher = specs.get(f"teachers.{heldout.teacher}")
+        student = specs.get("student", teacher)
+        if teacher is None or student is None:
+            continue
+        found = asdict(replace(teacher, max_positions=0))
+        expected = asdict(replace(student, max_positions=0))
+        if differing := [key for key, value in found.items() if value != expected[key]]:
+            what = ", ".join(f"{key} {found[key]} ({expected[key]})" for key in differing)
+            problems.append(
+                f"evaluate.heldout.{name}.teacher: teachers.{heldout.teacher} has {what}, expected "
+                "the student's, in parentheses, whose engines sample its texts"
+            )
+    return problems
 
 
 def _export_problems(config: RunConfig) -> list[str]:
@@ -115,14 +166,28 @@ def _export_problems(config: RunConfig) -> list[str]:
     ]
 
 
-def _disk_problems(config: RunConfig) -> list[str]:
-    folder = Path(config.runs_dir).absolute()
+def _disk_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> list[str]:
+    """Room for checkpoints, one more while the oldest is still there, and copies of the weights."""
+    if "student" not in specs:
+        return []
+    run = RunDir.of(config)
+    weight = 4 if config.precision == "fp32" else 2
+    checkpoints = CHECKPOINT_BYTES * (config.checkpoint.keep + 1)
+    needed = specs["student"].num_parameters * (checkpoints + weight * WEIGHT_COPIES)
+    used = sum(
+        file.stat().st_size
+        for folder in ("checkpoints", "weights")
+        for file in (run.path / folder).rglob("*")
+        if file.is_file()
+    )
+    folder = run.path
     while not folder.exists():
         folder = folder.parent
-    free_gib = shutil.disk_usage(folder).free / 2**30
-    if free_gib < config.checks.min_free_gib:
-        limit = config.checks.min_free_gib
-        return [
-            f"runs_dir: {free_gib:.1f} GiB are free at {folder}, checks.min_free_gib is {limit}"
-        ]
-    return []
+    free = shutil.disk_usage(folder).free
+    if free + used >= needed:
+        return []
+    return [
+        f"runs_dir: {free / 2**30:.1f} GiB are free at {folder}, expected {(needed - used) / 2**30:.1f}"
+        f" for checkpoint.keep = {config.checkpoint.keep} and one more of "
+        f"{CHECKPOINT_BYTES} bytes a parameter, and {WEIGHT_COPIES} copies of the weights"
+    ]

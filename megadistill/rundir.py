@@ -15,7 +15,9 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,12 @@ import yaml
 from megadistill.config import RunConfig, dump_config, load_config
 
 WHOLE = "WHOLE"
-"""Written last into a checkpoint, with the size of every file: without it, it is torn."""
+"""Written last into a checkpoint, with size and CRC-32 of every file: without it, it is torn."""
+
+HARMLESS = ("cluster.", "log.", "checks.", "checkpoint.", "rollout.timeout_s", "rollout.start_")
+"""Settings that a resumed run may change: they do not touch what it computes."""
+
+READ_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +49,36 @@ class RunDir:
     def create(self, config: RunConfig) -> None:
         """Make the directories (mode 0700) and write the resolved configuration.
 
-        Raises `ValueError` when the directory belongs to a run with other settings.
+        Raises `ValueError` when the directory belongs to a run with other settings; `HARMLESS`
+        ones may differ, and a run that is not done may get more steps at a constant rate.
         """
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in ("control", "state", "checkpoints", "rollouts", "weights", "logs", "report"):
             (self.path / name).mkdir(mode=0o700, exist_ok=True)
         text = dump_config(config)
-        if self.config_file.exists() and (found := self.config_file.read_text()) != text:
-            changed = changed_settings(found, text)
-            raise ValueError(
-                f"{self.path} holds a run with other settings ({', '.join(changed)}); "
-                "change `name` to start a new run, or delete that directory"
-            )
+        if self.config_file.exists():
+            changed = changed_settings(dump_config(self.load_config()), text)
+            if config.optimizer.decay == "constant" and self._may_go_on(config.steps):
+                changed.pop("steps", None)
+            named = [
+                f"{key}: {change}"
+                for key, change in changed.items()
+                if not key.startswith(HARMLESS)
+            ]
+            if named:
+                raise ValueError(
+                    f"{self.path} holds a run with other settings ({', '.join(named[:5])}); "
+                    "change `name` to start a new run, or delete that directory"
+                )
         write_atomic(self.config_file, text)
 
     def load_config(self) -> RunConfig:
         return load_config(self.config_file)
+
+    def _may_go_on(self, steps: int) -> bool:
+        """Whether the run, by what it has done so far, can still end after this many steps."""
+        progress = self.read_progress()
+        return not progress.get("done") and steps > progress.get("step", 0)
 
     @property
     def config_file(self) -> Path:
@@ -139,14 +160,14 @@ class RunDir:
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"
 
+    def checkpoints(self) -> list[Path]:
+        """The directories of all checkpoints, whole or torn, newest first."""
+        found = (self.path / "checkpoints").glob("step-*")
+        return sorted(found, key=_step_of, reverse=True)
+
     def whole_checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, directory) of every whole checkpoint, oldest first."""
-        found = [
-            (int(directory.name.removeprefix("step-")), directory)
-            for directory in (self.path / "checkpoints").glob("step-*")
-            if is_whole(directory)
-        ]
-        return sorted(found)
+        """(step, directory) of every checkpoint with all of its files, oldest first."""
+        return [(_step_of(path), path) for path in self.checkpoints()[::-1] if is_whole(path)]
 
     @contextmanager
     def writing_checkpoint(self, step: int) -> Iterator[Path]:
@@ -156,15 +177,17 @@ class RunDir:
             shutil.rmtree(directory)
         directory.mkdir(mode=0o700, parents=True)
         yield directory
-        write_atomic(directory / WHOLE, json.dumps(sync_tree(directory)))
+        sizes = sync_tree(directory)
+        marks = {"sizes": sizes, "crc32": hash_files(directory, sizes)}
+        write_atomic(directory / WHOLE, json.dumps(marks))
 
     def drop_old_checkpoints(self, keep: int) -> None:
         """Delete all but the newest `keep` whole checkpoints, and torn ones older than those."""
         whole = self.whole_checkpoints()
         kept = {directory for _, directory in whole[-keep:]}
         newest = whole[-1][0] if whole else -1
-        for directory in (self.path / "checkpoints").glob("step-*"):
-            if directory not in kept and int(directory.name.removeprefix("step-")) <= newest:
+        for directory in self.checkpoints():
+            if directory not in kept and _step_of(directory) <= newest:
                 shutil.rmtree(directory)
 
 
@@ -189,23 +212,49 @@ def sync_tree(directory: Path) -> dict[str, int]:
     return sizes
 
 
+def hash_files(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """Name -> CRC-32 of each file's content; several at once, for they are read through."""
+
+    def crc32(name: str) -> str:
+        value = 0
+        with (directory / name).open("rb") as stream:
+            while block := stream.read(READ_BYTES):
+                value = zlib.crc32(block, value)
+        return f"{value:08x}"
+
+    names = list(names)
+    with ThreadPoolExecutor(8) as threads:
+        return dict(zip(names, threads.map(crc32, names), strict=True))
+
+
 def is_whole(directory: Path) -> bool:
     """Whether a checkpoint was finished and none of its files has been lost or cut since."""
     try:
-        sizes: dict[str, int] = json.loads((directory / WHOLE).read_text())
+        sizes: dict[str, int] = json.loads((directory / WHOLE).read_text())["sizes"]
         return all((directory / name).stat().st_size == size for name, size in sizes.items())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError, KeyError):  # no marker, or not one that we wrote
         return False
 
 
-def changed_settings(old_text: str, new_text: str) -> list[str]:
-    """`key.path: old -> new` of what differs between two dumped configurations, at most five."""
+def damaged_files(directory: Path) -> list[str]:
+    """Files of a whole checkpoint whose content is not what was written; reads all of it."""
+    expected: dict[str, str] = json.loads((directory / WHOLE).read_text())["crc32"]
+    found = hash_files(directory, expected)
+    return [name for name, value in expected.items() if found[name] != value]
+
+
+def changed_settings(old_text: str, new_text: str) -> dict[str, str]:
+    """Key path -> `old -> new` of what differs between two dumped configurations."""
     old, new = _leaves(yaml.safe_load(old_text)), _leaves(yaml.safe_load(new_text))
-    return [
-        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+    return {
+        key: f"{old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in {**old, **new}
         if key not in old or key not in new or old[key] != new[key]
-    ][:5]
+    }
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

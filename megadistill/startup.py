@@ -1,16 +1,21 @@
 """Start-up checks that fail closed: each says the number found and the number allowed."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megadistill.config import ConfigError, RunConfig, resolve_path
+from megadistill.config import ConfigError, RunConfig
 from megadistill.config.algorithm import BranchConfig
 from megadistill.config.schema import ChecksConfig
+from megadistill.convert.families import read_spec
+from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import PromptPool, end_token
 from megadistill.rundir import RunDir
-from megadistill.types import FloatArray, TokenSpan
+from megadistill.types import FloatArray, TokenSpan, TopK
+
+log = logging.getLogger(__name__)
 
 NUM_PROBE_PROMPTS = 2
 """Domain prompts scored by student and domain teacher before the first step."""
@@ -18,12 +23,17 @@ NUM_PROBE_PROMPTS = 2
 MAX_PROBE_TOKENS = 32
 """Scored tail of a probe prompt."""
 
+SPECIAL_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+
+MASS_TOLERANCE = 1e-3
+"""How far from 1 the probabilities of all ids may add up in fp32."""
+
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The student's tokenizer, after checking that the teachers read its ids the same way.
 
-    Raises `ConfigError` on a missing chat template or end token, or on any id that two models
-    map to different text: distillation compares probabilities id by id.
+    Raises `ConfigError` on a missing chat template or end token, on any id that two models map to
+    different text, and on special tokens that differ: probabilities are compared id by id.
     """
     student = _tokenizer(config.student.path)
     if not student.chat_template:
@@ -31,25 +41,54 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     end_token(student)
     vocabulary = student.get_vocab()
     for name, model in config.teachers.items():
-        other = _tokenizer(model.path).get_vocab()
-        if other == vocabulary:
-            continue
-        differing = {
+        teacher = _tokenizer(model.path)
+        other = teacher.get_vocab()
+        if differing := {
             token
             for token in vocabulary.keys() | other.keys()
             if vocabulary.get(token) != other.get(token)
-        }
-        examples = ", ".join(repr(token) for token in sorted(differing)[:5])
-        raise ConfigError(
-            f"teachers.{name}.path: {len(differing)} tokens have another id than in the student's "
-            f"tokenizer (0 allowed), e.g. {examples}"
-        )
+        }:
+            examples = ", ".join(repr(token) for token in sorted(differing)[:5])
+            raise ConfigError(
+                f"teachers.{name}.path: {len(differing)} tokens have another id than in the "
+                f"student's tokenizer (0 allowed), e.g. {examples}"
+            )
+        for kind in SPECIAL_IDS:
+            found, expected = getattr(teacher, kind), getattr(student, kind)
+            if found != expected:
+                raise ConfigError(
+                    f"teachers.{name}.path: its tokenizer's {kind} is {found}, expected {expected} "
+                    "as in the student's"
+                )
     return student
 
 
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_path(path))
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_model(path))
     return tokenizer
+
+
+def check_vocabularies(
+    config: RunConfig,
+    pools: Mapping[str, PromptPool],
+    score_top_k: "Callable[..., tuple[list[FloatArray], list[TopK]]]",
+) -> None:
+    """The ids of each model, and no row that pads its vocabulary, hold all of the probability.
+
+    Collective: every rank calls it.
+    """
+    prompt = next(iter(pools.values())).train[0]
+    span = TokenSpan(token_ids_N=np.asarray(prompt.token_ids, dtype=np.int32), num_scored=1)
+    for name, model in {"student": config.student, **config.teachers}.items():
+        size = read_spec(resolve_model(model.path)).vocab_size
+        _, (top,) = score_top_k(name, [span], top_k=size, temperature=1.0)
+        mass = float(np.exp(top.logprobs_RK.astype(np.float64)).sum())
+        num_ids = len(np.unique(top.ids_RK[(top.ids_RK >= 0) & (top.ids_RK < size)]))
+        if num_ids != size or not abs(mass - 1) <= MASS_TOLERANCE:  # NaN fails too
+            raise RuntimeError(
+                f"{name}: {num_ids} of its {size} ids hold a probability of {mass:.6f} together, "
+                f"expected all of them and 1 (within {MASS_TOLERANCE}): padding takes part"
+            )
 
 
 def check_equal_start(
@@ -63,7 +102,13 @@ def check_equal_start(
     Any difference between the two forward passes would become a positive domain score and be
     selected on (requirement 1 of CaMOPD's implementation). Collective: every rank calls it.
     """
-    if resolve_path(config.teachers[branch.teacher].path) != resolve_path(config.student.path):
+    teacher_model = config.teachers[branch.teacher]
+    starts = [resolve_model(model.path).resolve() for model in (config.student, teacher_model)]
+    if starts[0] != starts[1]:
+        return
+    precisions = [model.precision or config.precision for model in (config.student, teacher_model)]
+    if precisions[0] != precisions[1]:
+        log.info("equal start: not checked, student in %s and teacher in %s differ", *precisions)
         return
     prompts = pools[branch.pool].train[:NUM_PROBE_PROMPTS]
     spans = [

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from megadistill.config import RunConfig, resolve_path
+from megadistill.config import RunConfig
+from megadistill.convert.hf_files import resolve_model
+from megadistill.preflight import model_paths
 from megadistill.rollout.store import read_rollouts, write_rollouts
-from megadistill.rundir import RunDir
+from megadistill.rundir import RunDir, damaged_files, is_whole
 from megadistill.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,9 @@ class RunState:
         return replace(self, step=step + 1, cursors=dict(cursors), algorithm=dict(algorithm))
 
 
+NUM_BLOCKS, BLOCK_BYTES = 64, 2**16
+"""Of each file of a model so many blocks are read for its fingerprint, evenly spread."""
+
 AHEAD = "ahead.parquet"
 """In a checkpoint: rollouts of the next step, where they were sampled with older weights."""
 
@@ -85,19 +90,19 @@ def restore(run: RunDir, engine: Checkpointed, config: RunConfig) -> RunState:
 
     Raises `ValueError` when a teacher or the starting student changed since the run began.
     """
-    candidates = engine.broadcast(_candidates(run) if engine.is_writer else None)
-    models = {key: fingerprint(path) for key, path in _model_paths(config).items()}
-    for directory in reversed(candidates):
-        state = RunState(**engine.load(directory))
-        changed = [key for key, mark in models.items() if state.models.get(key) != mark]
-        if changed:
-            raise ValueError(
-                f"{', '.join(changed)}: the files changed since {directory} was written; "
-                "restore them, or start a new run under another `name`"
-            )
-        log.info("resuming after step %d from %s", state.step, directory)
-        return state
-    return RunState(models=models)
+    directory = engine.broadcast(_newest(run) if engine.is_writer else None)
+    models = {key: fingerprint(path) for key, path in model_paths(config).items()}
+    if directory is None:
+        return RunState(models=models)
+    state = RunState(**engine.load(directory))
+    changed = [key for key, mark in models.items() if state.models.get(key) != mark]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)}: the files changed since {directory} was written; "
+            "restore them, or start a new run under another `name`"
+        )
+    log.info("resuming after step %d from %s", state.step, directory)
+    return state
 
 
 def restore_ahead(run: RunDir, state: RunState) -> list[Rollout]:
@@ -107,26 +112,31 @@ def restore_ahead(run: RunDir, state: RunState) -> list[Rollout]:
 
 
 def fingerprint(path: str) -> str:
-    """A short mark of a model's files: names, sizes and the first MiB of each."""
-    directory = Path(resolve_path(path))
+    """A short mark of a model's files: names, sizes, and blocks spread over each.
+
+    Raises `ValueError` when there is no such model, or it has no weights.
+    """
+    directory = resolve_model(path)
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"{directory}: found no *.safetensors, expected a Hugging Face model")
     digest = hashlib.sha256()
-    files = sorted([*directory.glob("*.safetensors"), *directory.glob("config.json")])
-    for file in files:
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
+    for file in [*weights, *directory.glob("config.json")]:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(2**20))
+            spread = range(0, size, max(BLOCK_BYTES, size // NUM_BLOCKS))
+            for place in (*spread, max(0, size - BLOCK_BYTES)):
+                stream.seek(place)
+                digest.update(stream.read(BLOCK_BYTES))
     return digest.hexdigest()[:16]
 
 
-def _candidates(run: RunDir) -> list[Path]:
-    """Whole checkpoints, oldest first; says which ones are torn and passed over."""
-    whole = [directory for _, directory in run.whole_checkpoints()]
-    for directory in sorted((run.path / "checkpoints").glob("step-*")):
-        if directory not in whole:
-            log.warning("%s is torn or damaged and is passed over", directory)
-    return whole
-
-
-def _model_paths(config: RunConfig) -> dict[str, str]:
-    teachers = {f"teachers.{name}": model.path for name, model in config.teachers.items()}
-    return {"student": config.student.path, **teachers}
+def _newest(run: RunDir) -> Path | None:
+    """The newest checkpoint with nothing lost and nothing changed; says what is passed over."""
+    for directory in run.checkpoints():
+        damaged = damaged_files(directory) if is_whole(directory) else ["not finished"]
+        if not damaged:
+            return directory
+        log.warning("%s is torn or damaged and is passed over: %s", directory, ", ".join(damaged))
+    return None

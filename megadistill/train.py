@@ -15,7 +15,7 @@ from megadistill.assemble import Parts, assemble, publish_student
 from megadistill.collect import Batch, timed
 from megadistill.config import resolve_path
 from megadistill.config.schema import OptimizerConfig
-from megadistill.convert.hf_files import SafetensorsWriter, resolve_model
+from megadistill.convert.hf_files import SafetensorsWriter, remove_unfinished, resolve_model
 from megadistill.report.rollouts import store_rollouts
 from megadistill.rundir import RunDir
 from megadistill.state import RunState, save
@@ -123,6 +123,7 @@ def export(parts: Parts, target: Path) -> None:
         for _ in tensors:
             pass  # every rank takes part to the end
         return
+    remove_unfinished(target)
     with SafetensorsWriter(target) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor)

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from megadistill.rollout.protocol import OnProgress
 from megadistill.types import FloatArray, Prompt, Rollout, TokenSpan, TopK
 
 Value = TypeVar("Value")
@@ -33,7 +32,6 @@ class FakeRolloutEngine:
         *,
         expected_version: int,
         max_tokens: int | None = None,
-        on_progress: OnProgress | None = None,
     ) -> list[Rollout]:
         self.asked.append(([prompt.id for prompt in prompts], list(seeds), max_tokens))
         self.before_generate()

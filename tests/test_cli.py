@@ -28,6 +28,7 @@ VERBS = (
     ["config", "schema"],
     ["status"],
     ["report"],
+    ["prepare"],
     ["prepare-model"],
     ["convert"],
 )
@@ -146,6 +147,18 @@ def test_config_check_reports_every_problem_of_every_file(
     assert "  steps: found 0" in printed.err
     assert '  seed: found "x"' in printed.err
     assert "gone.yaml: no such file" in printed.err
+
+
+def test_config_check_finds_a_layout_that_no_nodes_could_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = camopd_tree(parallel={"tp": 3}, device="auto", cluster={"nodes": 2, "gpus_per_node": 8})
+    tree["rollout"] = {"max_tokens": 16, "placement": "dedicated"}
+    tree["cluster"]["rollout_nodes"] = 1
+    file = tmp_path / "uneven.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    assert run_cli("config", "check", str(file)) == 1
+    assert f"{file}: parallel: found tp 3 x pp 1 x cp 1 = 3" in capsys.readouterr().err
 
 
 def test_config_check_looks_into_models_only_when_asked(

@@ -50,7 +50,7 @@ def prompt_ids(batch: Batch) -> list[str]:
 def publish(sampler: Sampler, version: int) -> None:
     """As the training loop does: first let rollouts end that are under way."""
     sampler.settle()
-    sampler.publish(version, Published(files=(), checksum="0", num_bytes=0))
+    sampler.publish(version, Published(files=(), checksum="0"))
 
 
 def test_cursors_count_the_prompts_drawn_from_each_pool() -> None:
@@ -195,6 +195,14 @@ def test_colocated_engines_sleep_while_the_trainer_works() -> None:
         publish(sampler, step + 1)
         assert engines.asleep
     assert engines.naps == 5
+
+
+def test_colocated_engines_sleep_again_after_a_failure() -> None:
+    engines = FakeRolloutEngine(version=7)  # refuses: the weights are not the trainer's
+    sampler = Sampler(engines, seed=0, num_steps=NUM_STEPS, colocated=True)
+    with pytest.raises(AssertionError, match="stale weights"):
+        make_collector(sampler=sampler).collect(0)
+    assert engines.asleep
 
 
 def test_look_ahead_draws_what_the_step_would_have_drawn() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megadistill.config.schema import LogConfig
-from megadistill.metrics import MetricWriter, read_metrics
+from megadistill.metrics import MetricWriter, read_metrics, wandb_id
 
 OFF = LogConfig(wandb="off")
 
@@ -86,6 +86,29 @@ def test_not_a_number_survives(file: Path) -> None:
     assert math.isnan(read_metrics(file)[0]["loss"])
 
 
+def test_a_resumed_run_keeps_its_id_and_a_new_one_of_the_same_name_gets_another(
+    tmp_path: Path,
+) -> None:
+    first = wandb_id(tmp_path / "one" / "wandb-id", anew=True)
+    assert wandb_id(tmp_path / "one" / "wandb-id", anew=False) == first
+    assert wandb_id(tmp_path / "two" / "wandb-id", anew=False) != first
+    assert wandb_id(tmp_path / "one" / "wandb-id", anew=True) != first
+
+
+def test_a_resume_that_fails_leaves_the_metrics_whole(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_steps(file, range(6))
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
+        MetricWriter(file, OFF, "tiny", 3)
+    assert steps_in(file) == [0, 1, 2, 3, 4, 5]
+
+
 def test_offline_runs_are_recorded_for_a_later_upload(file: Path) -> None:
     """In a process of its own: wandb starts a service and hooks into the interpreter's exit."""
     code = (
@@ -105,7 +128,8 @@ def test_offline_runs_are_recorded_for_a_later_upload(file: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     (directory,) = (file.parent / "wandb").glob("offline-run-*")
     (record,) = directory.glob("run-*.wandb")
-    assert record.name == "run-tiny.wandb"
+    run_id = (file.parent / "state" / "wandb-id").read_text()
+    assert record.name == f"run-{run_id}.wandb"
     content = record.read_bytes()
     assert b"loss" in content
     assert b"general" in content

@@ -1,16 +1,20 @@
 """Start-up checks: each problem with its key, all at once, and nothing that passes by accident."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from megadistill import preflight
 from megadistill.config import ConfigError, RunConfig
 from megadistill.config.algorithm import BranchConfig
 from megadistill.config.schema import ChecksConfig
+from megadistill.convert.families import read_spec
 from megadistill.data.pools import PromptPool
 from megadistill.preflight import check_config
 from megadistill.rundir import RunDir
@@ -18,13 +22,15 @@ from megadistill.startup import (
     check_equal_start,
     check_first_batch,
     check_pools,
+    check_vocabularies,
     describe_run,
     load_tokenizer,
 )
-from megadistill.types import FloatArray, TokenSpan
+from megadistill.types import FloatArray, TokenSpan, TopK
 from tests.tiny import (
     Tree,
     camopd_tree,
+    float32,
     make_config,
     make_prompt,
     make_tokenizer,
@@ -65,8 +71,33 @@ def test_engines_that_sleep_cannot_sample_ahead(models: Path) -> None:
     ]
 
 
-def test_models_on_the_hub_are_left_to_the_hub(models: Path) -> None:
+def test_a_model_that_is_not_in_the_cache_of_the_hub_is_named(models: Path) -> None:
+    (line,) = problems(tree_on(models, student={"path": "no-such-org/no-such-model"}))
+    assert line.startswith("student.path: found 'no-such-org/no-such-model', which is neither")
+    assert line.endswith("run `hf download no-such-org/no-such-model` first")
+
+
+def test_a_model_in_the_cache_of_the_hub_is_checked(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        preflight, "try_to_load_from_cache", lambda *_: str(models / "domain" / "config.json")
+    )
     check_config(make_config(tree_on(models, student={"path": "Qwen/Qwen3-8B"})))
+    lines = problems(tree_on(models, student={"path": "Qwen/Qwen3-8B"}, parallel={"pp": 3}))
+    assert lines[0] == "parallel.pp: found 3, expected a divisor of the 4 layers of student"
+
+
+def test_files_of_prompts_that_do_not_exist_are_named(models: Path) -> None:
+    tree = tree_on(models)
+    pools = tree["data"]["pools"]
+    (models / "here.jsonl").touch()
+    files = [{"kind": "file", "path": str(models / f"{name}.jsonl")} for name in ("here", "gone")]
+    pools["general"] = {"sources": [{"kind": "packaged", "name": "general"}, *files]}
+    pools["unused"] = {"sources": [{"kind": "file", "path": "./nowhere.jsonl"}]}
+    (line,) = problems(tree)
+    assert line.startswith(f"data.pools.general.sources[2].path: found '{models}/gone.jsonl'")
+    assert "megadistill prepare" in line
 
 
 @pytest.mark.parametrize("path", ["cache:gone", "/nowhere/model", "~/gone", "a/b/c", "gone"])
@@ -134,25 +165,60 @@ def test_heldout_divergences_need_vocabularies_of_one_size(models: Path) -> None
     check_config(make_config(tree_on(models)))  # gaps on sampled tokens do not need them
     heldout = {name: {"pool": "general", "teacher": name} for name in ("general", "domain")}
     (line,) = problems(tree_on(models, evaluate={"heldout": heldout}))
-    assert line == (
-        "evaluate.heldout.general.teacher: teachers.general has 101 vocabulary rows, "
-        "expected 100 like the student"
+    assert line.startswith(
+        "evaluate.heldout.general.teacher: teachers.general has vocab_size 101 (100), expected"
     )
 
 
-def test_disk_space_must_be_free(models: Path) -> None:
-    tree = tree_on(models, checks={"min_free_gib": 1e9}, runs_dir=str(models / "not" / "yet"))
+def test_heldout_teachers_must_have_the_shape_of_the_students_engines(models: Path) -> None:
+    write_model_config(models / "general", num_hidden_layers=6, max_position_embeddings=512)
+    check_config(make_config(tree_on(models)))
+    heldout = {"general": {"pool": "general", "teacher": "general"}}
+    (line,) = problems(tree_on(models, evaluate={"heldout": heldout}))
+    assert "teachers.general has num_layers 6 (4), expected" in line
+
+
+def free_space(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(
+        "megadistill.preflight.shutil.disk_usage", lambda _: SimpleNamespace(free=free)
+    )
+
+
+def test_disk_space_must_be_free_for_the_checkpoints_of_this_model(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """43,552 parameters: 3 checkpoints of 14 bytes each and 4 copies of 2, 2.2 MB."""
+    spec = read_spec(models / "domain")
+    assert spec.num_parameters == 43_552
+    tree = tree_on(models, runs_dir=str(models / "not" / "yet"))
+    needed = 43_552 * (3 * 14 + 4 * 2)
+    free_space(monkeypatch, needed)
+    check_config(make_config(tree))
+    free_space(monkeypatch, needed - 1)
     (line,) = problems(tree)
-    assert line.startswith("runs_dir:")
-    assert line.endswith(f"GiB are free at {models}, checks.min_free_gib is 1000000000.0")
+    assert line.startswith(f"runs_dir: 0.0 GiB are free at {models}, expected 0.0 for")
 
 
-def test_all_problems_are_reported_at_once(models: Path) -> None:
-    tree = tree_on(models, student={"path": "cache:gone"}, parallel={"pp": 3})
-    tree |= {"rollout": {"max_model_len": 10, "max_tokens": 16}, "checks": {"min_free_gib": 1e9}}
+def test_what_a_run_has_on_disk_already_is_not_asked_for_again(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tree_on(models, runs_dir=str(models))
+    checkpoint = models / "tiny" / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_bytes(bytes(10**6))
+    free_space(monkeypatch, 43_552 * (3 * 14 + 4 * 2) - 10**6)
+    check_config(make_config(tree))
+
+
+def test_all_problems_are_reported_at_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free_space(monkeypatch, 0)
+    write_model_config(models / "domain", num_hidden_layers=6)
+    tree = tree_on(models, parallel={"pp": 4})
+    tree["teachers"]["general"] = {"path": "cache:gone"}
+    tree |= {"rollout": {"max_model_len": 10, "max_tokens": 16}}
     keys = [line.split(":")[0] for line in problems(tree)]
     assert keys == [
-        "student.path",
+        "teachers.general.path",
         "parallel.pp",
         "parallel.pp",
         "rollout.max_model_len",
@@ -206,6 +272,43 @@ def test_a_student_without_an_end_token_is_refused(models: Path) -> None:
         load_tokenizer(config)
 
 
+@pytest.mark.parametrize("kind", ["eos", "bos", "pad"])
+def test_a_teacher_with_another_special_token_is_refused(models: Path, kind: str) -> None:
+    """The same words with the same ids, but what they are for differs."""
+    config = save_tokenizers(models, general="a b", domain="a b")
+    other = make_tokenizer(["a b"])
+    setattr(other, f"{kind}_token", "<|system|>")
+    other.save_pretrained(models / "general")
+    with pytest.raises(ConfigError, match=rf"teachers\.general\.path: .* {kind}_token_id is 2"):
+        load_tokenizer(config)
+
+
+def vocabulary_check(models: Path, logprobs_V: Sequence[float]) -> None:
+    """Run the check with models of three ids and a padding row, whose log-probs these are."""
+    for name in ("general", "domain"):
+        write_model_config(models / name, vocab_size=3)
+
+    def score_top_k(
+        _model: str, spans: Sequence[TokenSpan], *, top_k: int, temperature: float
+    ) -> tuple[list[FloatArray], list[TopK]]:
+        order = np.argsort(-np.asarray(logprobs_V))[None, :top_k]
+        top = TopK(ids_RK=order.astype(np.int32), logprobs_RK=float32(logprobs_V)[order])
+        return [top.logprobs_RK[:, 0]], [top]
+
+    check_vocabularies(make_config(tree_on(models)), make_pools(), score_top_k)
+
+
+def test_probabilities_over_all_ids_that_add_up_to_one_pass(models: Path) -> None:
+    vocabulary_check(models, np.log([0.5, 0.3, 0.2, 1e-30]).tolist())
+
+
+@pytest.mark.parametrize("padding", [0.1, 0.25])  # the least, and not the least likely
+def test_padding_that_takes_probability_is_refused(models: Path, padding: float) -> None:
+    share = 1 - padding
+    with pytest.raises(RuntimeError, match=r"student: .* padding takes part"):
+        vocabulary_check(models, np.log([0.5 * share, 0.3 * share, 0.2 * share, padding]).tolist())
+
+
 def make_pools(num_heldout: int = 3) -> dict[str, PromptPool]:
     prompts = [make_prompt(f"m{index}", pool="medical") for index in range(6)]
     return {
@@ -224,6 +327,7 @@ DOMAIN = BranchConfig(pool="medical", teacher="domain")
 
 def equal_start(config: RunConfig, differences: Sequence[float]) -> list[str]:
     """Run the check with a teacher that differs by so much on each span; the models asked."""
+    Path(config.teachers["domain"].path).mkdir(exist_ok=True)
     asked: list[str] = []
 
     def score(model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
@@ -251,8 +355,28 @@ def test_any_difference_of_an_equal_start_is_refused(
 
 
 def test_a_student_that_starts_elsewhere_may_differ(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
     config = make_config(tree_on(tmp_path, student={"path": str(tmp_path / "other")}))
     assert equal_start(config, [0.5, 0.5]) == []
+
+
+def test_one_directory_under_two_names_is_an_equal_start(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("domain")
+    for path in (tmp_path / "link", tmp_path / "general" / ".." / "domain"):
+        (tmp_path / "general").mkdir(exist_ok=True)
+        config = make_config(tree_on(tmp_path, student={"path": str(path)}))
+        with pytest.raises(RuntimeError, match="differ by up to"):
+            equal_start(config, [0.0, 1e-3])
+
+
+def test_models_of_two_precisions_are_not_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = tree_on(tmp_path)
+    tree["teachers"]["domain"] = tree["teachers"]["domain"] | {"precision": "fp8_current"}
+    with caplog.at_level(logging.INFO):
+        assert equal_start(make_config(tree), [0.5, 0.5]) == []
+    assert "not checked, student in bf16 and teacher in fp8_current" in caplog.text
 
 
 LIMITS = ChecksConfig(max_mean_log_ratio=0.02, max_masked_fraction=0.005)

@@ -10,6 +10,7 @@ from megadistill.rundir import (
     WHOLE,
     RunDir,
     changed_settings,
+    damaged_files,
     is_whole,
     sync_tree,
     write_atomic,
@@ -74,16 +75,61 @@ def test_other_settings_are_refused_and_named(run: RunDir) -> None:
 
 def test_a_changed_value_is_named_even_where_another_key_has_it() -> None:
     old, new = "a: {size: 4}\nb: {size: 8}\n", "a: {size: 8}\nb: {size: 8}\n"
-    assert changed_settings(old, new) == ["a.size: 4 -> 8"]
+    assert changed_settings(old, new) == {"a.size": "4 -> 8"}
 
 
 def test_added_and_removed_settings_are_named() -> None:
-    assert changed_settings("a: 1\n", "b: null\n") == ["a: 1 -> absent", "b: absent -> None"]
+    changes = changed_settings("a: 1\n", "b: null\n")
+    assert changes == {"a": "1 -> absent", "b": "absent -> None"}
 
 
-def test_at_most_five_changes_are_named() -> None:
-    old = "\n".join(f"key{index}: 0" for index in range(9))
-    assert len(changed_settings(old, old.replace(": 0", ": 1"))) == 5
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cluster": {"time_minutes": 60, "partition": "short"}},
+        {"log": {"wandb": "online"}},
+        {"rollout": {"max_tokens": 16, "timeout_s": 9, "start_timeout_s": 9}},
+        {"checkpoint": {"every": 3}},
+        {"steps": 9},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_run_resumes_under_settings_that_do_not_touch_its_numbers(
+    run: RunDir, change: Tree
+) -> None:
+    run.write_progress({"step": 3, "done": False})
+    config = make_config(camopd_tree() | change)
+    run.create(config)
+    assert run.load_config() == config
+
+
+def test_a_run_of_an_older_version_resumes_with_the_defaults_of_newer_settings(
+    run: RunDir,
+) -> None:
+    text = run.config_file.read_text()
+    assert "  warmup_steps: 0\n" in text
+    run.config_file.write_text(text.replace("  warmup_steps: 0\n", ""))
+    run.create(make_config())
+    with pytest.raises(ValueError, match="warmup_steps: 0 -> 5"):
+        run.create(make_config(camopd_tree(optimizer={"warmup_steps": 5})))
+
+
+@pytest.mark.parametrize(
+    ("progress", "change"),
+    [
+        ({"step": 3, "done": False}, {"steps": 3}),  # already there
+        ({"step": 4, "done": True}, {"steps": 9}),  # already exported
+        ({"step": 1, "done": False}, {"steps": 9, "optimizer": {"decay": "cosine"}}),
+    ],
+)
+def test_more_steps_are_refused_where_they_would_change_the_run(
+    tmp_path: Path, progress: Tree, change: Tree
+) -> None:
+    run = RunDir(tmp_path / "run")
+    run.create(make_config(camopd_tree() | change | {"steps": 4}))
+    run.write_progress(progress)
+    with pytest.raises(ValueError, match=f"steps: 4 -> {change['steps']}"):
+        run.create(make_config(camopd_tree() | change))
 
 
 def test_an_atomic_write_replaces_the_content_and_leaves_no_other_file(tmp_path: Path) -> None:
@@ -190,11 +236,19 @@ def test_a_missing_file_makes_a_checkpoint_torn(run: RunDir) -> None:
     assert steps(run) == []
 
 
-@pytest.mark.parametrize("text", ["", '{"state.json": 2, "wei'])
-def test_a_torn_mark_makes_a_checkpoint_torn(run: RunDir, text: str) -> None:
+@pytest.mark.parametrize("text", [b"", b'{"sizes": {"wei', b"\xff\xfe\x00", b"{}"])
+def test_a_torn_mark_makes_a_checkpoint_torn(run: RunDir, text: bytes) -> None:
     directory = write_checkpoint(run, 10)
-    (directory / WHOLE).write_text(text)
+    (directory / WHOLE).write_bytes(text)
     assert steps(run) == []
+
+
+def test_changed_content_of_the_same_size_is_found(run: RunDir) -> None:
+    directory = write_checkpoint(run, 10)
+    assert damaged_files(directory) == []
+    (directory / "weights" / "rank-0.bin").write_bytes(b"w" * 99 + b"x")
+    assert is_whole(directory)
+    assert damaged_files(directory) == ["weights/rank-0.bin"]
 
 
 def test_writing_a_step_again_starts_from_an_empty_directory(run: RunDir) -> None:
@@ -242,7 +296,7 @@ def test_rollout_files_are_numbered_by_step(run: RunDir) -> None:
     assert run.rollout_file(10) == run.path / "rollouts" / "step-000010.parquet"
 
 
-@pytest.mark.parametrize("change", [{"name": "other"}, {"steps": 5}])
+@pytest.mark.parametrize("change", [{"name": "other"}, {"batch": {"size": 5}}])
 def test_any_other_setting_is_another_run(run: RunDir, change: Tree) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         run.create(make_config(camopd_tree(**change)))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 
 from megadistill.config import RunConfig
-from megadistill.rundir import RunDir, is_whole
+from megadistill.rundir import WHOLE, RunDir, is_whole
 from megadistill.state import RunState, fingerprint, restore, save
 from tests.tiny import camopd_tree, make_config
 
@@ -116,7 +116,19 @@ def test_several_torn_checkpoints_are_passed_over(run: RunDir, config: RunConfig
     train_to(run, config, steps=4)
     for step in (2, 3, 4):
         (run.checkpoint(step) / "extra.json").write_text("{")
+    (run.checkpoint(3) / WHOLE).write_bytes(b"\xff")
     assert restore(run, FakeEngine(), config).step == 1
+
+
+def test_a_checkpoint_with_other_content_of_the_same_size_is_passed_over(
+    run: RunDir, config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a crash leaves it when the disk had the new size but not yet the data."""
+    train_to(run, config, steps=3)
+    (run.checkpoint(3) / "rank-0.txt").write_text("\0")
+    assert is_whole(run.checkpoint(3))
+    assert restore(run, FakeEngine(), config).step == 2
+    assert "step-000003 is torn or damaged and is passed over: rank-0.txt" in caplog.text
 
 
 def test_without_a_whole_checkpoint_a_run_starts_anew(run: RunDir, config: RunConfig) -> None:
@@ -162,6 +174,33 @@ def test_fingerprints_notice_content_size_and_name(tmp_path: Path) -> None:
         marks.append(fingerprint(str(tmp_path)))
         file.unlink()
     assert len(set(marks)) == 4
+
+
+def test_fingerprints_look_beyond_the_beginning_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    content = bytearray(6 << 20)
+    marks = []
+    for place in (None, 3 << 20, (6 << 20) - 1):
+        if place is not None:
+            content[place] += 1
+        file.write_bytes(content)
+        marks.append(fingerprint(str(tmp_path)))
+    assert len(set(marks)) == 3
+
+
+def test_a_hub_name_has_the_fingerprint_of_its_cached_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr("megadistill.convert.hf_files.snapshot_download", lambda *_, **__: tmp_path)
+    assert fingerprint("org/name") == fingerprint(str(tmp_path))
+
+
+def test_a_model_without_weights_has_no_fingerprint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="found no"):
+        fingerprint(str(tmp_path))
+    with pytest.raises(ValueError, match="no such directory"):
+        fingerprint(str(tmp_path / "gone"))
 
 
 def test_fingerprints_do_not_depend_on_where_a_model_lies(tmp_path: Path) -> None:

@@ -105,7 +105,6 @@ def camopd_tree(**changes: Any) -> Tree:
         "batch": {"size": 4},
         "rollout": {"max_tokens": 16},
         "log": {"wandb": "off"},
-        "checks": {"min_free_gib": 0},
     }
     return tree | changes
 

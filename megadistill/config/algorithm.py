@@ -52,6 +52,8 @@ class SftConfig:
     kind: Literal["sft"] = "sft"
     pool: str
     """Name of the pool in `data.pools`; its records must have answers."""
+    max_tokens: PositiveInt = 8192
+    """Longest prompt and answer together; records beyond are dropped and counted."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -86,6 +88,8 @@ class RaftConfig:
     """Name of the pool in `data.pools`; its records must have answers, the refined ones."""
     teacher: str
     """Name of the teacher in `teachers`: the original model, frozen."""
+    max_tokens: PositiveInt = 8192
+    """Longest prompt and answer together; records beyond are dropped and counted."""
     sft: bool = True
     """Whether the answers themselves are trained on, too."""
     context: Literal["answer", "none", "other"] = "answer"

@@ -229,8 +229,6 @@ class ChecksConfig:
     """Largest mean |log pi - log mu| on the first batch."""
     max_masked_fraction: Fraction = 0.005
     """Largest share of tokens masked by the importance bounds on the first batch."""
-    min_free_gib: Annotated[float, Field(ge=0)] = 1.0
-    """Disk space that must be free where the run directory lies."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -43,6 +43,16 @@ class ModelSpec:
     rope_theta: float
     rope_scaling: RopeScaling | None = None
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the model, biases and the scales of norms included."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = 2 * self.hidden_size * (queries + keys)
+        attention += self.qkv_bias * (queries + 2 * keys) + self.qk_norm * 2 * self.head_dim
+        layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
+        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * layer + embeddings + self.hidden_size
+
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

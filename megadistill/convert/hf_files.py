@@ -80,19 +80,11 @@ class SafetensorsReader:
 
     __call__ = read
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, without reading its data."""
-        return tuple(self._file_of(name).get_slice(name).get_shape())
-
     def dtype(self, name: str) -> torch.dtype:
         """Its dtype, without reading its data."""
         piece = self._file_of(name).get_slice(name)
         sample: torch.Tensor = piece[...] if not piece.get_shape() else piece[:0]
         return sample.dtype
-
-    def num_bytes(self) -> int:
-        """Size of all weights files."""
-        return sum((self.directory / file).stat().st_size for file in set(self._files.values()))
 
     def _file_of(self, name: str) -> Any:
         if name not in self._files:
@@ -281,6 +273,12 @@ def new_directory_beside(out_dir: Path) -> Path:
     made = out_dir.with_name(f".{out_dir.name}.{secrets.token_hex(4)}.tmp")
     made.mkdir()
     return made
+
+
+def remove_unfinished(out_dir: Path) -> None:
+    """Delete what killed writers of `out_dir` left beside it; nobody else may be writing it."""
+    for left in out_dir.parent.glob(f".{out_dir.name}.*.tmp"):
+        shutil.rmtree(left)
 
 
 def publish_directory(made: Path, out_dir: Path) -> None:

@@ -5,6 +5,7 @@ run needs one integer a pool to continue exactly where it was.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,13 @@ from megadistill.types import Message, Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptPool:
-    """The prompts of one pool; `train` and `heldout` share no id."""
+    """The prompts of one pool; `train` and `heldout` share no id and no text."""
 
     name: str
     train: Sequence[Prompt]
     heldout: Sequence[Prompt]
     num_dropped: int
-    """Records that did not fit `data.max_prompt_tokens` even with one turn."""
+    """Records that were too long, even with one turn, or with their answer."""
     seed: int
 
     def draw(self, position: int, count: int) -> list[Prompt]:
@@ -50,37 +51,51 @@ class PromptPool:
 
 
 def make_pools(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, names: Iterable[str]
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    names: Iterable[str],
+    *,
+    max_answered: int | None = None,
 ) -> dict[str, PromptPool]:
     """Read, render and split the pools `names`.
 
-    Raises `ValueError` when a pool is empty or two of its records share an id.
+    `max_answered` bounds prompt and answer together, for algorithms that train on answers. Raises
+    `ValueError` when a pool is empty or two of its records share an id.
     """
-    return {name: _make_pool(name, config, tokenizer, seed) for name in names}
+    return {name: _make_pool(name, config, tokenizer, seed, max_answered) for name in names}
 
 
 def _make_pool(
-    name: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    name: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    max_answered: int | None,
 ) -> PromptPool:
     train: list[Prompt] = []
     heldout: list[Prompt] = []
     seen: set[str] = set()
+    first_with: dict[int, str] = {}  # text -> id: records of one text lie on one side of the split
     num_dropped = 0
     for record in read_pool(config.pools[name]):
         if record.id in seen:
             raise ValueError(f"data.pools.{name}: two records have the id {record.id!r}")
         seen.add(record.id)
         prompt = _render(record, name, config, tokenizer)
-        if prompt is None:
+        if prompt is None or _is_too_long(prompt, tokenizer, max_answered):
             num_dropped += 1
-        elif is_heldout(record.id, config.heldout_fraction):
+            continue
+        text = stable_hash(json.dumps(prompt.messages))
+        if is_heldout(first_with.setdefault(text, record.id), config.heldout_fraction):
             heldout.append(prompt)
         else:
             train.append(prompt)
     if not train:
         raise ValueError(
             f"data.pools.{name}: no prompt is left to train on ({num_dropped} of {len(seen)} were "
-            f"longer than data.max_prompt_tokens = {config.max_prompt_tokens})"
+            f"longer than data.max_prompt_tokens = {config.max_prompt_tokens}, or with their "
+            f"answer than {max_answered})"
         )
     return PromptPool(name=name, train=train, heldout=heldout, num_dropped=num_dropped, seed=seed)
 
@@ -134,9 +149,20 @@ def _render(
                 token_ids=tuple(token_ids),
                 answer=record.answer,
             )
-        if len(messages) - first <= 1:
-            return None
         del messages[first]
+        while len(messages) > first and messages[first]["role"] != "user":
+            del messages[first]  # no conversation begins with an answer
+        if len(messages) == first:
+            return None
+
+
+def _is_too_long(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_answered: int | None
+) -> bool:
+    """Whether prompt and answer together are; never without a bound, or without an answer."""
+    if max_answered is None or prompt.answer is None:
+        return False
+    return len(prompt.token_ids) + len(answer_ids(prompt, tokenizer)) > max_answered
 
 
 def render_ids(

@@ -63,7 +63,8 @@ class Student:
         reports = forward_backward(self.parallel_model, batches, self.world, loss)
         total, metrics = self._sum_over_ranks(reports)
         self.optimizer.prepare_grads()
-        _require_finite(loss=total, grad_norm=float(self.optimizer.get_grad_norm()))
+        _require_finite("loss, summed over the batch,", total)
+        _require_finite("gradient norm before clipping", float(self.optimizer.get_grad_norm()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             # Zero for norms and biases, which are not decayed.
@@ -101,10 +102,11 @@ class Student:
         return math.fsum(values[None]), sums
 
 
-def _require_finite(**numbers: float) -> None:
-    for name, number in numbers.items():
-        if not math.isfinite(number):
-            raise FloatingPointError(f"{name}: found {number}, expected a finite number")
+def _require_finite(name: str, number: float) -> None:
+    if not math.isfinite(number):
+        raise FloatingPointError(
+            f"the step's {name} is {number}, expected a finite number; no weight was changed"
+        )
 
 
 def _optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> MegatronOptimizer:

@@ -91,10 +91,15 @@ def disconnect(world: World) -> None:
 
 
 def pick_device(wanted: str, gpus_per_node: int) -> torch.device:
-    """`auto` takes a GPU where the cluster has them and torch sees one."""
-    if wanted == "auto":
-        wanted = "cuda" if gpus_per_node > 0 and torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
+    """`auto` is a GPU where the cluster has them. Raises `ValueError` where torch sees none."""
+    name = wanted if wanted != "auto" else "cuda" if gpus_per_node > 0 else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device: found {wanted} with cluster.gpus_per_node = {gpus_per_node}, expected a GPU, "
+            f"but torch {torch.__version__} sees none (torch.version.cuda is {torch.version.cuda}; "
+            "None is a build for CPUs); set device: cpu to run without"
+        )
+    return torch.device(name)
 
 
 def _open(device: torch.device, timeout: timedelta) -> None:

@@ -1,6 +1,5 @@
 """Weights as safetensors on a path that trainer and engines share."""
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from megadistill.convert.hf_files import weight_map
 from megadistill.publish.checksum import Checksum
 
 SHARD_BYTES = 1 << 30
@@ -25,26 +25,21 @@ class Published:
 
     files: tuple[Path, ...]
     checksum: str
-    num_bytes: int
-    """Bytes of tensor data over all files."""
 
 
 def published_at(directory: Path) -> Published:
-    """The safetensors files of a Hugging Face directory, as they lie there, ready to be loaded.
+    """The files of a Hugging Face directory that hold its weights, as they lie there.
 
     Reads every byte once for the checksum. Raises `ValueError` when there is no such file.
     """
-    files = tuple(sorted(directory.absolute().glob("*.safetensors")))
-    if not files:
-        raise ValueError(f"{directory}: found no *.safetensors, expected a Hugging Face model")
-    total, num_bytes = Checksum(), 0
+    names = sorted(set(weight_map(directory).values()))
+    files = tuple(directory.absolute() / name for name in names)
+    total = Checksum()
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                tensor = tensors.get_tensor(name)
-                total.add(name, tensor)
-                num_bytes += tensor.nbytes
-    return Published(files=files, checksum=total.hexdigest(), num_bytes=num_bytes)
+                total.add(name, tensors.get_tensor(name))
+    return Published(files=files, checksum=total.hexdigest())
 
 
 def publish_files(
@@ -59,18 +54,19 @@ def publish_files(
     The tensors are consumed one by one, at most `shard_bytes` of them are alive at a time, and
     none may change after it was yielded. The version appears by a rename, so that it is whole
     or absent; publishing a version again (after a resume) replaces it. Raises `ValueError`
-    when there is no tensor at all.
+    when there is no tensor at all. One process publishes into a directory at a time; what a
+    killed one left half-written is cleared first.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = directory / f".version-{version:06d}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in directory.glob(".*"):
+        shutil.rmtree(left)
+    temporary = directory / ".next"
     temporary.mkdir(mode=0o700)
     try:
-        total, num_bytes, num_shards = Checksum(), 0, 0
+        total, num_shards = Checksum(), 0
         for shard in _shards(tensors, shard_bytes):
             for name, tensor in shard.items():
                 total.add(name, tensor)
-                num_bytes += tensor.nbytes
             save_file(shard, temporary / f"model-{num_shards:05d}.safetensors")
             num_shards += 1
         if not num_shards:
@@ -80,7 +76,7 @@ def publish_files(
         shutil.rmtree(temporary, ignore_errors=True)
     _drop_old(directory, version)
     files = tuple(final / f"model-{index:05d}.safetensors" for index in range(num_shards))
-    return Published(files=files, checksum=total.hexdigest(), num_bytes=num_bytes)
+    return Published(files=files, checksum=total.hexdigest())
 
 
 def _shards(
@@ -104,8 +100,7 @@ def _replace(temporary: Path, final: Path) -> Path:
     """Rename `temporary` to `final`; an older `final` is moved aside first and deleted after."""
     # Nothing is flushed to disk: a crash makes the trainer publish again, and a shared
     # filesystem shows a closed file to other nodes without it.
-    aside = temporary.with_suffix(".old")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = temporary.with_name(".old")
     if final.exists():
         final.rename(aside)
     temporary.rename(final)

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from megadistill.config.schema import RolloutConfig
 from megadistill.rollout import wire
 from megadistill.rollout.connection import Connection, EngineError, EngineTimeoutError
-from megadistill.rollout.protocol import OnProgress
 from megadistill.rundir import RunDir
 from megadistill.types import Prompt, Rollout
 
@@ -25,9 +24,6 @@ IDLE_TIMEOUT_S = 300.0
 
 SHUTDOWN_TIMEOUT_S = 30.0
 POLL_S = 0.2
-
-OnWait = Callable[[float, Sequence[int]], None]
-"""Called with seconds waited and the indices of the engines that are not up yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +34,7 @@ class EnginePool:
     config: RolloutConfig
 
     @classmethod
-    def connect(
-        cls, run: RunDir, config: RolloutConfig, *, on_wait: OnWait | None = None
-    ) -> "EnginePool":
+    def connect(cls, run: RunDir, config: RolloutConfig) -> "EnginePool":
         """Wait until every engine answers, at most `config.start_timeout_s` seconds.
 
         Raises `EngineError` when an engine reports that it could not start, `EngineTimeoutError`
@@ -56,11 +50,8 @@ class EnginePool:
             missing = [index for index in missing if index not in found]
             if not missing:
                 return cls(tuple(found[index] for index in range(config.engines)), config)
-            waited = time.monotonic() - begun
-            if waited > config.start_timeout_s:
+            if time.monotonic() - begun > config.start_timeout_s:
                 raise EngineTimeoutError(_not_up(run, missing, config.start_timeout_s))
-            if on_wait is not None:
-                on_wait(waited, missing)
             time.sleep(POLL_S)
 
     def generate(
@@ -70,7 +61,6 @@ class EnginePool:
         *,
         expected_version: int,
         max_tokens: int | None = None,
-        on_progress: OnProgress | None = None,
     ) -> list[Rollout]:
         """One rollout for each prompt, in order; `max_tokens` defaults to the configured cap.
 
@@ -84,13 +74,10 @@ class EnginePool:
             wire.Request(id=index, token_ids=list(prompt.token_ids), seed=seed, max_tokens=limit)
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
-        gathered: dict[int, Rollout] = {}
-        num_tokens = 0
-        for sequence in self._sequences(requests, expected_version):
-            gathered[sequence.id] = _rollout(prompts[sequence.id], sequence)
-            num_tokens += len(sequence.token_ids)
-            if on_progress is not None:
-                on_progress(len(gathered), len(prompts), num_tokens)
+        gathered = {
+            sequence.id: _rollout(prompts[sequence.id], sequence)
+            for sequence in self._sequences(requests, expected_version)
+        }
         return [gathered[index] for index in range(len(prompts))]
 
     def publish(self, version: int, files: Sequence[Path], checksum: str) -> None:
@@ -168,7 +155,8 @@ class EnginePool:
         version: int,
         cancelled: Callable[[], bool],
     ) -> Iterator[wire.Sequence]:
-        """The sequences of one engine, each checked; raises `EngineError` if any is missing."""
+        """The sequences of one engine, each checked; raises `EngineError` unless it sends them all
+        and says so."""
         sampling = wire.Sampling(
             temperature=self.config.temperature,
             top_p=self.config.top_p,
@@ -184,18 +172,26 @@ class EnginePool:
             total_s=total_s,
             cancelled=cancelled,
         )
+        end: wire.End | None = None
         for line in lines:
             if isinstance(line, wire.End):
+                end = line
                 break
             if not isinstance(line, wire.Sequence):
                 raise EngineError(f"{engine.name}: /generate: found {line}, expected a sequence")
             _check(engine, line, expected, version)
             expected.remove(line.id)
             yield line
-        if expected and not cancelled():
+        if cancelled():
+            return
+        if expected:
             raise EngineError(
                 f"{engine.name}: the answer ended without {len(expected)} of {len(requests)} "
                 f"sequences, e.g. {sorted(expected)[:3]}"
+            )
+        if end is None or end.count != len(requests):
+            raise EngineError(
+                f"{engine.name}: the answer ended with {end}, expected End(count={len(requests)})"
             )
 
 

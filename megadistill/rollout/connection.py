@@ -114,7 +114,7 @@ class Connection:
             self.address.host, self.address.port, timeout=CONNECT_TIMEOUT_S
         )
         try:
-            connection.connect()
+            self._connect(connection)
             connection.sock.settimeout(idle_s)
             connection.request(method, path, body, {"Authorization": f"Bearer {self.token}"})
             return connection.getresponse()
@@ -122,6 +122,14 @@ class Connection:
             # An engine stops working for a client as soon as the connection is closed.
             connection.close()
             raise
+
+    def _connect(self, connection: http.client.HTTPConnection) -> None:
+        try:
+            connection.connect()
+        except TimeoutError as error:
+            raise EngineTimeoutError(
+                f"{self.name}: no connection in {CONNECT_TIMEOUT_S:g} s"
+            ) from error
 
 
 def _message(content: bytes) -> str:

@@ -1,13 +1,10 @@
 """What the training loop needs of the engines that sample; `EnginePool` is the real one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from megadistill.types import Prompt, Rollout
-
-OnProgress = Callable[[int, int, int], None]
-"""Called with sequences done, sequences asked for, and tokens sampled in those done."""
 
 
 class RolloutEngine(Protocol):
@@ -20,7 +17,6 @@ class RolloutEngine(Protocol):
         *,
         expected_version: int,
         max_tokens: int | None = None,
-        on_progress: OnProgress | None = None,
     ) -> list[Rollout]:
         """One response to each prompt, in the order of `prompts`, all of `expected_version`."""
 

@@ -11,6 +11,7 @@ from megadistill.convert.mapping import (
     QueryKeyValue,
     Vocabulary,
     check_names,
+    entries,
     find_entry,
     hf_names,
     load_shard,
@@ -151,3 +152,9 @@ def test_unknown_parameters_are_refused() -> None:
         with pytest.raises(ValueError, match="no such parameter in a llama model of 4 layers"):
             find_entry(spec, name)
     assert [entry.megatron for entry in outer_entries(spec)][-1] == "output_layer.weight"
+
+
+def test_the_number_of_parameters_is_that_of_the_tensors(model_dir: Path) -> None:
+    spec = read_spec(model_dir)
+    numbers = [torch.Size(entry.shape(spec)).numel() for entry in entries(spec)]
+    assert spec.num_parameters == sum(numbers)

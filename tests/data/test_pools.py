@@ -163,10 +163,44 @@ def test_a_long_chat_loses_its_oldest_turns_and_keeps_the_system_message(tmp_pat
     ]
     pool = pool_from(tmp_path, [turns], max_prompt_tokens=14)
     (prompt,) = pool.train
-    # 3 + 4 + 4 tokens of the three turns that stay, and the generation prompt.
-    assert len(prompt.token_ids) == 12
-    assert [turn["content"] for turn in prompt.messages] == ["rules", "b b", "c c"]
+    # 3 + 4 tokens of the turns that stay, and the generation prompt. The answer would have fitted,
+    # but goes with the question that it answers.
+    assert len(prompt.token_ids) == 8
+    assert [turn["content"] for turn in prompt.messages] == ["rules", "c c"]
     assert pool.num_dropped == 0
+
+
+def test_a_chat_of_which_only_an_answer_would_fit_is_dropped(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a " * 20}, {"role": "assistant", "content": "b"}]
+    pool = pool_from(tmp_path, [turns, "short"], max_prompt_tokens=10)
+    assert len(pool.train) == 1
+    assert pool.num_dropped == 1
+
+
+def test_records_of_one_text_lie_on_one_side_of_the_split(tmp_path: Path) -> None:
+    texts = [f"word{index % 20}" for index in range(60)]
+    pool = pool_from(tmp_path, texts, heldout_fraction=0.3)
+    train, heldout = (
+        {prompt.messages[0]["content"] for prompt in side} for side in (pool.train, pool.heldout)
+    )
+    assert train
+    assert heldout
+    assert not train & heldout
+    assert len(pool.train) + len(pool.heldout) == 60
+
+
+def test_answers_that_are_too_long_are_dropped_where_they_are_trained_on(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a a", "answer": "b " * count} for count in (1, 2, 9)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = FileSource(path=str(file), answer="answer")
+    config = DataConfig(pools={"mine": PoolConfig(sources=[source])}, heldout_fraction=0)
+    tokenizer = make_tokenizer(["a b"])
+    # A prompt of 5 tokens, 2 of answer, 1 to end it.
+    pool = make_pools(config, tokenizer, 0, ["mine"], max_answered=8)["mine"]
+    assert [prompt.answer for prompt in pool.train] == ["b ", "b b "]
+    assert pool.num_dropped == 1
+    assert len(make_pools(config, tokenizer, 0, ["mine"])["mine"].train) == 3
 
 
 def test_a_chat_that_fits_keeps_every_turn(tmp_path: Path) -> None:
@@ -184,7 +218,7 @@ def test_a_prompt_too_long_in_one_turn_is_dropped_and_counted(tmp_path: Path) ->
 
 
 def test_a_pool_without_a_prompt_that_fits_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.pools\.mine: .* \(2 of 2 were longer .* = 5\)"):
+    with pytest.raises(ValueError, match=r"data\.pools\.mine: .* \(2 of 2 were longer .* = 5, "):
         pool_from(tmp_path, ["a " * 20, "b " * 20], max_prompt_tokens=5)
 
 

@@ -35,24 +35,16 @@ def generate_one(port: int, timeout_s: int = 5) -> None:
 
 def test_rollouts_come_back_in_prompt_order_from_several_engines() -> None:
     first, second = EchoEngine(), EchoEngine()
-    progress: list[tuple[int, int, int]] = []
     with serving(first) as port, serving(second) as other:
         engine: RolloutEngine = pool_of(port, other)
         prompts = [prompt(index, 7) for index in range(1, 6)]
-        rollouts = engine.generate(
-            prompts,
-            list(range(5)),
-            expected_version=0,
-            on_progress=lambda *counts: progress.append(counts),
-        )
+        rollouts = engine.generate(prompts, list(range(5)), expected_version=0)
     assert [rollout.prompt for rollout in rollouts] == prompts
     assert [rollout.response_ids_R.tolist() for rollout in rollouts] == [
         [7, index] for index in range(1, 6)
     ]
     assert rollouts[0].logprobs_R.tolist() == [-0.5, -0.5]
     assert {rollout.policy_version for rollout in rollouts} == {0}
-    assert progress[-1] == (5, 5, 10)
-    assert [done for done, _, _ in progress] == [1, 2, 3, 4, 5]
 
 
 def test_the_cap_on_tokens_can_be_lowered_for_one_batch() -> None:
@@ -107,6 +99,16 @@ def test_a_missing_sequence_is_an_error() -> None:
     with (
         scripted(lambda handler: send(handler, sequence(1), wire.End(count=1))) as port,
         pytest.raises(EngineError, match=r"without 1 of 2 sequences, e\.g\. \[0\]"),
+    ):
+        generate_one(port)
+
+
+@pytest.mark.parametrize("end", [[], [wire.End(count=3)]])
+def test_an_answer_that_does_not_end_as_it_should_is_an_error(end: list[wire.End]) -> None:
+    lines: list[wire.Line] = [sequence(0), sequence(1), *end]
+    with (
+        scripted(lambda handler: send(handler, *lines)) as port,
+        pytest.raises(EngineError, match=r"ended with .*, expected End\(count=2\)"),
     ):
         generate_one(port)
 
@@ -179,6 +181,17 @@ def test_an_engine_that_never_ends_times_out_although_it_is_alive() -> None:
         generate_one(port, timeout_s=1)
 
 
+def test_a_node_that_takes_no_connection_is_not_called_a_silent_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_route(_connection: object) -> None:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr("http.client.HTTPConnection.connect", no_route)
+    with pytest.raises(EngineTimeoutError, match=f"{NAMED}.*no connection in 10 s"):
+        generate_one(free_port())
+
+
 def test_nobody_listening_is_tried_again_and_then_an_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -238,19 +251,19 @@ def test_sleep_and_wake_reach_the_engine_and_shutdown_ends_it() -> None:
         pool.shutdown()
 
 
-def test_connecting_waits_until_every_engine_has_written_its_address(tmp_path: Path) -> None:
+def test_connecting_waits_until_every_engine_has_written_its_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = RunDir(tmp_path)
-    waits: list[list[int]] = []
     with serving(EchoEngine()) as port:
         write_address(run.engine_file(0), address(port))
         (tmp_path / "control" / "token").write_text(TOKEN)
 
-        def on_wait(seconds: float, missing: object) -> None:
-            waits.append(list(missing))  # type: ignore[call-overload]
+        def sleep(_seconds: float) -> None:
             write_address(run.engine_file(1), address(port))
 
-        pool = EnginePool.connect(run, RolloutConfig(engines=2), on_wait=on_wait)
-    assert waits == [[1]]
+        monkeypatch.setattr("megadistill.rollout.client.time.sleep", sleep)
+        pool = EnginePool.connect(run, RolloutConfig(engines=2))
     assert [engine.index for engine in pool.engines] == [0, 1]
 
 

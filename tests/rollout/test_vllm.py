@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from megadistill.publish.files import publish_files
+from megadistill.rollout import wire
 from megadistill.rollout.client import EnginePool
 from megadistill.rollout.connection import EngineError
 from megadistill.rundir import RunDir
@@ -191,12 +192,17 @@ def test_logprobs_are_those_of_the_distribution_that_was_sampled(engines: Runnin
 
 def test_an_abandoned_batch_leaves_no_trace_in_the_next(engines: Running) -> None:
     before = contents(engines.generate())
-
-    def give_up(*counts: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        engines.pool.generate(PROMPTS, SEEDS, expected_version=0, on_progress=give_up)
+    requests = [
+        wire.Request(id=index, token_ids=list(prompt.token_ids), seed=seed, max_tokens=8)
+        for index, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True))
+    ]
+    sampling = wire.Sampling(temperature=1.0, top_p=1.0, top_k=0)
+    body = wire.Generate(requests=requests, sampling=sampling, version=0)
+    content = wire.GENERATE.dump_json(body)
+    for engine in engines.pool.engines:
+        answer = iter(engine.ask("/generate", content, idle_s=60, total_s=60))
+        assert isinstance(next(answer), wire.Sequence)
+        del answer  # closes the connection
     assert contents(engines.generate()) == before
 
 
