@@ -73,7 +73,7 @@ class Case:
 
 def diagnose(directory: Path, arguments: Mapping[str, Any]) -> None:
     """The shard: measures a sample and writes the report. See `pipeline` for the arguments."""
-    stage = Stage.of_shard(directory)
+    stage = Stage.of(directory)
     settings = _DIAGNOSE.validate_python(arguments["settings"])
     rows = sample(read_result(stage.run), settings.sample, arguments["seed"])
     records = {record.id: record for record in stage.records(arguments["input"])}

@@ -185,7 +185,7 @@ def _candidate_row(candidate: Candidate) -> dict[str, Any]:
 
 def fuse(directory: Path, arguments: Mapping[str, Any]) -> None:
     """The shard: fuses what passed the filter. See `pipeline` for the arguments."""
-    stage = Stage.of_shard(directory)
+    stage = Stage.of(directory)
     work = chosen_work(stage, arguments)
     blocks = Blocks(directory, COLUMNS, total=len(work), size=arguments["block"])
     positions = blocks.missing()

@@ -125,7 +125,7 @@ class Pipeline:
         }
         parts = range(self.config.shards.count)
         arguments = [{**common, "part": part, "of": len(parts)} for part in parts]
-        return self.fan_out("rewrite", "rewriting:rewrite", arguments, gpus=self.config.engine.tp)
+        return self.fan_out("rewrite", "rewrite", arguments, gpus=self.config.engine.tp)
 
     def measure(self, source: str, rewrites: Sequence[str]) -> list[str]:
         settings = self.config.filter
@@ -140,7 +140,7 @@ class Pipeline:
             {**common, "rewrites": [key], "part": part, "of": len(rewrites)}
             for part, key in enumerate(rewrites)
         ]
-        return self.fan_out("filter", "similarity:measure", arguments, gpus=1)
+        return self.fan_out("filter", "measure", arguments, gpus=1)
 
     def fuse(self, source: str, rewrites: Sequence[str], similarities: Sequence[str]) -> list[str]:
         settings = self.config.fusion
@@ -169,7 +169,7 @@ class Pipeline:
             }
             for part in range(of)
         ]
-        return self.fan_out("fusion", "fusing:fuse", arguments, gpus=self.served_gpus())
+        return self.fan_out("fusion", "fuse", arguments, gpus=self.served_gpus())
 
     def served_gpus(self) -> int:
         """GPUs of the models that one shard of fusion serves."""
@@ -192,9 +192,7 @@ class Pipeline:
             "result": result.key,
             "seed": self.config.seed,
         }
-        (key,) = self.fan_out(
-            "diagnose", "diagnosing:diagnose", [arguments], gpus=self.config.engine.tp
-        )
+        (key,) = self.fan_out("diagnose", "diagnose", [arguments], gpus=self.config.engine.tp)
         (output,) = Stage(self.root / "stages" / "diagnose").outputs("diagnose", [key])
         assembly.copy_report(output, self.root / "report")
 
@@ -206,7 +204,7 @@ class Pipeline:
         stage.write_runtime(self.runtime())
         shards = [
             Shard(
-                entry=f"megadistill.refine.{entry}",
+                entry=f"megadistill.refine.entries:{entry}",
                 arguments={"format": FORMAT, **values},
                 label=f"{name} {number}",
             )

@@ -122,7 +122,7 @@ def _special(record: QaRecord, specials: Sequence[str]) -> str | None:
 
 def rewrite(directory: Path, arguments: Mapping[str, Any]) -> None:
     """The shard: rewrites what its directory lacks. See `pipeline` for the arguments."""
-    stage = Stage.of_shard(directory)
+    stage = Stage.of(directory)
     settings = _SETTINGS.validate_python(arguments["settings"])
     records = part_of(stage.records(arguments["input"]), arguments["part"], arguments["of"])
     blocks = Blocks(directory, COLUMNS, total=len(records), size=arguments["block"])

@@ -144,7 +144,7 @@ def encoder_path(name: str) -> str:
 
 def measure(directory: Path, arguments: Mapping[str, Any]) -> None:
     """The shard: similarities of its part's rewrites. See `pipeline` for the arguments."""
-    stage = Stage.of_shard(directory)
+    stage = Stage.of(directory)
     records = part_of(stage.records(arguments["input"]), arguments["part"], arguments["of"])
     rewrites = read_blocks(stage.outputs("rewrite", arguments["rewrites"]))
     assert [row["index"] for row in rewrites] == [record.index for record in records]

@@ -9,7 +9,6 @@ RUN/report/                   diagnostics
 """
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +28,8 @@ class Stage:
     path: Path
 
     @classmethod
-    def of_shard(cls, output: Path) -> "Stage":
-        """The stage to which the output directory of a shard belongs; the shard's log begins."""
-        logging.basicConfig(format="%(asctime)s %(message)s")
-        logging.getLogger("megadistill").setLevel(logging.INFO)
+    def of(cls, output: Path) -> "Stage":
+        """The stage to which the output directory of a shard belongs."""
         return cls(output.absolute().parents[2])
 
     @property

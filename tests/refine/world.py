@@ -1,6 +1,7 @@
 """A refinement without vLLM: a scripted engine, a scripted endpoint, shards in this process."""
 
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -122,7 +124,8 @@ class World:
             if not folder.done_file.exists():
                 self.runs.append(shard.label)
                 folder.create(shard)
-                run_shard(folder.path)
+                with mock.patch.dict(os.environ):  # which a shard sets up for itself
+                    run_shard(folder.path)
             states.append(folder.state(shard.name, limits.tries))
         return FanoutResult(shards=tuple(states))
 
