@@ -117,6 +117,8 @@ class OnPolicyCollector:
         selection = self._algorithm.select(scored)
         tokens = sum(len(rollout.response_ids_R) for rollout in rollouts)
         speed = {"rollout/tokens": tokens, "rollout/tokens_per_s": tokens / times["time/rollout"]}
+        if self._sampler is not None and self._sampler.look_ahead:
+            times["time/rollout_hidden"] = self._sampler.hidden_s
         metrics = {**selection.metrics, **times, **speed}
         branch = "+".join(drawn)
         return Batch(branch=branch, selection=selection, scored=scored, metrics=metrics)
@@ -188,6 +190,9 @@ class Sampler:
         self.look_ahead = look_ahead
         self.version = 0
         """Weights version that the engines hold."""
+        self.hidden_s = 0.0
+        """Seconds of the last `take`'s sampling that nobody waited for."""
+        self._sampling_s: dict[int, float] = {}
         self._engines = engines
         self._seed = seed
         self._num_steps = num_steps
@@ -199,8 +204,12 @@ class Sampler:
 
     def take(self, step: int, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The rollouts of `step`, from the look-ahead if it is under way."""
+        start = time.perf_counter()
         self.begin(step, prompts)
-        return self._pending.pop(step).result()
+        rollouts = self._pending.pop(step).result()
+        waited_s = time.perf_counter() - start
+        self.hidden_s = max(self._sampling_s.pop(step, 0.0) - waited_s, 0.0)
+        return rollouts
 
     def generate(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], max_tokens: int
@@ -236,8 +245,11 @@ class Sampler:
         seeds = [
             seed_for(self._seed, step, prompt.id, sample) for sample, prompt in enumerate(prompts)
         ]
+        start = time.perf_counter()
         with self._awake():
-            return self._engines.generate(prompts, seeds, expected_version=version)
+            rollouts = self._engines.generate(prompts, seeds, expected_version=version)
+        self._sampling_s[step] = time.perf_counter() - start
+        return rollouts
 
     @contextmanager
     def _awake(self) -> Iterator[None]:
