@@ -123,6 +123,22 @@ def prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Run benchmarks and make their table; again, it runs what is not done. Or compare results."""
+    if arguments.compare:
+        from megadistill.evaluate.compare import parse_systems, write_tables
+
+        systems = parse_systems(arguments.words)
+        print(write_tables(systems, Path(arguments.output), arguments.confidence))
+        return 0
+    from megadistill.config.evaluate import load_evaluate
+    from megadistill.evaluate.pipeline import run_evaluation
+
+    config, *overrides = arguments.words
+    print(run_evaluation(load_evaluate(config, overrides)))
+    return 0
+
+
 def _campaign_submit(chosen: "Campaign", local: bool) -> int:
     for name, commands in chosen.commands().items():
         for words in commands:
@@ -305,6 +321,20 @@ def _parser() -> argparse.ArgumentParser:
         "--local", action="store_true", help="run the stages here, also where there is Slurm"
     )
     _takes_config(_verb(verbs, "refine", refine))
+    command = _verb(verbs, "eval", evaluate)
+    command.add_argument(
+        "words",
+        nargs="+",
+        metavar="CONFIG [KEY=VALUE ...] | --compare [NAME=]DIR[,DIR...] ...",
+        help="a file, see configs/eval/; or RUN/results/SYSTEM of each system, the baseline first",
+    )
+    command.add_argument(
+        "--compare", action="store_true", help="tables of systems that have results"
+    )
+    command.add_argument(
+        "--output", default="report", metavar="DIR", help="where tables go (report)"
+    )
+    command.add_argument("--confidence", type=float, default=0.95, help="of the intervals (0.95)")
     command = _verb(verbs, "prepare", prepare)
     command.add_argument(
         "--download-only",

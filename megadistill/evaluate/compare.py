@@ -1,0 +1,150 @@
+"""The papers' table from results: systems against benchmarks, with intervals and significance.
+
+Each system but the first (the baseline) is tested against it on the same items; Holm's procedure
+holds the error over the whole table.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megadistill.evaluate import results, statistics
+from megadistill.evaluate.benchmarks import get_benchmark
+from megadistill.evaluate.rendering import RENDERERS
+from megadistill.evaluate.statistics import Interval
+from megadistill.evaluate.tables import Cell, Column, Table
+from megadistill.rundir import write_atomic
+
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemResults:
+    """One system: a directory of results for each of its seeds."""
+
+    name: str
+    directories: Sequence[Path]
+    summaries: Sequence[Mapping[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, name: str, directories: Sequence[Path]) -> "SystemResults":
+        """Raises `ValueError` for a directory without results, or seeds with different benchmarks."""
+        summaries = []
+        for directory in directories:
+            file = directory / results.SUMMARY
+            if not file.is_file():
+                raise ValueError(f"{directory}: no {results.SUMMARY}, expected RUN/results/SYSTEM")
+            summaries.append(json.loads(file.read_text()))
+        if any(summary.keys() != summaries[0].keys() for summary in summaries):
+            raise ValueError(f"{name}: its seeds have results on different benchmarks")
+        return cls(name=name, directories=directories, summaries=summaries)
+
+    def scores(self, benchmark: str) -> list[results.Scores] | None:
+        """Scores of every seed; None where the system has none on this benchmark."""
+        if benchmark not in self.summaries[0]:
+            return None
+        groups = get_benchmark(self.summaries[0][benchmark]["benchmark"]).groups
+        return [
+            results.load_scores(directory / f"{benchmark}.parquet", groups)
+            for directory in self.directories
+        ]
+
+
+def parse_systems(words: Sequence[str]) -> dict[str, list[Path]]:
+    """`DIR` or `NAME=DIR,DIR,...` of each word; the directories of one system are its seeds."""
+    systems: dict[str, list[Path]] = {}
+    for word in words:
+        name, separator, places = word.rpartition("=")
+        directories = [Path(place) for place in places.split(",")]
+        name = name if separator else directories[0].absolute().name
+        if name in systems:
+            raise ValueError(f"--compare: two systems are called {name!r}; give NAME=DIR")
+        systems[name] = directories
+    return systems
+
+
+def make_table(systems: Mapping[str, Sequence[Path]], confidence: float) -> Table:
+    """The table of these systems, the first of which is the baseline."""
+    loaded = [SystemResults.load(name, places) for name, places in systems.items()]
+    names = list(dict.fromkeys(name for system in loaded for name in system.summaries[0]))
+    columns = [_column(name, loaded) for name in names]
+    cells: dict[tuple[str, str], Cell] = {}
+    tests: list[tuple[tuple[str, str], float]] = []
+    for name in names:
+        baseline = loaded[0].scores(name)
+        for system in loaded:
+            scores = system.scores(name)
+            if scores is None:
+                continue
+            place = (system.name, name)
+            cells[place] = Cell(interval=_interval(scores, confidence))
+            if baseline is not None and system is not loaded[0]:
+                tests.append((place, _p_value(name, scores, baseline)))
+    for (place, _), p_value in zip(tests, statistics.holm([p for _, p in tests]), strict=True):
+        reference = cells[loaded[0].name, place[1]].interval.value
+        cells[place] = Cell(
+            interval=cells[place].interval,
+            p_value=p_value,
+            significant=p_value < 1 - confidence,
+            better=cells[place].interval.value > reference,
+        )
+    return Table(
+        systems=[system.name for system in loaded],
+        columns=sorted(columns, key=lambda column: column.block != "general"),
+        cells=cells,
+        confidence=confidence,
+    )
+
+
+def write_tables(
+    systems: Mapping[str, Sequence[Path]], folder: Path, confidence: float = 0.95
+) -> str:
+    """Write the table in every format, with its picture; returns the Markdown."""
+    from megadistill.evaluate.picture import draw_bars  # noqa: PLC0415 - matplotlib is slow
+
+    table = make_table(systems, confidence)
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, render in RENDERERS.items():
+        write_atomic(folder / f"table.{suffix}", render(table))
+    draw_bars(table, folder / "table.png")
+    return RENDERERS["md"](table)
+
+
+def _column(name: str, loaded: Sequence[SystemResults]) -> Column:
+    found = next(system.summaries[0][name] for system in loaded if name in system.summaries[0])
+    title = found["title"]
+    if not found["whole_set"]:
+        title += f" (first {found['items']})"
+    return Column(
+        name=name,
+        title=title,
+        block=get_benchmark(found["benchmark"]).block,
+        num_items=found["items"],
+    )
+
+
+def _interval(scores: Sequence[results.Scores], confidence: float) -> Interval:
+    values_SI, weights_I = _stacked(scores)
+    return statistics.interval(values_SI, weights_I, seed=SEED, confidence=confidence)
+
+
+def _p_value(
+    name: str, scores: Sequence[results.Scores], baseline: Sequence[results.Scores]
+) -> float:
+    if scores[0].items != baseline[0].items:
+        raise ValueError(f"{name}: the systems have results on different items, expected the same")
+    values_SI, weights_I = _stacked(scores)
+    reference_SI, reference_I = _stacked(baseline)
+    # Weights differ where they depend on the answers (Arena-Hard's decided games): paired by item.
+    return statistics.compare(values_SI, reference_SI, (weights_I + reference_I) / 2, seed=SEED)
+
+
+def _stacked(scores: Sequence[results.Scores]) -> tuple[statistics.Array, statistics.Array]:
+    if any(found.items != scores[0].items for found in scores):
+        raise ValueError("found seeds with results on different items, expected the same")
+    weights_I = np.stack([found.weights_I for found in scores]).mean(0)
+    return np.stack([found.values_I for found in scores]), weights_I

@@ -1,0 +1,225 @@
+"""One evaluation from its configuration to a table: generate, score, sum up.
+
+Both steps are fan-outs of shards, each named by a hash of all that its result depends on, so a
+repeated call runs what is not done.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from megadistill.config.evaluate import EvaluateConfig, dump_evaluate
+from megadistill.config.refine import ModelConfig, ServedConfig
+from megadistill.evaluate import compare, results
+from megadistill.evaluate.benchmarks import get_benchmark
+from megadistill.evaluate.protocol import Benchmark, Draw, benchmark_file
+from megadistill.evaluate.scoring import COLUMNS
+from megadistill.launch.fanout import FanoutResult, Limits, Shard, run_fanout
+from megadistill.launch.shards import fingerprint
+from megadistill.refine.blocks import read_blocks, write_rows
+from megadistill.refine.pipeline import identity
+from megadistill.refine.stages import Stage
+from megadistill.rundir import write_atomic
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Changes when a shard computes something else from the same settings."""
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """One evaluation; `run` is the story."""
+
+    config: EvaluateConfig
+    gpu: bool
+    run_shards: Callable[..., FanoutResult] = run_fanout
+
+    @property
+    def root(self) -> Path:
+        return (Path(self.config.runs_dir) / self.config.name).absolute()
+
+    def run(self) -> str:
+        """Run what is not done, write the results, and return the table as Markdown."""
+        files = self.check()
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomic(self.root / "config.yaml", dump_evaluate(self.config))
+        answers = self.generate(files)
+        scores = self.score(answers)
+        directories = self.write_results(scores)
+        baseline = self.config.baseline or next(iter(self.config.systems))
+        order = sorted(directories, key=lambda name: name != baseline)
+        chosen = {name: [directories[name]] for name in order}
+        return compare.write_tables(chosen, self.root / "report", self.config.confidence)
+
+    def check(self) -> dict[str, Path]:
+        """Complain of benchmarks before any work; the files of all of them."""
+        files = {}
+        for name, chosen in self.config.benchmarks.items():
+            benchmark = self.benchmark(name)
+            if benchmark.score is None and chosen.judge is None:
+                raise ValueError(f"benchmarks.{name}.judge: {benchmark.title} needs a judge")
+            if chosen.judge is not None and benchmark.judged is None:
+                raise ValueError(f"benchmarks.{name}.judge: {benchmark.title} takes none")
+            files[name] = benchmark_file(benchmark, chosen.path)
+            if not files[name].is_file():
+                raise ValueError(
+                    f"benchmarks.{name}.path: no file {files[name]}. {benchmark.title}: "
+                    f"{benchmark.hint}"
+                )
+        return files
+
+    def benchmark(self, name: str) -> Benchmark:
+        return get_benchmark(self.config.benchmarks[name].kind or name)
+
+    def draw(self, name: str) -> Draw:
+        """The protocol's settings with those that the configuration has."""
+        chosen = self.config.benchmarks[name]
+        names = ("samples", "temperature", "top_p", "top_k", "repetition_penalty", "max_tokens")
+        set_here = {key: getattr(chosen, key) for key in names if getattr(chosen, key) is not None}
+        return replace(self.benchmark(name).draw, **set_here)
+
+    def generate(self, files: Mapping[str, Path]) -> dict[tuple[str, str], list[str]]:
+        """(system, benchmark) -> keys of the shards with the answers."""
+        shards: dict[tuple[str, str], list[Shard]] = {}
+        for system, model in self.config.systems.items():
+            for name, chosen in self.config.benchmarks.items():
+                common = {
+                    "system": system,
+                    "model": identity(model),
+                    "benchmark": name,
+                    "items": [fingerprint(files[name]), chosen.limit, chosen.kind or name],
+                    "draw": asdict(self.draw(name)),
+                    "block": self.config.shards.block,
+                    "seed": self.config.seed,
+                    "of": self.config.shards.count,
+                }
+                shards[system, name] = [
+                    self.shard("generating:generate", {**common, "part": part}, system, name)
+                    for part in range(self.config.shards.count)
+                ]
+        gpus = max(_gpus(model) for model in self.config.systems.values())
+        self.fan_out("generate", [shard for group in shards.values() for shard in group], gpus)
+        return {pair: [shard.key for shard in group] for pair, group in shards.items()}
+
+    def score(self, answers: Mapping[tuple[str, str], Sequence[str]]) -> dict[tuple[str, str], str]:
+        """(system, benchmark) -> key of the shard with the scores."""
+        shards = {}
+        gpus = 0
+        for (system, name), keys in answers.items():
+            judge = self.config.benchmarks[name].judge
+            if judge is not None:
+                gpus = max(gpus, _gpus(self.config.models[judge]))
+            arguments = {
+                "benchmark": name,
+                "answers": list(keys),
+                "judge": judge and identity(self.config.models[judge]),
+                "block": self.config.shards.block,
+            }
+            shards[system, name] = self.shard("scoring:score", arguments, system, name)
+        self.fan_out("score", list(shards.values()), gpus)
+        return {pair: shard.key for pair, shard in shards.items()}
+
+    def write_results(self, scores: Mapping[tuple[str, str], str]) -> dict[str, Path]:
+        """System -> the directory of its results."""
+        stage = Stage(self.root / "stages" / "score")
+        directories = {}
+        for system in self.config.systems:
+            directory = directories[system] = self.root / "results" / system
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            summary = {}
+            for name in self.config.benchmarks:
+                rows = read_blocks(stage.outputs("score", [scores[system, name]]))
+                write_rows(directory / f"{name}.parquet", rows, COLUMNS)
+                summary[name] = self.summary(
+                    name, results.summarise(rows, self.benchmark(name).groups)
+                )
+            text = json.dumps(summary, indent=1)
+            write_atomic(directory / results.SUMMARY, text)
+        return directories
+
+    def summary(self, name: str, found: results.Scores) -> dict[str, Any]:
+        """What is kept of a benchmark beside its transcripts (any: JSON)."""
+        benchmark = self.benchmark(name)
+        interval = results.interval_of(
+            found, seed=self.config.seed, confidence=self.config.confidence
+        )
+        chosen = self.config.benchmarks[name]
+        return {
+            "benchmark": chosen.kind or name,
+            "title": benchmark.title,
+            "draw": asdict(self.draw(name)),
+            "judge": chosen.judge,
+            "whole_set": benchmark.size in (None, len(found.items)),
+            "items": len(found.items),
+            "answers": found.num_answers,
+            "cut": found.num_cut,
+            "score": asdict(interval),
+            "details": dict(found.details),
+        }
+
+    def shard(self, entry: str, arguments: dict[str, Any], system: str, name: str) -> Shard:
+        return Shard(
+            entry=f"megadistill.evaluate.{entry}",
+            arguments={"format": FORMAT, **arguments},
+            label=f"{system} {name}",
+        )
+
+    def fan_out(self, name: str, shards: Sequence[Shard], gpus: int) -> None:
+        """Run a step's shards, those that are not done."""
+        stage = Stage(self.root / "stages" / name)
+        stage.write_runtime(self.runtime())
+        gpus = gpus if self.gpu else 0
+        chosen = self.config.shards
+        limits = Limits(concurrency=chosen.concurrency, tries=chosen.tries, gpus=gpus)
+        cluster = self.config.cluster
+        if cluster is not None:
+            cluster = replace(cluster, gpus_per_node=gpus)
+        log.info("%s: %d shards", name, len(shards))
+        job = f"{self.config.name}-{name}"
+        self.run_shards(stage.path, shards, limits, cluster=cluster, name=job).check()
+
+    def runtime(self) -> dict[str, Any]:
+        """What shards need beside what their results depend on (any: JSON)."""
+        adapter: TypeAdapter[dict[str, ModelConfig]] = TypeAdapter(dict[str, ModelConfig])
+        return {
+            "gpu": self.gpu,
+            "systems": adapter.dump_python(self.config.systems, mode="json"),
+            "models": adapter.dump_python(self.config.models, mode="json"),
+            "benchmarks": {
+                name: {
+                    "kind": chosen.kind or name,
+                    "path": str(benchmark_file(self.benchmark(name), chosen.path).absolute()),
+                    "limit": chosen.limit,
+                    "judge": chosen.judge,
+                }
+                for name, chosen in self.config.benchmarks.items()
+            },
+        }
+
+
+def run_evaluation(config: EvaluateConfig) -> str:
+    """Run an evaluation to its end; returns its table."""
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("megadistill").setLevel(logging.INFO)
+    return Evaluation(config, uses_gpu(config)).run()
+
+
+def uses_gpu(config: EvaluateConfig) -> bool:
+    """Whether shards compute on GPUs."""
+    if config.device != "auto":
+        return config.device == "cuda"
+    if config.cluster is not None:
+        return config.cluster.gpus_per_node > 0
+    import torch  # noqa: PLC0415 - slow to import
+
+    return bool(torch.cuda.is_available())
+
+
+def _gpus(model: ModelConfig) -> int:
+    return model.engine.tp if isinstance(model, ServedConfig) else 0

@@ -1,0 +1,151 @@
+"""Scores of one system's answers to a benchmark, by rules or by another model."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from megadistill.config.refine import EndpointConfig, ModelConfig
+from megadistill.evaluate.benchmarks import get_benchmark
+from megadistill.evaluate.generating import gather_bounded, read_share
+from megadistill.evaluate.protocol import Ask, Benchmark, Item, Judged, Score
+from megadistill.refine.blocks import Blocks, read_blocks
+from megadistill.refine.checking import without_thinking
+from megadistill.refine.endpoints import Asked, ChatModel, RecordError, Usage, open_endpoint
+from megadistill.refine.serving import served
+from megadistill.refine.stages import Stage
+
+log = logging.getLogger(__name__)
+
+COLUMNS = {
+    "item": "string",
+    "sample": "int64",
+    "group": "string",
+    "value": "float64",
+    "weight": "float64",
+    "extracted": "string",
+    "details": "string",
+    "replies": "string",
+    "messages": "string",
+    "written": "string",
+    "num_tokens": "int64",
+    "finish_reason": "string",
+}
+"""A transcript with its score: `details` and the judge's `replies` as JSON."""
+_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+Row = Mapping[str, Any]
+
+
+def score(directory: Path, arguments: Mapping[str, Any]) -> None:
+    """The shard: scores what its directory lacks. See `pipeline` for the arguments."""
+    stage = Stage.of(directory)
+    runtime = stage.runtime
+    settings = runtime["benchmarks"][arguments["benchmark"]]
+    benchmark = get_benchmark(settings["kind"])
+    items = {item.id: item for item in read_share(settings)}
+    answers = read_blocks(stage.outputs("generate", arguments["answers"]))
+    blocks = Blocks(directory, COLUMNS, total=len(answers), size=arguments["block"])
+    positions = blocks.missing()
+    if settings["judge"] is None or benchmark.judged is None:
+        by_rules(benchmark, items, answers, positions, blocks.add)
+        return
+    name = settings["judge"]
+    model = _MODEL.validate_python(runtime["models"][name])
+    with ExitStack() as stack:
+        if isinstance(model, EndpointConfig):
+            judge = open_endpoint(name, model)
+        else:
+            chats = served({name: model}, gpu=runtime["gpu"], logs=directory)
+            judge = stack.enter_context(chats)[name]
+        work = Judging(benchmark, benchmark.judged, judge)
+        calls = [
+            partial(work.judge, at, items[answers[at]["item"]], answers[at], blocks.add)
+            for at in positions
+        ]
+        asyncio.run(gather_bounded(calls))
+    log.info("scoring: %s", work.usage)
+
+
+def by_rules(
+    benchmark: Benchmark,
+    items: Mapping[str, Item],
+    answers: Sequence[Row],
+    positions: Sequence[int],
+    add: Callable[[int, Row], bool],
+) -> None:
+    """Without another model."""
+    assert benchmark.score is not None
+    for position in positions:
+        answer = answers[position]
+        item = items[answer["item"]]
+        found = benchmark.score(item, visible(benchmark, answer["written"]))
+        add(position, to_row(item, answer, found, []))
+
+
+class Judging:
+    """One judge for many answers; the same question is asked once."""
+
+    def __init__(self, benchmark: Benchmark, judged: Judged, judge: ChatModel) -> None:
+        self.usage = Usage()
+        self._benchmark = benchmark
+        self._judged = judged
+        self._judge = judge
+        self._replies: dict[str, asyncio.Future[str]] = {}
+
+    async def judge(
+        self, position: int, item: Item, answer: Row, add: Callable[[int, Row], bool]
+    ) -> None:
+        text = visible(self._benchmark, answer["written"])
+        asks = self._judged.asks(item, text)
+        replies = await asyncio.gather(*(self._reply(ask) for ask in asks))
+        add(position, to_row(item, answer, self._judged.settle(item, text, replies), replies))
+
+    async def _reply(self, ask: Ask) -> str:
+        key = json.dumps([ask.messages, ask.temperature, ask.max_tokens])
+        if key not in self._replies:
+            self._replies[key] = asyncio.ensure_future(self._ask(ask))
+        return await self._replies[key]
+
+    async def _ask(self, ask: Ask) -> str:
+        """A reply that can be read, or the second of two that cannot; empty when there is none."""
+        text = ""
+        for number in range(2):
+            asked = Asked(
+                messages=ask.messages,
+                temperature=ask.temperature,
+                max_tokens=ask.max_tokens,
+                seed=number,
+            )
+            try:
+                text = without_thinking((await self._judge.ask(asked, self.usage)).text)
+            except RecordError as error:
+                log.warning("scoring: %s", error)
+                continue
+            if self._judged.usable(text):
+                return text
+            self.usage.unparsable += 1
+        return text
+
+
+def visible(benchmark: Benchmark, written: str) -> str:
+    """What of an answer is scored."""
+    return without_thinking(written) if benchmark.strip_thinking else written
+
+
+def to_row(item: Item, answer: Row, found: Score, replies: Sequence[str]) -> dict[str, Any]:
+    """The transcript with its score."""
+    return {
+        **answer,
+        "group": item.group,
+        "value": found.value,
+        "weight": found.weight,
+        "extracted": found.extracted,
+        "details": json.dumps(dict(found.details)),
+        "replies": json.dumps(list(replies), ensure_ascii=False) if replies else None,
+    }

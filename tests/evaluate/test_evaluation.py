@@ -1,0 +1,271 @@
+"""An evaluation from end to end, with a scripted engine and a scripted judge."""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from megadistill.cli import main
+from megadistill.config.evaluate import parse_evaluate
+from megadistill.evaluate import generating, scoring
+from megadistill.evaluate.pipeline import Evaluation
+from megadistill.launch.fanout import FanoutResult, Limits, Shard
+from megadistill.launch.shards import ShardFolder, run_shard
+from megadistill.refine.endpoints import Answered, Asked, RecordError, Usage
+from megadistill.rollout.batch import BatchSettings
+from tests.refine.world import Killed, ScriptedEngine
+from tests.tiny import make_tokenizer, write_model_config
+
+QUESTIONS = 12
+
+
+def medqa_row(number: int) -> dict[str, Any]:
+    options = {letter: f"{letter.lower()}{number}" for letter in "ABCD"}
+    row = {"id": f"q{number}", "question": f"question {number} ?", "options": options}
+    return row | {"answer_idx": "ABCD"[number % 4]}
+
+
+@dataclass
+class World:
+    """Files, engine and judge of one evaluation."""
+
+    path: Path
+    engines: dict[str, ScriptedEngine]
+    tree: dict[str, Any]
+    runs: list[str] = field(default_factory=list)
+
+    def run(self, **changes: Any) -> str:
+        self.runs.clear()
+        config = parse_evaluate({**self.tree, **changes})
+        return Evaluation(config, False, run_shards=self.run_shards).run()
+
+    def run_shards(
+        self, root: Path, shards: Sequence[Shard], limits: Limits, **_: Any
+    ) -> FanoutResult:
+        states = []
+        for shard in shards:
+            folder = ShardFolder.of(root, shard)
+            if not folder.done_file.exists():
+                self.runs.append(f"{root.name} {shard.label}")
+                folder.create(shard)
+                run_shard(folder.path)
+            states.append(folder.state(shard.name, limits.tries))
+        return FanoutResult(shards=tuple(states))
+
+    def results(self, system: str, benchmark: str = "medqa") -> list[dict[str, Any]]:
+        file = self.path / "runs" / "tiny" / "results" / system / f"{benchmark}.parquet"
+        rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+        return rows
+
+
+def always(letter: str) -> Callable[[str], str]:
+    return lambda prompt: f"<think> Final answer: D </think> so Final answer: {letter}"
+
+
+def knowing(share: int) -> Callable[[str], str]:
+    """Right wherever the question's number is below `share`."""
+
+    def reply(prompt: str) -> str:
+        number = int(re.findall(r"question (\d+) \?", prompt)[-1])
+        return f"hm Final answer: {'ABCD'[(number + (number >= share)) % 4]}"
+
+    return reply
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    rows = [medqa_row(number) for number in range(QUESTIONS)]
+    file = tmp_path / "medqa.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replies = {"base": knowing(3), "better": knowing(11), "stubborn": always("A")}
+    engines = {}
+    for name, reply in replies.items():
+        model = write_model_config(tmp_path / name, name=name)
+        texts = [reply(f"question {n} ?") for n in range(QUESTIONS)]
+        prompts = [f"question {n} ? A. a{n} B. b{n} C. c{n} D. d{n}" for n in range(QUESTIONS)]
+        words = "Reason step by step, then end with a line `Final answer: <letter>`."
+        tokenizer = make_tokenizer([*texts, *prompts, words])
+        tokenizer.save_pretrained(model)
+        engines[name] = ScriptedEngine(tokenizer, reply)
+
+    def start(settings: BatchSettings) -> ScriptedEngine:
+        return engines[settings.model.name]
+
+    monkeypatch.setattr(generating, "start_batch_engine", start)
+    systems = {
+        name: {"kind": "serve", "path": str(tmp_path / name), "max_model_len": 96}
+        for name in replies
+    }
+    tree = {
+        "name": "tiny",
+        "runs_dir": str(tmp_path / "runs"),
+        "device": "cpu",
+        "systems": systems,
+        "benchmarks": {"medqa": {"path": str(file)}},
+        "shards": {"block": 4, "count": 2},
+    }
+    return World(tmp_path, engines, tree)
+
+
+def test_systems_are_scored_and_the_table_has_intervals(world: World) -> None:
+    table = world.run()
+    assert "| base | 25.0 [8.9, 53.2] |" in table
+    assert "**91.7 [64.6, 98.5]" in table
+    rows = world.results("stubborn")
+    assert len(rows) == QUESTIONS
+    assert {row["extracted"] for row in rows} == {"A"}
+    assert json.loads(rows[0]["messages"])[0]["content"].startswith("question 0 ?")
+    assert "<think>" in rows[0]["written"]
+    summary = json.loads((world.path / "runs/tiny/results/better/summary.json").read_text())[
+        "medqa"
+    ]
+    assert summary["items"] == 12
+    assert summary["whole_set"] is False
+    report = world.path / "runs/tiny/report"
+    assert {f.name for f in report.iterdir()} == {
+        f"table.{suffix}" for suffix in ("md", "csv", "tex", "html", "png")
+    }
+    found = list(csv.DictReader((report / "table.csv").open()))
+    assert [row["system"] for row in found] == ["base", "better", "stubborn"]
+    # McNemar: 8 answers changed, all for the better: 2 / 2^8; Holm doubles the smaller of two.
+    assert float(found[1]["p_adjusted"]) == pytest.approx(2 * 2 / 2**8)
+    assert [row["mark"] for row in found] == ["", "+", ""]
+
+
+def test_a_repeated_call_runs_nothing_and_a_changed_setting_its_shards(world: World) -> None:
+    first = world.run()
+    assert len(world.runs) == 9
+    assert world.run() == first
+    assert world.runs == []
+    world.run(benchmarks={"medqa": world.tree["benchmarks"]["medqa"] | {"limit": 6}})
+    assert len(world.runs) == 9
+
+
+def test_a_killed_shard_goes_on_where_it_was(world: World) -> None:
+    engine = world.engines["base"]
+    engine.kill_at = 5
+    with pytest.raises(Killed):
+        world.run()
+    engine.kill_at = None
+    world.run()
+    assert len(engine.prompts) == QUESTIONS + 1  # the fifth had been written, not saved
+
+
+def test_several_samples_are_averaged_by_item(world: World) -> None:
+    chosen = world.tree["benchmarks"]["medqa"] | {"samples": 3, "temperature": 1.0}
+    world.run(benchmarks={"medqa": chosen})
+    assert [row["sample"] for row in world.results("base")[:4]] == [0, 1, 2, 0]
+    assert len(world.engines["base"].prompts) == 3 * QUESTIONS
+
+
+def test_an_answer_without_room_is_wrong_and_not_an_error(world: World) -> None:
+    systems = {"base": world.tree["systems"]["base"] | {"max_model_len": 8}}
+    assert "| base | **0.0" in world.run(systems=systems).replace("| base | 0.0", "| base | **0.0")
+    assert {row["finish_reason"] for row in world.results("base")} == {"prompt_too_long"}
+
+
+def test_results_of_several_runs_and_seeds_are_compared_by_the_command(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.run()
+    results = world.path / "runs/tiny/results"
+    words = [f"three={results}/better,{results}/base,{results}/better", f"{results}/stubborn"]
+    output = world.path / "compared"
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "--compare", f"{results}/base", *words, "--output", str(output)])
+    assert ended.value.code == 0
+    assert "| three | **69.4 [" in capsys.readouterr().out
+    assert "three" in (output / "table.tex").read_text()
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "--compare", str(world.path)])
+    assert ended.value.code == 2
+    assert "expected RUN/results/SYSTEM" in capsys.readouterr().err
+
+
+@dataclass
+class ScriptedJudge:
+    """Says yes where the response has the truth in it; its first reply to anything is no use."""
+
+    asked: list[str] = field(default_factory=list)
+    fail: bool = False
+
+    async def ask(self, asked: Asked, usage: Usage) -> Answered:
+        text = asked.messages[-1]["content"]
+        self.asked.append(text)
+        usage.requests += 1
+        if self.fail:
+            raise RecordError("endpoint_failed")
+        if asked.seed == 0:
+            return Answered(text="let me think", cut=False)
+        truth = text.partition("<ground_truth_answer>")[2].split()[0]
+        response = text.partition("<response>")[2].partition("</response>")[0]
+        decision = "yes" if f"answer: {truth}" in response else "No"
+        return Answered(text=f"<decision>{decision}</decision>", cut=False)
+
+
+def test_a_verifier_is_asked_again_and_decides(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = ScriptedJudge()
+    monkeypatch.setattr(scoring, "open_endpoint", lambda name, config: judge)
+    rows = [
+        {
+            "Question": f"question {number} ?",
+            "Correct Answer": f"a{number}",
+            **{f"Incorrect Answer {k}": f"{'xbcd'[k]}{number}" for k in (1, 2, 3)},
+        }
+        for number in range(QUESTIONS)
+    ]
+    file = world.path / "gpqa.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benchmark = {
+        "kind": "gpqa_diamond",
+        "path": str(file),
+        "judge": "verifier",
+        "samples": 2,
+        "top_k": 0,
+        "repetition_penalty": 1.0,
+    }
+    endpoint = {"kind": "endpoint", "base_url": "http://localhost:1/v1", "model": "v"}
+    systems = {"stubborn": world.tree["systems"]["stubborn"]}
+    settings = {"systems": systems, "benchmarks": {"gpqa": benchmark}}
+    world.run(**settings, models={"verifier": endpoint})
+    found = world.results("stubborn", "gpqa")
+    assert len(found) == 2 * QUESTIONS
+    right = {row["item"] for row in found if row["value"] == 1.0}
+    assert 0 < len(right) < QUESTIONS
+    assert "Final answer: D" not in judge.asked[0]  # what was thought is not judged
+    assert len(judge.asked) == 2 * QUESTIONS  # both samples say the same: asked once, then again
+
+
+def test_a_judge_that_fails_makes_answers_wrong_and_is_counted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "open_endpoint", lambda name, config: ScriptedJudge(fail=True))
+    row = {"problem_idx": 1, "problem": "question 1 ?", "answer": "7"}
+    (world.path / "hmmt.jsonl").write_text(json.dumps(row))
+    benchmark = {"path": str(world.path / "hmmt.jsonl"), "judge": "v", "samples": 1}
+    benchmark |= {"top_k": 0, "repetition_penalty": 1.0}
+    endpoint = {"kind": "endpoint", "base_url": "http://localhost:1/v1", "model": "v"}
+    systems = {"base": world.tree["systems"]["base"]}
+    world.run(systems=systems, benchmarks={"hmmt25": benchmark}, models={"v": endpoint})
+    (found,) = world.results("base", "hmmt25")
+    assert found["value"] == 0.0
+    assert json.loads(found["details"]) == {"no_decision": 1.0}
+
+
+def test_what_cannot_work_is_said_before_any_work(world: World) -> None:
+    benchmarks = {"gpqa_diamond": {"path": "./nowhere.csv"}}
+    with pytest.raises(ValueError, match="accept its terms on the hub"):
+        world.run(benchmarks=benchmarks)
+    with pytest.raises(ValueError, match="Arena-Hard v2 HP needs a judge"):
+        world.run(benchmarks={"arena_hard_hp": {}})
+    with pytest.raises(ValueError, match="expected one of ifeval"):
+        world.run(benchmarks={"unknown": {"path": "x"}})
+    assert world.runs == []
