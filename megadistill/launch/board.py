@@ -24,6 +24,10 @@ from megadistill.launch.place import Place, rendezvous_port
 from megadistill.launch.roles import Launch
 from megadistill.rundir import RunDir, write_atomic
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""The run directory is full. What a node says of itself must not fail by it: the roles' own errors
+name the cause, and node 0 still has to requeue the job."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
@@ -78,8 +82,8 @@ class Board:
         if notice == self.notice and time.monotonic() - self._written < every_s:
             return
         self.notice = replace(notice, beat=self.notice.beat + 1)
-        self._replace(self._notice_file(self.node), asdict(self.notice))
-        self._written = time.monotonic()
+        written = self._replace(self._notice_file(self.node), asdict(self.notice))
+        self._written = time.monotonic() if written else 0.0  # tried again at the next look
 
     def read(self, node: int) -> Notice | None:
         """Another node's latest notice; None before its first."""
@@ -102,11 +106,20 @@ class Board:
         values = read_json(self._end_file)
         return None if values is None else End(**values | {"failure": read_failure(values)})
 
-    def _replace(self, file: Path, values: dict[str, Any]) -> None:
-        """Not flushed to the disk: it need not survive a crash, and a busy disk takes a minute."""
+    def _replace(self, file: Path, values: dict[str, Any]) -> bool:
+        """False when the disk is full: the node then falls silent, and the others end without it.
+
+        Not flushed to the disk: it need not survive a crash, and a busy disk takes a minute.
+        """
         temporary = file.with_name(f".{file.name}.{self.node}.tmp")
-        temporary.write_text(json.dumps(values))
+        try:
+            temporary.write_text(json.dumps(values))
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            return False
         temporary.replace(file)
+        return True
 
     @property
     def _end_file(self) -> Path:

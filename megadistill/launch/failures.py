@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import asdict, dataclass
 
-from megadistill.launch.board import Failure
+from megadistill.launch.board import NO_SPACE, Failure
 from megadistill.rundir import RunDir
 
 FAILURES = "failures.jsonl"
@@ -30,8 +30,12 @@ def note_failure(run: RunDir, attempt: int, failure: Failure) -> PastFailure | N
         attempt=attempt, step=run.read_progress().get("step", 0), error=error_text(failure)
     )
     past = read_failures(run)
-    with (run.path / "state" / FAILURES).open("a") as stream:
-        stream.write(json.dumps(asdict(now)) + "\n")
+    try:
+        with (run.path / "state" / FAILURES).open("a") as stream:
+            stream.write(json.dumps(asdict(now)) + "\n")
+    except OSError as error:
+        if error.errno not in NO_SPACE:  # then only cluster.max_attempts bounds the attempts
+            raise
     if past and (past[-1].step, past[-1].error) == (now.step, now.error):
         return past[-1]
     return None
@@ -42,7 +46,8 @@ def read_failures(run: RunDir) -> list[PastFailure]:
     file = run.path / "state" / FAILURES
     if not file.exists():
         return []
-    return [PastFailure(**json.loads(line)) for line in file.read_text().splitlines()]
+    lines = file.read_text().splitlines()
+    return [PastFailure(**json.loads(line)) for line in lines if line.endswith("}")]  # whole ones
 
 
 def error_text(failure: Failure) -> str:
