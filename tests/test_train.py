@@ -137,7 +137,7 @@ def attempt(folder: Path, **changes: Any) -> Stage:
     """Assemble a run in `folder` as `assemble` does, around fake engines."""
     teachers: Tree = {name: {"path": str(folder / name)} for name in ("general", "domain")}
     for name in teachers:
-        write_model_config(folder / name)
+        (write_model_config(folder / name) / "model.safetensors").touch()
     heldout = {"all": {"pool": "medical", "teacher": "domain", "prompts": 2}}
     settings: Tree = {
         "runs_dir": str(folder / "runs"),

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadistill.config.algorithm import SftConfig
+from megadistill.config.algorithm import CamopdConfig, SelectiveBranchConfig, SftConfig
 from megadistill.config.schema import (
     BatchConfig,
     DataConfig,
@@ -28,7 +28,7 @@ from megadistill.head import VocabularyHead, weighted_nll
 from megadistill.losses import answer_conditioned
 from megadistill.megatron import export
 from megadistill.megatron.engine import STUDENT, Engine
-from megadistill.types import MicroBatch
+from megadistill.types import FloatArray, MicroBatch, Prompt, Rollout, Scored, TokenSpan
 from tests.megatron.reference import TEMPERATURE, TOP_K, Reference, reversed_top_k
 
 Layout = dict[str, Any]
@@ -90,6 +90,54 @@ def compare(
     return found
 
 
+def select(directory: Path, student: str, teacher: str) -> tuple[list[int], list[FloatArray]]:
+    """What CaMOPD keeps of random responses to `student`, and its weights; equal on all ranks."""
+    from megadistill.algorithms.mopd import make_camopd  # takes transformers along
+
+    size = dist.get_world_size()
+    models = {name: ModelConfig(path=str(directory / name)) for name in (student, teacher)}
+    engine = Engine(
+        run_config(directory / student, {"dp": size}, teachers={"general": models[teacher]})
+    )
+    scored = scored_by(engine, "general", "general", read_reference(directory, student).spans)
+    branch = SelectiveBranchConfig(pool="p", teacher="general", mass=0.6)
+    selection = make_camopd(CamopdConfig(general=branch, domain=branch), 1).select(scored)
+    engine.close()
+    weights = [sample.weights_R for sample in selection.samples]
+    everywhere: list[bytes] = [b""] * size
+    dist.all_gather_object(everywhere, b"".join(one.tobytes() for one in weights))
+    assert set(everywhere) == {everywhere[0]}
+    return list(selection.selected), weights
+
+
+def scored_by(
+    engine: Engine, teacher: str, branch: str, spans: Sequence[TokenSpan]
+) -> list[Scored]:
+    """Spans as responses that the student wrote, scored by it and by a teacher of the engine."""
+    student = engine.score(STUDENT, spans)
+    other = engine.score(teacher, spans)
+    return [
+        Scored(
+            rollout=Rollout(
+                prompt=Prompt(
+                    id=str(index),
+                    pool="p",
+                    messages=(),
+                    token_ids=tuple(span.token_ids_N[: -span.num_scored].tolist()),
+                ),
+                response_ids_R=span.token_ids_N[-span.num_scored :],
+                logprobs_R=student[index],
+                policy_version=0,
+                finish_reason="stop",
+            ),
+            branch=branch,
+            student_logprobs_R=student[index],
+            teacher_logprobs_R=other[index],
+        )
+        for index, span in enumerate(spans)
+    ]
+
+
 def _scoring(engine: Engine, reference: Reference) -> dict[str, float]:
     scores = engine.score(STUDENT, reference.spans)
     same, entropies = engine.score_with_entropy("same", reference.spans)
@@ -118,7 +166,7 @@ def _training(engine: Engine, reference: Reference, model_dir: Path) -> dict[str
     for step in range(len(reference.losses)):
         results.append(engine.step(reference.samples, nll, learning_rate=1e-3))
         if step == 0:
-            gradients = dict(_gradients(engine))
+            gradients = dict(gradients_of(engine))
             gaps["gradient"] = _relative(gradients, reference.gradients)
     rows = sum(sample.span.num_scored for sample in reference.samples)
     gaps["rows"] = abs(results[0].metrics["rows"] - rows)
@@ -147,7 +195,7 @@ def _differences(engine: Engine, model_dir: Path) -> float:
     return float(len(missing) + sum(not torch.equal(t, reader(n)) for n, t in exported.items()))
 
 
-def _gradients(engine: Engine) -> Any:
+def gradients_of(engine: Engine) -> Any:
     """The first step's gradients as Hugging Face tensors, on rank 0."""
     student = engine._student
     for buffer in student.parallel_model.buffers:
@@ -165,16 +213,19 @@ def _largest_of(pairs: Any) -> float:
 
 
 def largest_gap(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    if not found:
+    """Of any entry of any tensor; on rank 0, which alone has what was exported."""
+    if dist.get_rank():
         return 0.0
+    assert found
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     return max(float((found[name] - expected[name]).abs().max()) for name in found)
 
 
 def _relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest gap of any entry of any tensor, over that tensor's largest entry."""
-    if not found:
+    """As `largest_gap`, over that tensor's largest entry."""
+    if dist.get_rank():
         return 0.0
+    assert found
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     return max(float((found[n] - expected[n]).abs().max() / expected[n].abs().max()) for n in found)
 

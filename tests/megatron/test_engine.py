@@ -12,15 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from megadistill.algorithms.mopd import make_camopd
+from megadistill.config.algorithm import CamopdConfig, SelectiveBranchConfig
 from megadistill.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megadistill.convert.families import read_spec
 from megadistill.head import VocabularyHead
-from megadistill.losses import answer_conditioned
+from megadistill.losses import answer_conditioned, policy_gradient
 from megadistill.megatron.engine import STUDENT, Engine
 from megadistill.megatron.model import check_model
 from megadistill.types import FloatArray, MicroBatch, Sample, TokenSpan
 from tests.megatron import oracle
-from tests.megatron.ranks import Layout, nll, read_reference, run_config
+from tests.megatron.ranks import (
+    Layout,
+    gradients_of,
+    nll,
+    read_reference,
+    run_config,
+    scored_by,
+)
 from tests.megatron.reference import VOCAB_SIZE, random_samples, random_spans
 
 pytestmark = [pytest.mark.megatron, pytest.mark.timeout(600)]
@@ -272,6 +281,53 @@ def test_what_is_not_finite_changes_no_weight(
         after = dict(engine.hf_tensors())
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert np.isfinite(engine.step(random_samples((12,)), nll, learning_rate=1e-3).loss)
+
+
+BRANCH = SelectiveBranchConfig(pool="p", teacher="same", mass=1.0)
+
+
+def test_a_student_that_is_its_teacher_has_no_gradient(models: Path) -> None:
+    """T1-8: one engine, so that every gap is exactly 0, and what follows from that."""
+    with opened(models) as engine:
+        scored = scored_by(engine, "same", "domain", random_spans((9, 60, 30)))
+        algorithm = make_camopd(CamopdConfig(general=BRANCH, domain=BRANCH), 3)
+        selection = algorithm.select(scored)
+        assert list(selection.scores.values()) == [0.0, 0.0, 0.0]
+        before = {name: tensor.clone() for name, tensor in engine.hf_tensors()}
+        result = engine.step(selection.samples, policy_gradient, learning_rate=1e-3)
+        assert (result.loss, result.grad_norm) == (0.0, 0.0)
+        assert all(torch.equal(before[name], tensor) for name, tensor in engine.hf_tensors())
+
+
+def test_the_branch_scale_multiplies_the_gradient_before_clipping(models: Path) -> None:
+    """T1-10, through the engine: r_b is invisible after clipping alone."""
+    other = {"other": ModelConfig(path=str(models / "llama3_untied"))}
+    with opened(models, teachers=other) as engine:
+        scored = scored_by(engine, "other", "general", random_spans((9, 60, 30)))
+        norms = []
+        for scale in (1.0, 2.0, 3.0):
+            branch = replace(BRANCH, scale=scale)
+            algorithm = make_camopd(CamopdConfig(general=branch, domain=branch), 3)
+            samples = algorithm.select(scored).samples
+            norms.append(engine.step(samples, policy_gradient, learning_rate=0.0).grad_norm)
+    assert norms[0] > 0
+    np.testing.assert_allclose(norms, [norms[0], 2 * norms[0], 3 * norms[0]], rtol=1e-5)
+
+
+def test_packing_changes_neither_loss_nor_gradient(models: Path) -> None:
+    """T1-11: together in micro-batches, or each sequence alone."""
+    samples = random_samples((9, 14, 60, 12, 5))
+    results, gradients = [], []
+    for tokens in (48, 1):
+        with opened(models, batch=BatchConfig(micro_batch_tokens=tokens)) as engine:
+            results.append(engine.step(samples, nll, learning_rate=1e-3))
+            found = {name: tensor.clone() for name, tensor in gradients_of(engine)}
+            gradients.append(found)
+    assert results[0].loss == pytest.approx(results[1].loss, abs=1e-6)
+    assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-5)
+    assert gradients[0].keys() == gradients[1].keys() != set()
+    for name, packed in gradients[0].items():
+        assert float((packed - gradients[1][name]).abs().max() / packed.abs().max()) < 1e-5, name
 
 
 def test_a_metric_may_have_any_name(models: Path) -> None:

@@ -1,5 +1,6 @@
 """Ours against Hugging Face in fp32: scores, losses, gradients and weights, in every layout."""
 
+import numpy as np
 import pytest
 
 from tests.megatron.conftest import Measured
@@ -31,3 +32,13 @@ def test_engine_agrees_with_hugging_face(name: str, model: str, measured: Measur
     too_large = {what: gap for what, gap in found.items() if not gap <= LIMITS[what]}
     assert not too_large
     assert found.keys() == LIMITS.keys()
+
+
+def test_the_selection_does_not_depend_on_the_number_of_ranks(measured: Measured) -> None:
+    """T1-9: every rank selects alike, and two ranks as one."""
+    selected, weights = measured(1)["selection"]
+    assert 0 < len(selected) < 6
+    found, other = measured(2)["selection"]
+    assert found == selected
+    for one, two in zip(weights, other, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
