@@ -1,9 +1,11 @@
 """What a run did: a table of before against after, and the picture of its curves."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from megadistill.metrics import read_metrics
@@ -16,25 +18,60 @@ QUANTITIES = {
 BRANCH_COLOURS = {"general": "#1f77b4", "domain": "#d62728"}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """One held-out divergence before the first step and after the last, in nats per token."""
+
+    name: str
+    direction: str
+    before: float
+    before_error: float
+    after: float
+    after_error: float
+
+    @property
+    def change(self) -> str:
+        """Relative, or absolute where it began at zero."""
+        difference = self.after - self.before
+        return f"{difference / self.before:+.0%}" if self.before > 1e-6 else f"{difference:+.4f}"
+
+
+def effects(run: RunDir) -> list[Effect]:
+    """Every held-out divergence that was measured at the first and at the last measurement."""
+    rows = measured_rows(run)
+    if not rows:
+        return []
+    first, last = rows[0], rows[-1]
+    return [
+        Effect(
+            name=name,
+            direction=label,
+            before=first[key],
+            before_error=first[f"{key}_stderr"],
+            after=last[key],
+            after_error=last[f"{key}_stderr"],
+        )
+        for name in heldout_names(rows)
+        for quantity, label in QUANTITIES.items()
+        if (key := f"heldout/{name}/{quantity}") in first and key in last
+    ]
+
+
 def effect_table(run: RunDir) -> Table:
     """Held-out divergences before the first step and after the last, with standard errors."""
-    rows = _measured(run)
-    table = Table(title=f"{run.path.name}: held-out KL, nats per token")
+    table = Table(title=f"{escape(run.path.name)}: held-out KL, nats per token")
     for heading in ("held out", "direction", "before", "after", "change"):
         table.add_column(
             heading, justify="left" if heading in ("held out", "direction") else "right"
         )
-    if not rows:
-        return table
-    first, last = rows[0], rows[-1]
-    for name in heldout_names(rows):
-        for quantity, label in QUANTITIES.items():
-            key = f"heldout/{name}/{quantity}"
-            before, after = first[key], last[key]
-            change = (
-                f"{(after - before) / before:+.0%}" if before > 1e-6 else f"{after - before:+.4f}"
-            )
-            table.add_row(name, label, _with_error(first, key), _with_error(last, key), change)
+    for effect in effects(run):
+        table.add_row(
+            effect.name,
+            effect.direction,
+            f"{effect.before:.4f} ± {effect.before_error:.4f}",
+            f"{effect.after:.4f} ± {effect.after_error:.4f}",
+            effect.change,
+        )
     return table
 
 
@@ -47,7 +84,7 @@ def effect_picture(run: RunDir, file: Path) -> Path:
 
     rows = read_metrics(run.metrics_file)
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    _draw_heldout(axes[0], _measured(run))
+    _draw_heldout(axes[0], measured_rows(run))
     _draw_branches(axes[1], rows, "gap_absolute", "mean |gap| of the batch (nats)")
     _draw_branches(axes[2], rows, "selected_fraction", "selected fraction")
     axes[2].set_ylim(0, 1.05)
@@ -62,14 +99,10 @@ def heldout_names(rows: Sequence[dict[str, Any]]) -> list[str]:
     return sorted({key.split("/")[1] for row in rows for key in row if key.startswith("heldout/")})
 
 
-def _measured(run: RunDir) -> list[dict[str, Any]]:
+def measured_rows(run: RunDir) -> list[dict[str, Any]]:
     """Metric rows that hold a held-out measurement, first the one before training."""
     rows = read_metrics(run.metrics_file)
     return [row for row in rows if any(key.startswith("heldout/") for key in row)]
-
-
-def _with_error(row: dict[str, Any], key: str) -> str:
-    return f"{row[key]:.4f} ± {row[f'{key}_stderr']:.4f}"
 
 
 def _draw_heldout(axis: Any, rows: Sequence[dict[str, Any]]) -> None:  # matplotlib has no types

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megadistill.collect import Batch
+from megadistill.rollout.store import columns
 
 
 def store_rollouts(file: Path, batch: Batch) -> None:
@@ -21,19 +22,10 @@ def store_rollouts(file: Path, batch: Batch) -> None:
 
 def _row(batch: Batch, index: int) -> dict[str, Any]:
     scored = batch.scored[index]
-    rollout = scored.rollout
-    return {
-        "prompt_id": rollout.prompt.id,
-        "pool": rollout.prompt.pool,
+    return columns(scored.rollout) | {
         "branch": scored.branch,
-        "messages": [dict(message) for message in rollout.prompt.messages],
-        "prompt_ids": list(rollout.prompt.token_ids),
-        "response_ids": rollout.response_ids_R.tolist(),
-        "rollout_logprobs": rollout.logprobs_R.tolist(),
         "student_logprobs": scored.student_logprobs_R.tolist(),
         "teacher_logprobs": scored.teacher_logprobs_R.tolist(),
         "score": batch.selection.scores[index],
         "selected": index in batch.selection.selected,
-        "policy_version": rollout.policy_version,
-        "finish_reason": rollout.finish_reason,
     }
