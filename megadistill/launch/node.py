@@ -5,6 +5,8 @@ stopped (asked to save and end; under Slurm it requeues the job), or failed with
 others heed it. Whoever falls silent is given up after a bounded time, so nothing hangs.
 """
 
+import errno
+import os
 import signal
 import sys
 import time
@@ -239,6 +241,8 @@ class Node:
 
     def failure(self, exited: Exit) -> Failure:
         what = f"{exited.describe()} on node {self.place.node} ({self.place.host})"
+        if not os.statvfs(self.run.path).f_bavail:  # the role could not even log it
+            what += f"; {self.run.path}: {os.strerror(errno.ENOSPC)}"
         failure = Failure(node=self.place.node, what=what, when=time.time(), detail=exited.tail())
         self.say(f"{what}; the last lines of {exited.log}:\n{failure.detail}")
         return failure

@@ -7,7 +7,6 @@ later step is that of a run which nothing disturbed. `tools/chaos.py` draws from
 import errno
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 import psutil
@@ -176,23 +176,27 @@ def kill_while_saving(run: Disturbed) -> None:
     trainer.kill()
 
 
+def fill(stream: FileIO) -> None:
+    for size in (1 << 20, 1 << 12, 1):
+        with suppress(OSError):
+            while stream.write(b"x" * size) == size:
+                pass
+
+
 def fill_disk(run: Disturbed) -> None:
     """No byte is left in the run directory until the attempt has ended by that."""
     ballast, attempts = run.run.path.parent / "ballast", run.attempts
     with ballast.open("wb", buffering=0) as stream:
+
+        def ended() -> bool:
+            fill(stream)  # again and again: old checkpoints are deleted
+            return run.state() != "RUNNING" or run.attempts > attempts
+
         try:
-            for size in (1 << 20, 1 << 12, 1):
-                with suppress(OSError):
-                    while stream.write(b"x" * size) == size:
-                        pass
-            assert shutil.disk_usage(ballast).free == 0
-            said = len(run.tail())
-            wait_until(
-                lambda: run.state() != "RUNNING" or run.attempts > attempts, run.tail, PATIENCE_S
-            )
+            wait_until(ended, run.tail, PATIENCE_S)
         finally:
             ballast.unlink()
-    assert os.strerror(errno.ENOSPC) in run.tail(), (said, run.tail())
+    assert os.strerror(errno.ENOSPC) in run.tail(), run.tail()
     wait_until(lambda: run.state() in ("RUNNING", "FAILED"), run.tail, PATIENCE_S)
     if run.state() == "FAILED":
         run.submit()
