@@ -1,8 +1,8 @@
 """Rollouts as a Parquet file, to the last bit."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,34 +13,44 @@ from megadistill.types import Prompt, Rollout
 
 def write_rollouts(file: Path, rollouts: Sequence[Rollout]) -> None:
     """Write `rollouts` to `file`; their numbers come back as they were."""
-    rows = [
-        {
-            "prompt": asdict(rollout.prompt),
-            "response_ids": rollout.response_ids_R,
-            "logprobs": rollout.logprobs_R,
-            "policy_version": rollout.policy_version,
-            "finish_reason": rollout.finish_reason,
-        }
-        for rollout in rollouts
-    ]
+    rows = [columns(rollout) for rollout in rollouts]
     pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
 
 
 def read_rollouts(file: Path) -> list[Rollout]:
     """The reverse of `write_rollouts`."""
-    return [
-        Rollout(
-            prompt=Prompt(
-                **row["prompt"]
-                | {
-                    "messages": tuple(row["prompt"]["messages"]),
-                    "token_ids": tuple(row["prompt"]["token_ids"]),
-                }
-            ),
-            response_ids_R=np.asarray(row["response_ids"], dtype=np.int32),
-            logprobs_R=np.asarray(row["logprobs"], dtype=np.float32),
-            policy_version=row["policy_version"],
-            finish_reason=row["finish_reason"],
-        )
-        for row in pq.read_table(file).to_pylist()
-    ]
+    return [_rollout(row) for row in pq.read_table(file).to_pylist()]
+
+
+def columns(rollout: Rollout) -> dict[str, Any]:
+    """Column -> value of one rollout, in every file that holds rollouts."""
+    prompt = rollout.prompt
+    return {
+        "prompt_id": prompt.id,
+        "pool": prompt.pool,
+        "messages": [dict(message) for message in prompt.messages],
+        "prompt_ids": list(prompt.token_ids),
+        "answer": prompt.answer,
+        "response_ids": rollout.response_ids_R.tolist(),
+        "rollout_logprobs": rollout.logprobs_R.tolist(),
+        "policy_version": rollout.policy_version,
+        "finish_reason": rollout.finish_reason,
+    }
+
+
+def _rollout(row: Mapping[str, Any]) -> Rollout:
+    """The reverse of `columns`."""
+    prompt = Prompt(
+        id=row["prompt_id"],
+        pool=row["pool"],
+        messages=tuple(row["messages"]),
+        token_ids=tuple(row["prompt_ids"]),
+        answer=row["answer"],
+    )
+    return Rollout(
+        prompt=prompt,
+        response_ids_R=np.asarray(row["response_ids"], dtype=np.int32),
+        logprobs_R=np.asarray(row["rollout_logprobs"], dtype=np.float32),
+        policy_version=row["policy_version"],
+        finish_reason=row["finish_reason"],
+    )

@@ -13,9 +13,13 @@ from tests.convert.conftest import assert_same, read_all
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
-def run_tool(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_tool(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a tool run in this process."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    runpy.run_path(str(TOOLS / name), run_name="__main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(TOOLS / name), run_name="__main__")
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
 
 
 def test_there_and_back_is_bit_identical(model_dir: Path, tmp_path: Path) -> None:
@@ -45,21 +49,25 @@ def test_the_tools_convert(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source, checkpoint, back = models["qwen2-tied"], tmp_path / "megatron", tmp_path / "hf"
-    run_tool("hf_to_megatron.py", source, checkpoint, monkeypatch=monkeypatch)
+    assert run_tool("hf_to_megatron.py", source, checkpoint, monkeypatch=monkeypatch) == 0
     shutil.rmtree(checkpoint / "hf")
-    arguments = (checkpoint, back, "--model", source, "--quiet")
-    run_tool("megatron_to_hf.py", *arguments, monkeypatch=monkeypatch)
+    arguments = (checkpoint, back, "--model", source, "--max-file-gb", 1e-5)
+    assert run_tool("megatron_to_hf.py", *arguments, monkeypatch=monkeypatch) == 0
+    assert len(list(back.glob("*.safetensors"))) > 1
     assert capsys.readouterr().out.splitlines()[-1] == str(back)
     assert_same(read_all(back), read_all(source))
 
 
 def test_the_tools_end_with_the_reason(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = (models["qwen2-tied"], tmp_path)
     (tmp_path / "something").touch()
-    with pytest.raises(SystemExit, match=r"hf_to_megatron.py: .* already exists; delete it or"):
-        run_tool("hf_to_megatron.py", *arguments, monkeypatch=monkeypatch)
+    assert run_tool("hf_to_megatron.py", *arguments, monkeypatch=monkeypatch) == 2
+    assert f"{tmp_path}: already exists; delete it or" in capsys.readouterr().err
 
 
 def test_a_failed_conversion_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megadistill.metrics import read_metrics
-from megadistill.rundir import RunDir
+from megadistill.rundir import RunDir, is_whole
 from tests.e2e.local_slurm import local_cluster
 from tests.e2e.small_run import (
     finish,
@@ -58,19 +58,49 @@ def test_a_run_leaves_curves_rollouts_and_a_student_that_loads(undisturbed: RunD
 def test_three_kills_change_nothing(folder: Path, undisturbed: RunDir) -> None:
     config = write_run(folder, "killed")
     run = RunDir(folder / "runs" / "killed")
-    moments = (
-        lambda: len(read_metrics(run.metrics_file)) == 2,  # while it samples step 2
-        lambda: run.checkpoint(2).exists(),  # while it writes a checkpoint
-        lambda: run.rollout_file(4).exists(),  # between an update and its checkpoint
-    )
-    for moment in moments:
-        kill_when(start(train_command(config)), moment)
+
+    def logged() -> int:
+        return len(read_metrics(run.metrics_file))
+
+    # While it samples for step 2: the checkpoint before is whole, no weights have come of it.
+    kill_when(start(train_command(config)), lambda: is_whole(run.checkpoint(1)))
+    assert not (run.weights / "version-000002").exists()
+    # While it publishes what step 2 made: the files are there, the step is not logged yet.
+    kill_when(start(train_command(config)), (run.weights / "version-000002").exists)
+    assert logged() == 2
+    # While it writes the checkpoint of step 3.
+    kill_when(start(train_command(config)), run.checkpoint(3).exists)
+    assert logged() == 4
+    assert not is_whole(run.checkpoint(3))
     finish(start(train_command(config)))
     assert losses(run) == losses(undisturbed)
     last = [
         read_metrics(r.metrics_file)[-1]["heldout/general/reverse_kl"] for r in (run, undisturbed)
     ]
     assert last[0] == last[1]
+
+
+@pytest.mark.timeout(900)
+def test_a_kill_changes_nothing_where_two_ranks_train_in_bf16_on_rollouts_sampled_ahead(
+    folder: Path,
+) -> None:
+    """The checkpoint is whole, and holds the rollouts that step 2 was to train on."""
+    changes = {
+        "precision": "bf16",
+        "parallel": {"dp": 2},
+        "rollout": {"max_tokens": 8, "max_num_seqs": 8, "engines": 2, "max_staleness": 1},
+        "evaluate": {"every": 0},
+        "checks": {"max_mean_log_ratio": 0.2, "max_masked_fraction": 0.2},
+        "steps": 3,
+    }
+    runs = {name: write_run(folder, name, **changes) for name in ("ahead", "ahead-killed")}
+    found = {name: RunDir(folder / "runs" / name) for name in runs}
+    checkpoint = found["ahead-killed"].checkpoint(1)
+    kill_when(start(train_command(runs["ahead-killed"])), lambda: is_whole(checkpoint))
+    for config in runs.values():
+        finish(start(train_command(config)))
+    assert len(losses(found["ahead"])) == 3
+    assert losses(found["ahead"]) == losses(found["ahead-killed"])
 
 
 @pytest.mark.slurm

@@ -61,11 +61,14 @@ class Running:
 
 @contextmanager
 def running(directory: Path, model: PreTrainedModel, **changes: Any) -> Iterator[Running]:
-    """Start the engines of a run on `model`; `changes` go into the run's configuration."""
+    """Start the engines of a run on `model`; `changes` go into the run's configuration.
+
+    A student among them lies on disk already; otherwise `model` is saved to be it.
+    """
     rollout = {"max_tokens": MAX_TOKENS, "max_model_len": CONTEXT, "max_num_seqs": 32}
     tree = camopd_tree(
         runs_dir=str(directory),
-        student={"path": str(save(model, directory / "model"))},
+        student=changes.pop("student", None) or {"path": str(save(model, directory / "model"))},
         rollout=rollout | changes.pop("rollout", {}),
         **changes,
     )
