@@ -281,10 +281,11 @@ def convert(arguments: argparse.Namespace) -> int:
     """Hugging Face to Megatron's distributed checkpoint, or back, in bounded memory."""
     from megadistill.convert.conversion import hf_to_megatron, megatron_to_hf
 
+    source, target, size = arguments.source, arguments.target, arguments.max_file_gb * 1e9
     if arguments.to == "megatron":
-        print(hf_to_megatron(arguments.source, arguments.target))
+        print(hf_to_megatron(source, target, max_file_bytes=size))
     else:
-        print(megatron_to_hf(arguments.source, arguments.target, model=arguments.model))
+        print(megatron_to_hf(source, target, model=arguments.model, max_shard_bytes=size))
     return 0
 
 
@@ -367,14 +368,16 @@ def _parser() -> argparse.ArgumentParser:
         "--shared", default="runs", metavar="DIR", help="directory that all nodes see (runs)"
     )
     _verb(verbs, "prepare-model", prepare_model)
-    command = _verb(verbs, "convert", convert)
+    _add_convert(_verb(verbs, "convert", convert))
+    return parser
+
+
+def _add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("to", choices=("megatron", "hf"), help="format of TARGET")
     command.add_argument("source", help="Hugging Face directory, or Megatron checkpoint")
     command.add_argument("target", help="directory to write; must not exist")
-    command.add_argument(
-        "--model", help="model whose configuration and tokenizer to take (to hf, from a run's own)"
-    )
-    return parser
+    command.add_argument("--model", help="to hf: model to take configuration and tokenizer from")
+    command.add_argument("--max-file-gb", type=float, default=5, help="size of one file, in GB")
 
 
 def _add_config_actions(verbs: "Subparsers") -> None:
