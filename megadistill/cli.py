@@ -241,31 +241,22 @@ def config_print_schema(arguments: argparse.Namespace) -> int:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Where a run stands."""
-    from rich.console import Console
-
+    """Where a run stands: nodes, attempts, last steps, time left."""
     from megadistill.report.status import show, watch
     from megadistill.rundir import RunDir
 
-    console = Console()
     if arguments.watch:
-        run = RunDir(Path(arguments.run).absolute())
-        watch(run, console, interval_s=1.0, give_up_s=arguments.give_up)
+        watch(RunDir(Path(arguments.run).absolute()), interval_s=1.0, give_up_s=arguments.give_up)
     else:
-        show(_run_dir(arguments.run), console)
+        show(_run_dir(arguments.run))
     return 0
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """The effect of a run: a table, and the picture of its curves."""
-    from rich.console import Console
+    """A run's effect and cost: a table, a picture, and a page; of several runs, a page that compares."""
+    from megadistill.report.writing import write_report
 
-    from megadistill.report.effect import effect_picture, effect_table
-
-    run = _run_dir(arguments.run)
-    Console().print(effect_table(run))
-    picture = effect_picture(run, Path(arguments.picture or run.report / "effect.png"))
-    print(f"picture: {picture}")
+    write_report([_run_dir(path) for path in arguments.runs], arguments.picture, arguments.page)
     return 0
 
 
@@ -354,9 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--give-up", type=float, default=1800, metavar="S", help="end after S silent seconds"
     )
-    command = _verb(verbs, "report", report)
-    command.add_argument("run", help="run directory")
-    command.add_argument("--picture", metavar="FILE", help="PNG to write (default: in the run)")
+    _takes_runs(_verb(verbs, "report", report))
     command = _verb(verbs, "doctor", doctor)
     command.add_argument("--config", metavar="FILE", help="a run whose `cluster` section to check")
     command.add_argument(
@@ -395,6 +384,12 @@ def _verb(verbs: "Subparsers", name: str, verb: Verb) -> argparse.ArgumentParser
     command: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
     command.set_defaults(verb=verb)
     return command
+
+
+def _takes_runs(command: argparse.ArgumentParser) -> None:
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run directory; several to compare")
+    command.add_argument("--picture", metavar="FILE", help="PNG to write (default: in the run)")
+    command.add_argument("--page", metavar="FILE", help="HTML to write (default: in the first run)")
 
 
 def _takes_config(command: argparse.ArgumentParser) -> None:

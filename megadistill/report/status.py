@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megadistill.metrics import read_metrics
+from megadistill.report.history import last_error, read_attempts, read_nodes, run_state
 from megadistill.rundir import RunDir
 
 COLUMNS = (
@@ -30,20 +32,24 @@ COLUMNS = (
 
 LAST_ROWS = 8
 
+STATE_STYLES = {"done": "bold green", "running": "green", "failed": "bold red", "silent": "red"}
 
-def show(run: RunDir, console: Console) -> None:
+
+def show(run: RunDir, console: Console | None = None) -> None:
     """Print the state of a run once."""
-    console.print(_view(run))
+    (console or Console()).print(_view(run))
 
 
-def watch(run: RunDir, console: Console, interval_s: float, give_up_s: float) -> None:
+def watch(
+    run: RunDir, console: Console | None = None, *, interval_s: float, give_up_s: float
+) -> None:
     """Show the run until it is done, from before its first process has started.
 
     Raises `ValueError` when its attempt failed, or when nothing moved for `give_up_s` seconds.
     """
     begun = time.time()
     seen = -1
-    with _screen(run, console) as update:
+    with _screen(run, console or Console()) as update:
         while not _is_done(run):
             seen = update(seen)
             _raise_failure(run, begun)
@@ -94,14 +100,54 @@ def _raise_failure(run: RunDir, since: float) -> None:
 def _view(run: RunDir) -> RenderableType:
     progress = run.read_progress()
     rows = read_metrics(run.metrics_file)
+    done, total = progress.get("step", 0), progress.get("steps")
+    parts: list[RenderableType] = [
+        Text(f"{run.path.name}: step {done} of {total or '?'}  {_eta(run)}  "),
+        ProgressBar(total=total or 1, completed=done, width=60),
+        *_standing(run, rows),
+        _last_steps(rows),
+    ]
+    return Group(*parts)
+
+
+def _standing(run: RunDir, rows: Sequence[dict[str, Any]]) -> list[RenderableType]:
+    """State, attempts, last error, and the nodes with their roles."""
+    state, why = run_state(run)
+    line = Text.assemble((state, STATE_STYLES.get(state, "bold")), f"  {why}" if why else "")
+    attempts = read_attempts(run)
+    if attempts:
+        ended = Counter(attempt.outcome for attempt in attempts)
+        counted = ", ".join(f"{count} {outcome}" for outcome, count in ended.items())
+        line.append(f"  attempts {len(attempts)}: {counted}")
+    found: list[RenderableType] = [line]
+    error = last_error(run)
+    if error and state != "done":
+        found.append(Text(f"last error: {error}", style="red"))
+    if rows and (memory := {key: v for key, v in rows[-1].items() if "memory" in key}):
+        found.append(Text("  ".join(f"{key} {value:.1f}" for key, value in memory.items())))
+    if run.config_file.exists() and state not in ("done", "not started"):
+        found.append(_node_table(run))
+    return found
+
+
+def _node_table(run: RunDir) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("node", "host", "roles", "state", "last sign"):
+        table.add_column(heading)
+    for sign in read_nodes(run, run.load_config()):
+        age = "" if sign.age_s is None else f"{sign.age_s:.0f} s ago"
+        state = Text(sign.state, style=STATE_STYLES.get(sign.state, ""))
+        table.add_row(str(sign.node), Text(sign.host), Text(sign.roles), state, age)
+    return table
+
+
+def _last_steps(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
     for _, heading, _ in COLUMNS:
         table.add_column(heading, justify="right")
     for row in rows[-LAST_ROWS:]:
         table.add_row(*_cells(row))
-    done, total = progress.get("step", 0), progress.get("steps")
-    head = Text(f"{run.path.name}: step {done} of {total or '?'}  {_eta(run)}  ")
-    return Group(head, ProgressBar(total=total or 1, completed=done, width=60), table)
+    return table
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

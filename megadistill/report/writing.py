@@ -1,0 +1,27 @@
+"""`megadistill report RUN ...`: what it prints and which files it writes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megadistill.report.compare import write_comparison
+from megadistill.report.effect import effect_picture, effect_table
+from megadistill.report.page import write_page
+from megadistill.rundir import RunDir
+
+
+def write_report(runs: Sequence[RunDir], picture: str | None, page: str | None) -> None:
+    """The table of every run; of one its picture and page, of several the page that compares them."""
+    console = Console()
+    first = runs[0]
+    for run in runs:
+        run.report.mkdir(mode=0o700, exist_ok=True)
+        console.print(effect_table(run))
+    if len(runs) > 1:
+        written = write_comparison(runs, Path(page or first.report / "comparison.html"))
+    else:
+        drawn = effect_picture(first, Path(picture or first.report / "effect.png"))
+        console.print(f"picture: {drawn}", soft_wrap=True, highlight=False, markup=False)
+        written = write_page(first, Path(page or first.report / "report.html"))
+    console.print(f"page: {written}", soft_wrap=True, highlight=False, markup=False)
