@@ -47,7 +47,8 @@ CASES = [make_case(n) for n in range(4)]
 
 def unit(texts: list[str]) -> npt.NDArray[np.float64]:
     vectors = WordEncoder().encode(texts)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    units: npt.NDArray[np.float64] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return units
 
 
 def mmd2(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], bandwidth: float) -> float:
