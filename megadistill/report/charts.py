@@ -141,7 +141,7 @@ def _frame(xs: Sequence[float], ys: Sequence[float]) -> Frame:
         x_low=x_low,
         x_high=x_high,
         y_low=y_low - margin if y_low < 0 else 0.0,
-        y_high=y_high + margin if y_high > 0 else 0.0,
+        y_high=y_high + margin if y_high > 0 or y_low == 0 else 0.0,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megadistill.config import RunConfig
 from megadistill.metrics import read_metrics
-from megadistill.rundir import RunDir
+from megadistill.rundir import WHOLE, RunDir
 
 ACTIVITIES = ("rollout", "score", "train", "publish", "evaluate")
 """Parts of a step that are measured, as `time/...`; a step's rest is `other`."""
@@ -125,10 +125,13 @@ def save_seconds(run: RunDir, config: RunConfig, rows: Sequence[Row]) -> float |
     A step's rollouts are written right before its checkpoint begins, its marker when that ends.
     """
     seconds = []
-    for step, directory in run.whole_checkpoints():
-        before = run.rollout_file(step)
-        if before.exists():
-            took = (directory / "WHOLE").stat().st_mtime - before.stat().st_mtime
+    for directory in run.checkpoints():
+        after, before = (
+            directory / WHOLE,
+            run.rollout_file(int(directory.name.removeprefix("step-"))),
+        )
+        if after.exists() and before.exists():
+            took = after.stat().st_mtime - before.stat().st_mtime
             seconds += [took] if took >= 0 else []
     last = max((row["step"] for row in rows), default=0)
     saves = last // config.checkpoint.every + (

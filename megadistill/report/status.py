@@ -103,11 +103,18 @@ def _view(run: RunDir) -> RenderableType:
     done, total = progress.get("step", 0), progress.get("steps")
     parts: list[RenderableType] = [
         Text(f"{run.path.name}: step {done} of {total or '?'}  {_eta(run)}  "),
-        ProgressBar(total=total or 1, completed=done, width=60),
+        _bar(done, total or 1),
         *_standing(run, rows),
         _last_steps(rows),
     ]
     return Group(*parts)
+
+
+def _bar(done: int, total: int) -> Table:
+    """On a line of its own."""
+    line = Table.grid()
+    line.add_row(ProgressBar(total=total, completed=done, width=60))
+    return line
 
 
 def _standing(run: RunDir, rows: Sequence[dict[str, Any]]) -> list[RenderableType]:

@@ -1,10 +1,8 @@
 """What people look at: the table, the picture, the rollout store, and the progress display."""
 
 import io
-import json
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,55 +20,14 @@ from megadistill.report.rollouts import store_rollouts
 from megadistill.report.status import show, watch
 from megadistill.rundir import RunDir
 from megadistill.types import Scored
-from tests.tiny import decisions, make_config, make_scored
-
-Row = dict[str, Any]
+from tests.report.runs import ROWS, Row, make_run, step_row, write_end, write_rows
+from tests.tiny import decisions, make_scored
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """An empty run directory."""
-    run = RunDir(tmp_path / "tiny")
-    run.create(make_config())
-    return run
-
-
-def measured(name: str, reverse: float, forward: float) -> Row:
-    return {
-        f"heldout/{name}/reverse_kl": reverse,
-        f"heldout/{name}/reverse_kl_stderr": 0.01,
-        f"heldout/{name}/forward_kl": forward,
-        f"heldout/{name}/forward_kl_stderr": 0.02,
-    }
-
-
-def step_row(step: int, branch: str, **changes: Any) -> Row:
-    row = {
-        "step": step,
-        "branch": branch,
-        "loss": -0.1234,
-        "grad_norm": 3.21,
-        f"{branch}/gap": -0.25,
-        f"{branch}/gap_absolute": 0.5,
-        f"{branch}/selected_fraction": 0.75,
-        "rollout/tokens_per_s": 123.4,
-        "train/tokens_per_s": 55.0,
-        "time/step": 2.0,
-    }
-    return row | changes
-
-
-ROWS: list[Row] = [
-    {"step": 0, "branch": "start", **measured("general", 0.8, 0.6), **measured("domain", 0.0, 0.0)},
-    step_row(1, "general"),
-    step_row(2, "general", **measured("general", 0.5, 0.5), **measured("domain", 0.1, 0.1)),
-    step_row(3, "domain"),
-    step_row(4, "general", **measured("general", 0.2, 0.3), **measured("domain", 0.05, 0.04)),
-]
-
-
-def write_rows(run: RunDir, rows: list[Row]) -> None:
-    run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return make_run(tmp_path / "tiny")
 
 
 def rendered(table: Any) -> list[list[str]]:
@@ -261,12 +218,6 @@ def test_watching_gives_up_on_a_silent_run(run: RunDir) -> None:
     console, _ = text_console()
     with pytest.raises(ValueError, match="nothing was written for 0 s"):
         watch(run, console, interval_s=0.01, give_up_s=0.05)
-
-
-def write_end(run: RunDir, attempt: int, end: Mapping[str, Any]) -> None:
-    directory = run.path / "control" / f"attempt-{attempt}"
-    directory.mkdir()
-    (directory / "ended.json").write_text(json.dumps(end))
 
 
 def test_watching_a_run_that_fails_ends_with_the_cause(run: RunDir) -> None:

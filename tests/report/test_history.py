@@ -1,0 +1,99 @@
+"""What the run directory says of attempts, nodes and states."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from megadistill.report import history
+from megadistill.report.history import last_error, read_attempts, read_nodes, run_state
+from megadistill.rundir import RunDir
+from tests.report.runs import make_run, write_end
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "tiny")
+
+
+def begin(run: RunDir, attempt: int = 0, nodes: int = 1, launch: str = "local-1") -> None:
+    """An attempt under way on some nodes."""
+    directory = run.path / "control" / f"attempt-{attempt}"
+    directory.mkdir()
+    values = {"launch_id": launch, "attempt": attempt, "master_addr": "alpha", "master_port": 1}
+    (run.path / "control" / "launch.json").write_text(json.dumps(values))
+    for node in range(nodes):
+        notice = {"beat": 3, "state": "running", "stop": None, "failure": None}
+        (directory / f"node-{node}.json").write_text(json.dumps(notice))
+    (run.path / "state" / "attempts.json").write_text(json.dumps({"attempts": attempt + 1}))
+
+
+def silence(run: RunDir) -> None:
+    for file in run.path.glob("control/attempt-*/node-*.json"):
+        os.utime(file, (time.time() - 500,) * 2)
+
+
+def test_a_fresh_directory_is_not_started(run: RunDir) -> None:
+    assert run_state(run) == ("not started", "")
+    assert read_attempts(run) == []
+    assert last_error(run) is None
+
+
+def test_a_submitted_run_is_queued(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "queue_state", lambda _: "job 7 is PENDING (Resources)")
+    assert run_state(run) == ("queued", "job 7 is PENDING (Resources)")
+
+
+def test_the_newest_job_is_asked_for(run: RunDir) -> None:
+    folder = run.path / "jobs" / "20260101-000000-abc"
+    folder.mkdir(parents=True)
+    (folder / "12_submitted.pkl").touch()
+    assert history._job_id(run) == "12"
+    begin(run, launch="15-0-0-9")
+    assert history._job_id(run) == "15"
+
+
+def test_a_run_goes_from_starting_to_running_to_stopping(run: RunDir) -> None:
+    begin(run)
+    assert run_state(run)[0] == "starting"
+    run.write_progress({"step": 0, "steps": 4, "phase": "start", "done": False})
+    assert run_state(run)[0] == "running"
+    run.request_stop("time limit")
+    assert run_state(run) == ("stopping", "time limit")
+
+
+@pytest.mark.parametrize(("status", "state"), [("stopped", "stopped"), ("failed", "failed")])
+def test_an_ended_attempt_is_the_state_of_the_run(run: RunDir, status: str, state: str) -> None:
+    begin(run)
+    write_end(run, 0, {"status": status, "message": "so it was", "failure": None})
+    assert run_state(run) == (state, "so it was")
+
+
+def test_a_finished_run_is_done(run: RunDir) -> None:
+    begin(run)
+    run.write_progress({"step": 4, "steps": 4, "phase": "done", "done": True})
+    assert run_state(run) == ("done", "")
+
+
+def test_nodes_that_have_gone_quiet_are_silent(run: RunDir) -> None:
+    begin(run)
+    assert [node.state for node in read_nodes(run, run.load_config())] == ["running"]
+    silence(run)
+    assert run_state(run)[0] == "silent"
+    (node,) = read_nodes(run, run.load_config())
+    assert (node.host, node.state) == ("alpha", "silent")
+    assert node.roles == "trainer 0, engine 0"
+
+
+def test_each_attempt_has_an_outcome_and_a_reason(run: RunDir) -> None:
+    past = {"attempt": 0, "step": 2, "error": "trainer-# was killed by SIGKILL"}
+    (run.path / "state" / "failures.jsonl").write_text(json.dumps(past) + '\n{"attempt": 1, "st')
+    (run.path / "logs" / "trainer-0.1.log").write_text("x")
+    begin(run, attempt=2)
+    attempts = read_attempts(run)
+    assert [one.outcome for one in attempts] == ["failed", "interrupted", "under way"]
+    assert attempts[0].step == 2
+    assert attempts[1].last_sign is not None
+    assert last_error(run) == "attempt 0 at step 2: trainer-# was killed by SIGKILL"

@@ -1,0 +1,132 @@
+"""Costs by phase, curves, and several runs side by side."""
+
+from pathlib import Path
+
+import pytest
+
+from megadistill.report.charts import Point, Series, draw_columns, draw_curves, ticks
+from megadistill.report.compare import outcomes, spread, unique_names, write_comparison
+from megadistill.report.ledger import allocated_gpus, cost_ledger
+from megadistill.rundir import WHOLE, RunDir
+from tests.report.runs import make_run, measured, step_row, write_rollouts, write_rows
+from tests.tiny import camopd_tree, make_config
+
+TIMES = {"time/rollout": 1.0, "time/score": 2.0, "time/train": 3.0, "time/publish": 0.5}
+COSTS = {**TIMES, "time/step": 7.0, "rollout/tokens": 80, "train/tokens": 90}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "tiny")
+
+
+def test_costs_add_up_by_phase_and_teacher(run: RunDir) -> None:
+    write_rows(
+        run,
+        [
+            {"step": 0, "branch": "start", "time/evaluate": 4.0},
+            step_row(1, "general", **COSTS),
+            step_row(2, "domain", **COSTS),
+            step_row(3, "general", **COSTS, **{"time/evaluate": 5.0}),
+        ],
+    )
+    start, general, domain, total = cost_ledger(run, run.load_config())
+    assert [cost.phase for cost in (start, general, domain, total)] == [
+        "start",
+        "general",
+        "domain",
+        "all",
+    ]
+    assert (general.teachers, domain.teachers, start.teachers) == ("general", "domain", "")
+    assert (start.steps, general.steps, total.steps) == (0, 2, 3)
+    assert general.other_s == pytest.approx(1.0)
+    assert general.total_s == pytest.approx(2 * 7.0 + 5.0)
+    assert total.total_s == pytest.approx(4.0 + 3 * 7.0 + 5.0)
+    assert total.trained_tokens_per_s == pytest.approx(30.0)
+    assert total.gpu_hours is None
+
+
+def test_sampling_that_was_hidden_counts_in_its_speed(run: RunDir) -> None:
+    write_rows(run, [step_row(1, "general", **COSTS, **{"time/rollout_hidden": 3.0})])
+    *_, total = cost_ledger(run, run.load_config())
+    assert total.hidden_s == 3.0
+    assert total.rollout_tokens_per_s == pytest.approx(80 / 4.0)
+    assert total.total_s == pytest.approx(7.0)
+
+
+def test_gpus_of_a_job() -> None:
+    tree = camopd_tree(device="cuda", cluster={"nodes": 4, "gpus_per_node": 8})
+    assert allocated_gpus(make_config(tree)) == 32
+    assert allocated_gpus(make_config()) == 0
+
+
+def test_saving_is_timed_by_the_files_of_the_kept_checkpoints(run: RunDir) -> None:
+    write_rows(run, [step_row(step, "general", **COSTS) for step in (1, 2, 3, 4)])
+    write_rollouts(run, 4)
+    with run.writing_checkpoint(4) as directory:
+        (directory / "part").write_text("x")
+    *_, total = cost_ledger(run, run.load_config())
+    assert (run.checkpoint(4) / WHOLE).exists()
+    assert total.save_s is not None
+    assert 0 <= total.save_s < 60
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0.0, 1.0) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(-3.2, 4.1) == pytest.approx([-2.0, 0.0, 2.0, 4.0])
+    assert len(ticks(0, 1e-7)) <= 6
+
+
+def test_nothing_to_draw_gives_no_chart() -> None:
+    assert draw_curves("empty", []) is None
+    assert (
+        draw_curves("nan", [Series(name="a", points=[Point(x=1, y=float("nan"))], colour=0)])
+        is None
+    )
+    assert draw_columns("empty", ["a"], []) is None
+
+
+def test_a_curve_of_one_point_or_one_value_is_drawn() -> None:
+    for points in ([Point(x=1, y=0.0)], [Point(x=1, y=-2.0), Point(x=2, y=-2.0)]):
+        chart = draw_curves("flat", [Series(name="a", points=points, colour=0)])
+        assert chart is not None
+        assert chart.svg.count("<circle") == len(points)
+
+
+def seeds(tmp_path: Path) -> list[RunDir]:
+    """Two seeds of one experiment, and one of another."""
+    runs = []
+    for seed, (after, steps) in enumerate([(0.2, 4), (0.4, 4), (0.7, 5)]):
+        run = make_run(
+            tmp_path / f"run{seed}", camopd_tree(seed=seed, name=f"n{seed}", steps=steps)
+        )
+        first = {"step": 0, "branch": "start", **measured("general", 0.8, 0.6)}
+        write_rows(run, [first, step_row(1, "general", **measured("general", after, 0.5))])
+        runs.append(run)
+    return runs
+
+
+def test_runs_that_differ_in_their_seed_are_one_group(tmp_path: Path) -> None:
+    reverse = [one for one in outcomes(seeds(tmp_path)) if one.direction == "student ‖ teacher"]
+    assert [(one.group, one.num_runs, one.after.text) for one in reverse] == [
+        ("run0, run1", 2, "0.3000 ± 0.1000"),
+        ("run2", 1, "0.7000"),
+    ]
+    assert reverse[0].change.mean == pytest.approx(-0.5)
+
+
+def test_the_standard_error_is_that_of_the_mean() -> None:
+    assert spread([1.0, 2.0, 3.0]).error == pytest.approx(1 / 3**0.5)
+
+
+def test_the_comparison_shows_every_run(tmp_path: Path) -> None:
+    page = write_comparison(seeds(tmp_path), tmp_path / "page.html").read_text()
+    for text in ("3 runs", "run0, run1", "0.3000 ± 0.1000", "<svg", "default-src 'none'"):
+        assert text in page
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_runs_of_one_name_are_told_apart() -> None:
+    runs = [RunDir(Path(name)) for name in ("/a/x", "/b/x", "/b/y")]
+    assert unique_names(runs) == ["a/x", "b/x", "y"]
