@@ -258,8 +258,9 @@ def suffer(run: Disturbed, fault: str) -> Outcome:
     """Do it, and wait until the run has taken a step it had not taken before."""
     step, attempts, begun = run.step, run.attempts, time.monotonic()
     FAULTS[fault](run)
-    # While the fault was done the run may have gone on.
-    step = max(step, run.step) if fault != "disk full" else step
+    if fault != "controller killed":  # which no run notices
+        run.wait(lambda: run.attempts > attempts)
+    step = max(step, run.step)  # it may have gone on until then
     run.reach(step + 1)
     seconds = time.monotonic() - begun
     return Outcome(fault=fault, step=step, seconds=seconds, attempts=run.attempts - attempts)
