@@ -67,6 +67,9 @@ class EvaluateConfig:
     """The models that answer, by the name they have in tables. `serve` runs vLLM in the shard;
     `extra_body.chat_template_kwargs.enable_thinking` sets their thinking mode."""
     benchmarks: dict[Name, BenchmarkConfig]
+    recorded: dict[Name, dict[Name, str]] = field(default_factory=dict)
+    """System -> benchmark -> file of the benchmark's own evaluator: livebench (judgments),
+    livecodebench_v5, livecodebench_v6 (*_eval_all.json)."""
     models: dict[str, ModelConfig] = field(default_factory=dict)
     """Judges and verifiers, by name."""
     sandbox: Literal["namespaces", "none"] = "namespaces"
@@ -84,6 +87,11 @@ class EvaluateConfig:
             f"benchmarks.{name}.judge: found {chosen.judge!r}, expected one of {sorted(self.models)}"
             for name, chosen in self.benchmarks.items()
             if chosen.judge is not None and chosen.judge not in self.models
+        ]
+        problems += [
+            f"recorded: found {name!r}, expected one of `systems`"
+            for name in self.recorded
+            if name not in self.systems
         ]
         if not self.systems or not self.benchmarks:
             problems.append("systems and benchmarks: expected at least one of each")

@@ -13,10 +13,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from megadistill.config import resolve_path
 from megadistill.config.evaluate import EvaluateConfig, dump_evaluate
 from megadistill.config.refine import ModelConfig, ServedConfig
 from megadistill.evaluate import compare, results
-from megadistill.evaluate.benchmarks import get_benchmark
+from megadistill.evaluate.benchmarks import get_benchmark, recorded
 from megadistill.evaluate.protocol import Benchmark, Draw, benchmark_file
 from megadistill.evaluate.scoring import COLUMNS
 from megadistill.launch.fanout import FanoutResult, Limits, Shard, run_fanout
@@ -59,6 +60,9 @@ class Evaluation:
 
     def check(self) -> dict[str, Path]:
         """Complain of benchmarks before any work; the files of all of them."""
+        for judged in self.config.recorded.values():
+            for name, file in judged.items():
+                recorded.read_recorded(name, Path(resolve_path(file)))
         files = {}
         for name, chosen in self.config.benchmarks.items():
             benchmark = self.benchmark(name)
@@ -136,25 +140,28 @@ class Evaluation:
             for name in self.config.benchmarks:
                 rows = read_blocks(stage.outputs("score", [scores[system, name]]))
                 write_rows(directory / f"{name}.parquet", rows, COLUMNS)
-                summary[name] = self.summary(
-                    name, results.summarise(rows, self.benchmark(name).groups)
-                )
+                summary[name] = self.described(
+                    self.config.benchmarks[name].kind or name, self.draw(name), rows
+                ) | {"judge": self.config.benchmarks[name].judge}
+            for name, file in self.config.recorded.get(system, {}).items():
+                rows = recorded.read_recorded(name, Path(resolve_path(file)))
+                write_rows(directory / f"{name}.parquet", rows, COLUMNS)
+                summary[name] = self.described(name, Draw(), rows)
             text = json.dumps(summary, indent=1)
             write_atomic(directory / results.SUMMARY, text)
         return directories
 
-    def summary(self, name: str, found: results.Scores) -> dict[str, Any]:
+    def described(self, kind: str, draw: Draw, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What is kept of a benchmark beside its transcripts (any: JSON)."""
-        benchmark = self.benchmark(name)
+        benchmark = get_benchmark(kind)
+        found = results.summarise(rows, benchmark.groups)
         interval = results.interval_of(
             found, seed=self.config.seed, confidence=self.config.confidence
         )
-        chosen = self.config.benchmarks[name]
         return {
-            "benchmark": chosen.kind or name,
+            "benchmark": kind,
             "title": benchmark.title,
-            "draw": asdict(self.draw(name)),
-            "judge": chosen.judge,
+            "draw": asdict(draw),
             "whole_set": benchmark.size in (None, len(found.items)),
             "items": len(found.items),
             "answers": found.num_answers,

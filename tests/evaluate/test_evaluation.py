@@ -260,6 +260,20 @@ def test_a_judge_that_fails_makes_answers_wrong_and_is_counted(
     assert json.loads(found["details"]) == {"no_decision": 1.0}
 
 
+def test_what_an_official_evaluator_judged_stands_in_the_same_table(world: World) -> None:
+    rows = [
+        {"question_id": f"{task}{n}", "category": "math", "task": task, "score": n % 2}
+        for task in "ab"
+        for n in range(4)
+    ]
+    file = world.path / "ground_truth_judgment.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recorded = {"better": {"livebench": str(file)}}
+    table = world.run(recorded=recorded)
+    assert "| base | – | – | 25.0" in table  # noqa: RUF001
+    assert "| better | 50.0 [" in table
+
+
 def test_what_cannot_work_is_said_before_any_work(world: World) -> None:
     benchmarks = {"gpqa_diamond": {"path": "./nowhere.csv"}}
     with pytest.raises(ValueError, match="accept its terms on the hub"):

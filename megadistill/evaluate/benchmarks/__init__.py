@@ -14,6 +14,9 @@ BENCHMARKS = {
     "zebralogic": "zebralogic:ZEBRALOGIC",
     "arena_hard_hp": "arena_hard:HARD_PROMPT",
     "arena_hard_cw": "arena_hard:CREATIVE_WRITING",
+    "livebench": "recorded:LIVEBENCH",
+    "livecodebench_v5": "recorded:LIVECODEBENCH_V5",
+    "livecodebench_v6": "recorded:LIVECODEBENCH_V6",
 }
 """Name -> `module:NAME` of this package."""
 

@@ -8,7 +8,7 @@ from megadistill.evaluate.protocol import Benchmark, Draw, Item, Score, user
 
 LETTERS = "ABCDEFGHIJ"
 INSTRUCTION = "Reason step by step, then end with a line `Final answer: <letter>`."
-_FINAL = re.compile(r"Final answer:\s*\**\(?([A-J])\b", re.IGNORECASE)
+_FINAL = re.compile(r"(?i:Final answer:)\s*\**\(?([A-J])\b")
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?([A-J])")
 
 
@@ -16,7 +16,7 @@ def final_letter(text: str) -> str | None:
     """The letter after the last `Final answer:`, else in the last box; None when neither is there."""
     for pattern in (_FINAL, _BOXED):
         if found := pattern.findall(text):
-            return str(found[-1]).upper()
+            return str(found[-1])
     return None
 
 

@@ -1,0 +1,126 @@
+"""CoSER's given-circumstance acting: the rules of the simulated scene and the judge's arithmetic.
+
+Who speaks is injected, so that any model can play any role; see ALGORITHMS 5.5.
+"""
+
+import json
+import random
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+DIMENSIONS = (
+    "Storyline Consistency",
+    "Anthropomorphism",
+    "Character Fidelity",
+    "Storyline Quality",
+)
+ENVIRONMENT = "Environment"
+END = "<END CHAT>"
+ROUNDS = 20
+FIRST_END = 5
+"""Round index from which the end may be called."""
+SEED = 42
+_THOUGHT = re.compile(r"\[[^\[\]]*\]")
+_JSON = re.compile(r"\[.*\]|\{.*\}", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """What a character said, as it was written."""
+
+    speaker: str
+    text: str
+
+    @property
+    def heard(self) -> str:
+        """What the others and the judge see of it: without inner thoughts."""
+        return re.sub(r"[ \t]{2,}", " ", _THOUGHT.sub("", self.text)).strip()
+
+
+Speak = Callable[[str, Sequence[Line]], Awaitable[str]]
+"""(character, scene so far) -> what it says next."""
+Predict = Callable[[Sequence[Line]], Awaitable[str]]
+"""Scene so far -> the predictor's reply, a name or the end."""
+
+
+async def simulate(
+    speakers: Sequence[str], major: Sequence[str], speak: Speak, predict: Predict
+) -> list[Line]:
+    """One scene: `speakers` with the one who opens it first, `major` those drawn at random."""
+    chooser = random.Random(SEED)
+    scene: list[Line] = []
+    speaker = speakers[0]
+    for index in range(ROUNDS):
+        scene.append(Line(speaker=speaker, text=await speak(speaker, scene)))
+        reply = await predict(scene)
+        if END in reply and index >= FIRST_END:
+            break
+        speaker = next_speaker(reply, speaker, speakers, major, chooser)
+    return scene
+
+
+def next_speaker(
+    reply: str,
+    last: str,
+    speakers: Sequence[str],
+    major: Sequence[str],
+    chooser: random.Random,
+) -> str:
+    """The predicted name; for none, an unknown one or the last one again, somebody at random."""
+    name = reply.strip().strip("\"'.:*").removeprefix("Next speaker:").strip()
+    if name in (*speakers, ENVIRONMENT) and name != last:
+        return name
+    others = [other for other in dict.fromkeys((*major, ENVIRONMENT)) if other != last]
+    return chooser.choice(others)
+
+
+def severities(reply: str) -> list[int] | None:
+    """Severities of a judge's flaws; None when the reply has no JSON list.
+
+    A flaw without a severity counts 1; severities that are no integers are ignored.
+    """
+    found = _JSON.search(reply)
+    if found is None:
+        return None
+    try:
+        values = json.loads(found[0])
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    return [
+        level
+        for flaw in _flaws(values)
+        if isinstance(level := flaw.get("severity", 1), int) and not isinstance(level, bool)
+    ]
+
+
+def _flaws(values: Any) -> list[Mapping[str, Any]]:  # a judge's JSON
+    """The list of flaws, at the top or under any key below it."""
+    if isinstance(values, dict):
+        if isinstance(values.get("flaws"), list):
+            return _flaws(values["flaws"])
+        inner = [part for part in values.values() if isinstance(part, dict)]
+        return [flaw for part in inner for flaw in _flaws(part)]
+    return [flaw for flaw in values if isinstance(flaw, dict)]
+
+
+def dimension_score(levels: Sequence[int], num_actor_messages: int) -> float:
+    """max(0, min(100, 100 - 5 (sum of severities - 0.3 n))): longer scenes may have more flaws."""
+    return max(0.0, min(100.0, 100.0 - 5.0 * (sum(levels) - 0.3 * num_actor_messages)))
+
+
+def scene_scores(scene: Sequence[Line], replies: Mapping[str, str]) -> dict[str, float | None]:
+    """Each dimension's score by the judge's reply; None where that cannot be read."""
+    spoken = sum(line.speaker != ENVIRONMENT for line in scene)
+    scores: dict[str, float | None] = {}
+    for dimension in DIMENSIONS:
+        levels = severities(replies[dimension])
+        scores[dimension] = None if levels is None else dimension_score(levels, spoken)
+    return scores
+
+
+def role_play_average(scenes: Sequence[Mapping[str, float]]) -> float:
+    """Mean over scenes of each dimension, then the mean of the four."""
+    means = [sum(scene[name] for scene in scenes) / len(scenes) for name in DIMENSIONS]
+    return sum(means) / len(means)

@@ -1,0 +1,151 @@
+"""Do the branches' gradients pull together, at the student of a run? CaMOPD section 4.4.
+
+The newest rollouts of each branch are scored again by the student as it is at its last whole
+checkpoint; every sample gets a backward pass of its own, of which a sketch is kept. One process,
+no rollout engines: `python -m megadistill.evaluate.probe RUN`.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from megadistill.algorithms.coherence import (
+    coherence,
+    coherence_gain,
+    interference,
+    size_matched_gain,
+)
+from megadistill.algorithms.mopd import Camopd, make_camopd
+from megadistill.algorithms.protocol import response_span
+from megadistill.algorithms.sketch import sketch
+from megadistill.config import RunConfig
+from megadistill.config.algorithm import CamopdConfig
+from megadistill.config.schema import ParallelConfig
+from megadistill.losses import policy_gradient
+from megadistill.megatron.engine import STUDENT, Engine
+from megadistill.rollout.store import read_rollouts
+from megadistill.rundir import RunDir, write_atomic
+from megadistill.types import Rollout, Scored
+
+Report = dict[str, Any]  # what goes into the JSON file
+
+
+def probe(run: RunDir, num_samples: int) -> Report:
+    """Coherence of each branch's samples, selected and all, and how the branches agree.
+
+    Raises `ValueError` for a run that is not CaMOPD's, or has no checkpoint or rollouts yet.
+    """
+    config = run.load_config()
+    if not isinstance(config.algorithm, CamopdConfig):
+        raise ValueError(f"algorithm.kind: found {config.algorithm.kind}, expected camopd")
+    checkpoints = run.whole_checkpoints()
+    if not checkpoints:
+        raise ValueError(f"{run.path}: found no whole checkpoint, expected one")
+    step, directory = checkpoints[-1]
+    engine = Engine(_on_one_process(config))
+    engine.load(directory)
+    algorithm = make_camopd(config.algorithm, num_samples)
+    report: Report = {"step": step, "branches": {}}
+    sums: dict[str, Any] = {}
+    for branch in algorithm.branches:
+        rollouts = latest_rollouts(run, branch, step)[:num_samples]
+        measured, sums[branch] = measure_branch(engine, algorithm, branch, rollouts)
+        report["branches"][branch] = measured
+    dot, cosine = interference(sums["general"], sums["domain"])
+    report |= {"dot": dot, "cosine": _number(cosine)}
+    engine.close()
+    return report
+
+
+def latest_rollouts(run: RunDir, branch: str, step: int) -> list[Rollout]:
+    """A branch's rollouts of the last step that drew from it, up to `step`."""
+    for number in range(step, 0, -1):
+        file = run.rollout_file(number)
+        if file.exists():
+            branches = pq.read_table(file, columns=["branch"])["branch"].to_pylist()
+            rollouts = zip(read_rollouts(file), branches, strict=True)
+            if found := [rollout for rollout, name in rollouts if name == branch]:
+                return found
+    raise ValueError(f"{run.path}/rollouts: found none of branch {branch} up to step {step}")
+
+
+def measure_branch(
+    engine: Engine, algorithm: Camopd, branch: str, rollouts: Sequence[Rollout]
+) -> tuple[Report, Any]:
+    """One branch's numbers, and the mean of its samples' gradients (a sketch)."""
+    spans = [response_span(rollout) for rollout in rollouts]
+    teacher = algorithm.branches[branch].teacher
+    scores = zip(engine.score(STUDENT, spans), engine.score(teacher, spans), strict=True)
+    scored = [
+        Scored(rollout=rollout, branch=branch, student_logprobs_R=own, teacher_logprobs_R=teachers)
+        for rollout, (own, teachers) in zip(rollouts, scores, strict=True)
+    ]
+    selected = algorithm.select(scored).selected
+    everything = {name: replace(one, mass=1.0) for name, one in algorithm.branches.items()}
+    samples = replace(algorithm, branches=everything).select(scored).samples
+    gradients_NM = np.stack(
+        [sketch(engine.gradient(sample, policy_gradient)) for sample in samples]
+    )
+    full = coherence(gradients_NM)
+    report: Report = {
+        "samples": len(samples),
+        "selected": len(selected),
+        "coherence_all": full,
+        "coherence_selected": coherence(gradients_NM[list(selected)]),
+        "gain_percent": coherence_gain(gradients_NM, selected) if full else None,
+        "size_matched_gain_percent": size_matched_gain(gradients_NM, selected) if full else None,
+    }
+    return report, gradients_NM.mean(axis=0)
+
+
+def table(report: Mapping[str, Any]) -> Table:
+    """The report for people: a row a branch."""
+    shown = Table(title=f"Gradients after step {report['step']}")
+    for column in ("branch", "selected", "Coh (all)", "Coh (selected)", "GCG", "GCG, size-matched"):
+        shown.add_column(column)
+    for name, row in report["branches"].items():
+        gains = (row["gain_percent"], row["size_matched_gain_percent"])
+        shown.add_row(
+            name,
+            f"{row['selected']} of {row['samples']}",
+            f"{row['coherence_all']:.4f}",
+            f"{row['coherence_selected']:.4f}",
+            *("-" if gain is None else f"{gain:+.1f} %" for gain in gains),
+        )
+    cosine = "-" if report["cosine"] is None else f"{report['cosine']:+.4f}"
+    shown.caption = f"general x domain: dot product {report['dot']:.4g}, cosine {cosine}"
+    return shown
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Probe a run, write `RUN/report/probe-step-N.json`, and show it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", help="run directory")
+    parser.add_argument("--samples", type=int, default=32, help="most samples of a branch (32)")
+    arguments = parser.parse_args(argv)
+    run = RunDir(Path(arguments.run).absolute())
+    report = probe(run, arguments.samples)
+    file = run.report / f"probe-step-{report['step']:06d}.json"
+    write_atomic(file, json.dumps(report, indent=2) + "\n")
+    Console().print(table(report), f"written to {file}", sep="\n")
+
+
+def _on_one_process(config: RunConfig) -> RunConfig:
+    return replace(config, parallel=ParallelConfig(threads=config.parallel.threads))
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+if __name__ == "__main__":
+    main()

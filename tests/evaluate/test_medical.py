@@ -1,0 +1,111 @@
+"""Sixty ways to end an answer, and what counts as its letter."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megadistill.evaluate.benchmarks import read_items
+from megadistill.evaluate.benchmarks.medical import final_letter, score
+
+STYLES: list[tuple[str, str | None]] = [
+    ("Final answer: A", "A"),
+    ("Final answer: B.", "B"),
+    ("Final answer: (C)", "C"),
+    ("Final answer: D)", "D"),
+    ("Final answer: **A**", "A"),
+    ("**Final answer: B**", "B"),
+    ("**Final answer:** C", None),  # the protocol's expression has blanks before the stars
+    ("Final answer: **(D)**", "D"),
+    ("final answer: A", "A"),
+    ("FINAL ANSWER: B", "B"),
+    ("Final Answer: C", "C"),
+    ("Final answer:D", "D"),
+    ("Final answer:\nA", "A"),
+    ("Final answer:\n\n**B**", "B"),
+    ("Final answer:   C", "C"),
+    ("Final answer: D. Digoxin", "D"),
+    ("Final answer: A: aspirin", "A"),
+    ("Final answer: B - because", "B"),
+    ("Final answer: (C) Statin", "C"),
+    ("Final answer: *D*", "D"),
+    ("Final answer: A\nFinal answer: B", "B"),
+    ("First I thought Final answer: C. No. Final answer: D", "D"),
+    ("Final answer: E", "E"),
+    ("Final answer: J", "J"),
+    ("Final answer: I", "I"),
+    ("Reasoning...\n\nFinal answer: F\n", "F"),
+    ("## Final answer: G", "G"),
+    ("> Final answer: H", "H"),
+    ("Final answer: a statin", None),
+    ("Final answer: B<|im_end|>", "B"),
+    ("\\boxed{A}", "A"),
+    ("$\\boxed{B}$", "B"),
+    ("\\boxed{\\text{C}}", "C"),
+    ("\\boxed{ D }", "D"),
+    ("\\boxed{\\text{A. aspirin}}", "A"),
+    ("\\boxed{B. beta blocker}", "B"),
+    ("so \\boxed{A}, no, \\boxed{C}", "C"),
+    ("\\boxed{A} Final answer: B", "B"),
+    ("Final answer: \\boxed{D}", "D"),
+    ("Final answer: $\\boxed{A}$", "A"),
+    ("Final answer: K", None),
+    ("Final answer: Z", None),
+    ("Final answer: none of these", None),
+    ("Final answer: Aspirin", None),
+    ("Final answer: Both A and B", None),
+    ("Final answer: 1", None),
+    ("Final answer is A", None),
+    ("The answer is B", None),
+    ("Answer: C", None),
+    ("D", None),
+    ("A. aspirin", None),
+    ("", None),
+    ("I cannot answer this.", None),
+    ("Final answer:", None),
+    ("Final answer - A", None),
+    ("\\boxed{}", None),
+    ("\\boxed{42}", None),
+    ("\\boxed{k}", None),
+    ("Final ans: B", None),
+    ("The final answer: C", "C"),
+]
+
+
+def test_there_are_sixty() -> None:
+    assert len({style for style, _ in STYLES}) == 60
+
+
+@pytest.mark.parametrize(("answer", "letter"), STYLES)
+def test_the_letter_is_found(answer: str, letter: str | None) -> None:
+    assert final_letter(answer) == letter
+
+
+ROW = {"question": "Which?", "options": {"A": "a", "B": "b"}, "answer_idx": "B"}
+
+
+def test_a_question_is_asked_as_the_protocol_says(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROW))
+    (item,) = read_items("medqa", str(tmp_path / "a.jsonl"))
+    lines = item.messages[0]["content"].splitlines()
+    assert lines[:3] == ["Which?", "A. a", "B. b"]
+    assert lines[-1].endswith("end with a line `Final answer: <letter>`.")
+    assert score(item, "Final answer: B").value == 1.0
+    assert score(item, "so B").details == {"no_answer": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer_idx": "C"}, "row 1: the answer is 'C', expected one of A, B"),
+        ({"options": {"A": "a", "C": "c"}}, "row 1: options are"),
+        ({"options": ["a", "b"]}, "row 1: options are"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROW | change))
+    with pytest.raises(ValueError, match=message):
+        list(read_items("medqa", str(tmp_path / "a.jsonl")))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"question": "q"}))
+    with pytest.raises(ValueError, match="row 1 has no field 'options'"):
+        list(read_items("medqa", str(tmp_path / "b.jsonl")))
