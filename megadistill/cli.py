@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megadistill.config import config_schema, dump_config, load_config
 
@@ -187,10 +187,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def config_show(arguments: argparse.Namespace) -> int:
     """The resolved configuration."""
-    from megadistill.config.refine import dump_refine, is_refine, load_refine
-
-    if is_refine(arguments.config):
-        print(dump_refine(load_refine(arguments.config, arguments.overrides)), end="")
+    if (kind := _kind_of(arguments.config)) is not None:
+        load, dump = kind
+        print(dump(load(arguments.config, arguments.overrides)), end="")
         return 0
     print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
     return 0
@@ -205,22 +204,26 @@ def config_check(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def _kind_of(path: str) -> tuple[Callable[..., Any], Callable[[Any], str]] | None:
+    """How a file that describes no run is read and shown (any: each kind has its own class)."""
+    from megadistill.config import campaign, evaluate, prepare, refine
+
+    kinds = (
+        (campaign.is_campaign, campaign.load_campaign, campaign.dump_campaign),
+        (prepare.is_prepare, prepare.load_prepare, prepare.dump_prepare),
+        (evaluate.is_evaluate, evaluate.load_evaluate, evaluate.dump_evaluate),
+        (refine.is_refine, refine.load_refine, refine.dump_refine),
+    )
+    return next(((load, dump) for is_kind, load, dump in kinds if is_kind(path)), None)
+
+
 def _problem(path: str, with_models: bool) -> str | None:
-    from megadistill.config.campaign import is_campaign, load_campaign
-    from megadistill.config.prepare import is_prepare, load_prepare
-    from megadistill.config.refine import is_refine, load_refine
     from megadistill.launch.layout import layout
     from megadistill.launch.node import gpus_per_node
 
     try:
-        if is_prepare(path):
-            load_prepare(path)
-            return None
-        if is_campaign(path):
-            load_campaign(path)
-            return None
-        if is_refine(path):
-            load_refine(path)
+        if (kind := _kind_of(path)) is not None:
+            kind[0](path)
             return None
         config = load_config(path)
         layout(config, config.cluster.nodes, gpus_per_node(config))
