@@ -45,4 +45,5 @@ def size_matched_gain(
 def interference(first_P: Array, second_P: Array) -> tuple[float, float]:
     """Dot product and cosine of two branches' gradients at the same parameters (Fig. 1)."""
     dot = float(first_P @ second_P)
-    return dot, dot / float(np.linalg.norm(first_P) * np.linalg.norm(second_P))
+    norms = float(np.linalg.norm(first_P) * np.linalg.norm(second_P))
+    return dot, dot / norms if norms else float("nan")

@@ -170,6 +170,18 @@ class Engine:
         )
 
     @_names_rank
+    def gradient(self, sample: Sample, loss: Loss) -> list[Tensor]:
+        """fp32 gradients of `loss` on one sample, one tensor a parameter; changes no weight.
+
+        Valid until the next call. Raises `ValueError` on more than one process: each would hold
+        a part of it.
+        """
+        if self.size > 1:
+            raise ValueError(f"gradient: found {self.size} trainer processes, expected one")
+        head = functools.partial(self._scorables[STUDENT].head, training=True)
+        return self._student.gradient(self._batches([sample]), lambda *rows: loss(head(), *rows))
+
+    @_names_rank
     def measure(self, samples: Sequence[Sample], loss: Loss) -> dict[str, float]:
         """The named sums of `loss` over all rows of all samples, as `step` would report them."""
         _check_samples(samples)

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megadistill.algorithms.coherence import coherence
 from megadistill.algorithms.mopd import make_camopd
+from megadistill.algorithms.sketch import sketch
 from megadistill.config.algorithm import CamopdConfig, SelectiveBranchConfig
 from megadistill.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megadistill.convert.families import read_spec
@@ -312,6 +314,22 @@ def test_the_branch_scale_multiplies_the_gradient_before_clipping(models: Path) 
             norms.append(engine.step(samples, policy_gradient, learning_rate=0.0).grad_norm)
     assert norms[0] > 0
     np.testing.assert_allclose(norms, [norms[0], 2 * norms[0], 3 * norms[0]], rtol=1e-5)
+
+
+def test_a_sketch_of_each_samples_gradient_keeps_the_coherence(models: Path) -> None:
+    """Within 2 % of the exact one; and the samples' gradients add up to the batch's."""
+    samples = random_samples((9, 14, 60, 12, 5, 33))
+    with opened(models, optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.0)) as engine:
+        parts = [[tensor.clone() for tensor in engine.gradient(s, nll)] for s in samples]
+        assert engine.step(samples, nll, learning_rate=0.0).grad_norm > 0
+        whole = [p.main_grad.clone() for p in engine._student.model.parameters()]
+    for index, tensor in enumerate(whole):
+        total = torch.stack([part[index] for part in parts]).sum(0)
+        torch.testing.assert_close(total, tensor, atol=1e-6, rtol=1e-4)
+    exact = np.stack([torch.cat([t.flatten() for t in part]).double().numpy() for part in parts])
+    sketched = np.stack([sketch(part) for part in parts])
+    for subset in ([0, 1, 2, 3, 4, 5], [1, 3, 5]):
+        assert coherence(sketched[subset]) == pytest.approx(coherence(exact[subset]), rel=0.02)
 
 
 def test_packing_changes_neither_loss_nor_gradient(models: Path) -> None:
