@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megadistill.config import config_schema, dump_config, load_config
+from megadistill.config import config_schema
 
 if TYPE_CHECKING:
     from megadistill.launch.campaign import Campaign
@@ -187,54 +187,22 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def config_show(arguments: argparse.Namespace) -> int:
     """The resolved configuration."""
-    if (kind := _kind_of(arguments.config)) is not None:
-        load, dump = kind
-        print(dump(load(arguments.config, arguments.overrides)), end="")
-        return 0
-    print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
+    from megadistill.configfiles import resolved
+
+    print(resolved(arguments.config, arguments.overrides), end="")
     return 0
 
 
 def config_check(arguments: argparse.Namespace) -> int:
-    """Every problem of every file; with --models also what the models' own files say."""
-    problems = [error for path in arguments.configs if (error := _problem(path, arguments.models))]
+    """Every problem of every file; with --models also what models, data and disk say."""
+    from megadistill.configfiles import problem_of
+
+    found = (problem_of(path, with_models=arguments.models) for path in arguments.configs)
+    problems = [problem for problem in found if problem]
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"{len(arguments.configs) - len(problems)} of {len(arguments.configs)} files are valid")
     return 1 if problems else 0
-
-
-def _kind_of(path: str) -> tuple[Callable[..., Any], Callable[[Any], str]] | None:
-    """How a file that describes no run is read and shown (any: each kind has its own class)."""
-    from megadistill.config import campaign, evaluate, prepare, refine
-
-    kinds = (
-        (campaign.is_campaign, campaign.load_campaign, campaign.dump_campaign),
-        (prepare.is_prepare, prepare.load_prepare, prepare.dump_prepare),
-        (evaluate.is_evaluate, evaluate.load_evaluate, evaluate.dump_evaluate),
-        (refine.is_refine, refine.load_refine, refine.dump_refine),
-    )
-    return next(((load, dump) for is_kind, load, dump in kinds if is_kind(path)), None)
-
-
-def _problem(path: str, with_models: bool) -> str | None:
-    from megadistill.launch.layout import layout
-    from megadistill.launch.node import gpus_per_node
-
-    try:
-        if (kind := _kind_of(path)) is not None:
-            kind[0](path)
-            return None
-        config = load_config(path)
-        layout(config, config.cluster.nodes, gpus_per_node(config))
-        if with_models:
-            from megadistill.preflight import check_config
-
-            check_config(config)
-    except ValueError as error:
-        text = str(error)
-        return text if text.startswith(path) else f"{path}: {text}"
-    return None
 
 
 def config_print_schema(arguments: argparse.Namespace) -> int:
@@ -260,6 +228,14 @@ def report(arguments: argparse.Namespace) -> int:
     from megadistill.report.writing import write_report
 
     write_report([_run_dir(path) for path in arguments.runs], arguments.picture, arguments.page)
+    return 0
+
+
+def probe(arguments: argparse.Namespace) -> int:
+    """How coherent each branch's gradients are at a run's last checkpoint (CaMOPD section 4.4)."""
+    from megadistill.evaluate.probe import write_probe
+
+    write_probe(_run_dir(arguments.run), arguments.samples)
     return 0
 
 
@@ -359,6 +335,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--shared", default="runs", metavar="DIR", help="directory that all nodes see (runs)"
     )
+    command = _verb(verbs, "probe", probe)
+    command.add_argument("run", help="run directory")
+    command.add_argument("--samples", type=int, default=32, help="most samples of a branch")
     _verb(verbs, "prepare-model", prepare_model)
     _add_convert(_verb(verbs, "convert", convert))
     return parser

@@ -29,6 +29,7 @@ VERBS = (
     ["status"],
     ["report"],
     ["prepare"],
+    ["probe"],
     ["prepare-model"],
     ["convert"],
 )

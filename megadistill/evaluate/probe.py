@@ -2,15 +2,13 @@
 
 The newest rollouts of each branch are scored again by the student as it is at its last whole
 checkpoint; every sample gets a backward pass of its own, of which a sketch is kept. One process,
-no rollout engines: `python -m megadistill.evaluate.probe RUN`.
+no rollout engines.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,14 +124,9 @@ def table(report: Mapping[str, Any]) -> Table:
     return shown
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def write_probe(run: RunDir, num_samples: int) -> None:
     """Probe a run, write `RUN/report/probe-step-N.json`, and show it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="run directory")
-    parser.add_argument("--samples", type=int, default=32, help="most samples of a branch (32)")
-    arguments = parser.parse_args(argv)
-    run = RunDir(Path(arguments.run).absolute())
-    report = probe(run, arguments.samples)
+    report = probe(run, num_samples)
     file = run.report / f"probe-step-{report['step']:06d}.json"
     write_atomic(file, json.dumps(report, indent=2) + "\n")
     Console().print(table(report), f"written to {file}", sep="\n")
@@ -145,7 +138,3 @@ def _on_one_process(config: RunConfig) -> RunConfig:
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-if __name__ == "__main__":
-    main()

@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def test_a_run_is_probed_from_what_it_left(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    probe.main([str(run.path), "--samples", "5"])
+    probe.write_probe(run, 5)
     report = json.loads((run.report / "probe-step-000002.json").read_text())
     general, domain = report["branches"]["general"], report["branches"]["domain"]
     assert general["samples"] == domain["samples"] == 5
