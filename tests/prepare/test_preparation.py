@@ -225,3 +225,35 @@ def test_the_shipped_recipes_make_the_files_that_shipped_runs_read() -> None:
         config = load_prepare(file)
         made |= {config.name, config.sft_name}
     assert {"nemotron_10k", "medical_10k", "coser_prompts_10k", "coser_sft"} <= made
+
+
+def test_downloading_asks_the_hub_for_the_recipes_files_and_says_what_is_gated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    asked = []
+
+    def snapshot(name: str, **settings: Any) -> None:
+        asked.append((name, settings["allow_patterns"][:1]))
+        write_jsonl(Path(settings["local_dir"]) / "data" / "a.jsonl", [{"question": "why is it"}])
+
+    def gated(name: str, **_: Any) -> None:
+        raise GatedRepoError("403", response=Response())
+
+    class Response:
+        headers: dict[str, str] = {}  # noqa: RUF012
+        request = None
+
+    tree = tree_of(tmp_path, [], {"format": "pairs"})
+    tree["recipe"]["parts"]["only"]["source"] = {"hub": "org/name", "files": ["data/*.jsonl"]}
+    config = parse_prepare(tree | {"mirror": str(tmp_path / "mirror")})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert "org__name" in run_preparation(config, download_only=True)
+    assert asked == [("org/name", ["data/*.jsonl"])]
+    with pytest.raises(ValueError, match=r"a\.jsonl: row 1: has no field 'answer'"):
+        run_preparation(config)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
+    with pytest.raises(ValueError, match="accept its terms at"):
+        run_preparation(config, download_only=True)
