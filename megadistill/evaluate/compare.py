@@ -118,7 +118,7 @@ def _column(name: str, loaded: Sequence[SystemResults]) -> Column:
     found = next(system.summaries[0][name] for system in loaded if name in system.summaries[0])
     title = found["title"]
     if not found["whole_set"]:
-        title += f" (first {found['items']})"
+        title += " (part)"
     return Column(
         name=name,
         title=title,
