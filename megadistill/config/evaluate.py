@@ -72,8 +72,6 @@ class EvaluateConfig:
     livecodebench_v5, livecodebench_v6 (*_eval_all.json)."""
     models: dict[str, ModelConfig] = field(default_factory=dict)
     """Judges and verifiers, by name."""
-    sandbox: Literal["namespaces", "none"] = "namespaces"
-    """Where programs written by models run; `none` runs them with this user's rights."""
     shards: EvaluateShardsConfig = field(default_factory=EvaluateShardsConfig)
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Of the intervals; significance is marked at 1 - confidence."""

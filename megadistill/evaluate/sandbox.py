@@ -81,7 +81,7 @@ def missing() -> str | None:
     return (
         f"no sandbox for programs can be made here: {reason}. Allow unprivileged user namespaces "
         "(sysctl kernel.unprivileged_userns_clone, user.max_user_namespaces) or run as root; "
-        "`sandbox: none` runs such programs with your own rights, which is dangerous"
+        "mode `none` runs such programs with your own rights, which is dangerous"
     )
 
 
