@@ -239,12 +239,12 @@ def test_downloading_asks_the_hub_for_the_recipes_files_and_says_what_is_gated(
         asked.append((name, settings["allow_patterns"][:1]))
         write_jsonl(Path(settings["local_dir"]) / "data" / "a.jsonl", [{"question": "why is it"}])
 
-    def gated(name: str, **_: Any) -> None:
-        raise GatedRepoError("403", response=Response())
+    class HiddenError(GatedRepoError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "403")
 
-    class Response:
-        headers: dict[str, str] = {}  # noqa: RUF012
-        request = None
+    def gated(name: str, **_: Any) -> None:
+        raise HiddenError
 
     tree = tree_of(tmp_path, [], {"format": "pairs"})
     tree["recipe"]["parts"]["only"]["source"] = {"hub": "org/name", "files": ["data/*.jsonl"]}
