@@ -30,6 +30,7 @@ from megadistill.megatron import export
 from megadistill.megatron.engine import STUDENT, Engine
 from megadistill.types import FloatArray, MicroBatch, Prompt, Rollout, Scored, TokenSpan
 from tests.megatron.reference import TEMPERATURE, TOP_K, Reference, reversed_top_k
+from tests.megatron.worlds import renew_world
 
 Layout = dict[str, Any]
 """Arguments of ParallelConfig."""
@@ -87,6 +88,7 @@ def compare(
         gaps = {**_scoring(engine, reference), **_training(engine, reference, model_dir)}
         found[layout_name, model_name] = worst(gaps)
         engine.close()
+        renew_world()
     return found
 
 

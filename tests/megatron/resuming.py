@@ -11,6 +11,7 @@ from torch import Tensor
 from megadistill.config.schema import Precision
 from megadistill.megatron.engine import Engine
 from tests.megatron.ranks import Layout, largest_gap, nll, read_reference, run_config, worst
+from tests.megatron.worlds import renew_world
 
 EXTRA = {"step": 2, "cursor": {"general": [3, 4]}}
 
@@ -45,6 +46,7 @@ def save_and_go_on(directory: Path, model_name: str, precision: Precision, layou
     if engine.is_writer:
         torch.save(kept, place / "kept.pt")
     engine.close()
+    renew_world()
 
 
 def load_and_go_on(
@@ -61,6 +63,7 @@ def load_and_go_on(
     gaps["final"] = largest_gap(weights_of(engine), kept["final"])
     gaps = worst(gaps)
     engine.close()
+    renew_world()
     return gaps
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+STORE = "TEST_WORLD_STORE"
+"""Names the file in which the ranks meet next."""
 
 
 def run_world(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 240) -> Any:
@@ -53,19 +55,34 @@ def _wait(processes: Sequence[BaseProcess], directory: Path, deadline: float) ->
     assert None not in codes, f"not done in time, exit codes of the ranks so far: {codes}"
 
 
+def renew_world() -> None:
+    """Close every process group and meet again; nothing to do for a process without a world.
+
+    Each layout opens dozens of groups, which Megatron never closes, with three threads in each.
+    """
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    dist.destroy_process_group()
+    os.environ[STORE] += "+"
+    _meet()
+
+
+def _meet() -> None:
+    """Meeting in a file needs no port that another process could take first."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = f"file://{os.environ[STORE]}"
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
+    )
+
+
 def _rank(
     rank: int, size: int, directory: Path, function: Callable[..., Any], args: Sequence[Any]
 ) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), **{STORE: f"{directory}/store"})
     try:
-        # Meeting in a file needs no port that another process could take first.
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{directory}/store",
-            rank=rank,
-            world_size=size,
-            timeout=COLLECTIVE_TIMEOUT,
-        )
+        _meet()
         result = function(*args)
         dist.barrier()
         if rank == 0:
