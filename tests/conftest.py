@@ -19,6 +19,9 @@ def pytest_configure() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["WANDB_MODE"] = "offline"
+    if not Path("/dev/nvidiactl").exists():
+        # Read when Triton is first imported, which any library may do.
+        os.environ["TRITON_INTERPRET"] = "1"
     # The same examples every time, however slow the machine is at the moment.
     settings.register_profile(
         "steady",

@@ -1,13 +1,9 @@
 """Both backends: Triton runs on a GPU where there is one, and in its interpreter otherwise."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
 
 @pytest.fixture(scope="module", params=["torch", "triton"])
