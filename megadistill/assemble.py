@@ -13,7 +13,7 @@ from megadistill.config import RunConfig, resolve_path
 from megadistill.config.algorithm import RaftConfig, SftConfig
 from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import PromptPool, make_pools
-from megadistill.evaluate.heldout import HeldoutKl
+from megadistill.evaluate.heldout import HeldoutAnswers, HeldoutKl, Measurement
 from megadistill.megatron.engine import Engine
 from megadistill.metrics import MetricWriter
 from megadistill.preflight import used_pools
@@ -38,7 +38,7 @@ class Parts:
     algorithm: Algorithm = field(init=False)
     collector: Collector = field(init=False)
     sampler: Sampler | None = None
-    heldout: HeldoutKl | None = None
+    heldout: Sequence[Measurement] = ()
     metrics: MetricWriter | None = None
     published: int = 0
     """Version of the weights that the rollout engines hold; they start with the student's, 0."""
@@ -59,19 +59,19 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
         for line in startup.describe_run(run, pools):
             logging.info(line)
     parts.algorithm = algorithm = make_algorithm(config, tokenizer, state.algorithm)
+    if engine.is_writer and config.rollout is not None:
+        parts.sampler = _connect(run, config)
+        if ahead := restore_ahead(run, state):
+            parts.sampler.put_back(state.step, ahead)
     if isinstance(algorithm, Sft):
         assert isinstance(config.algorithm, SftConfig)
         pool = pools[config.algorithm.pool]
         parts.collector = AnswerCollector(algorithm, pool, tokenizer, state.cursors)
-        return parts, state
-    if state.step == 0:
-        startup.check_equal_start(config, algorithm.branches["domain"], pools, engine.score)
-    if engine.is_writer:
-        parts.sampler = _connect(run, config)
-        if ahead := restore_ahead(run, state):
-            parts.sampler.put_back(state.step, ahead)
-    parts.collector = OnPolicyCollector(algorithm, pools, engine, parts.sampler, state.cursors)
-    parts.heldout = _heldout(parts, pools, state)
+    else:
+        if state.step == 0:
+            startup.check_equal_start(config, algorithm.branches["domain"], pools, engine.score)
+        parts.collector = OnPolicyCollector(algorithm, pools, engine, parts.sampler, state.cursors)
+    parts.heldout = _heldout(parts, pools, tokenizer)
     if parts.published != state.step:
         publish_student(parts, state.step)
     return parts, state
@@ -80,9 +80,10 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
 def publish_student(parts: Parts, version: int) -> None:
     """Stream the student to the running engines, which echo version and checksum. Collective.
 
-    Nothing to do without engines. Waits for rollouts that are under way.
+    Nothing to do without engines, or for SFT, whose engines never sample the student after its
+    start. Waits for rollouts that are under way.
     """
-    if parts.config.rollout is None:
+    if parts.config.rollout is None or isinstance(parts.algorithm, Sft):
         return
     tensors = parts.engine.hf_tensors()
     if parts.sampler is None:
@@ -115,11 +116,22 @@ def _connect(run: RunDir, config: RunConfig) -> Sampler:
     )
 
 
-def _heldout(parts: Parts, pools: Mapping[str, PromptPool], state: RunState) -> HeldoutKl | None:
+def _heldout(
+    parts: Parts, pools: Mapping[str, PromptPool], tokenizer: PreTrainedTokenizerBase
+) -> list[Measurement]:
+    """What the configuration wants measured."""
+    evaluate = parts.config.evaluate
+    found: list[Measurement] = []
+    if evaluate.every and evaluate.heldout:
+        found.append(_heldout_kl(parts, pools))
+    if evaluate.every and evaluate.answers:
+        found.append(HeldoutAnswers(evaluate.answers, pools, tokenizer))
+    return found
+
+
+def _heldout_kl(parts: Parts, pools: Mapping[str, PromptPool]) -> HeldoutKl:
     """Sample the teachers' held-out answers once; leaves the last teacher in the engines."""
     config = parts.config
-    if not config.evaluate.heldout or not config.evaluate.every:
-        return None
 
     def sample(teacher: str, prompts: Sequence[Prompt], max_tokens: int) -> list[Rollout]:
         path = resolve_path(config.teachers[teacher].path)

@@ -60,7 +60,9 @@ def used_pools(config: RunConfig) -> list[str]:
         trained = {algorithm.pool}
     else:
         trained = {algorithm.general.pool, algorithm.domain.pool}
-    return sorted(trained | {heldout.pool for heldout in config.evaluate.heldout.values()})
+    evaluate = config.evaluate
+    trained |= {chosen.pool for chosen in evaluate.heldout.values()}
+    return sorted(trained | {chosen.pool for chosen in evaluate.answers.values()})
 
 
 def _model_directory(path: str) -> Path:

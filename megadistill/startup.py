@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megadistill.config import ConfigError, RunConfig
 from megadistill.config.algorithm import BranchConfig
-from megadistill.config.schema import ChecksConfig
+from megadistill.config.schema import AnswersConfig, ChecksConfig, HeldoutConfig
 from megadistill.convert.families import read_spec
 from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import PromptPool, end_token
@@ -152,11 +152,16 @@ def check_first_batch(metrics: Mapping[str, float], limits: ChecksConfig) -> Non
 
 def check_pools(pools: Mapping[str, PromptPool], config: RunConfig) -> None:
     """Every held-out measurement must find as many prompts as it asks for."""
-    for name, heldout in config.evaluate.heldout.items():
+    evaluate = config.evaluate
+    keys: dict[str, HeldoutConfig | AnswersConfig] = {
+        **{f"heldout.{name}": chosen for name, chosen in evaluate.heldout.items()},
+        **{f"answers.{name}": chosen for name, chosen in evaluate.answers.items()},
+    }
+    for key, heldout in keys.items():
         found = len(pools[heldout.pool].heldout)
         if found < heldout.prompts:
             raise ConfigError(
-                f"evaluate.heldout.{name}.prompts: found {heldout.prompts}, but pool "
+                f"evaluate.{key}.prompts: found {heldout.prompts}, but pool "
                 f"{heldout.pool!r} holds out {found}; raise data.heldout_fraction or ask for fewer"
             )
 

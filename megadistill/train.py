@@ -58,14 +58,15 @@ def take_step(parts: Parts, samples: Sequence[Sample], rate: float) -> StepResul
 
 
 def evaluate(parts: Parts, steps_taken: int) -> dict[str, float]:
-    """Held-out divergences, where this number of steps calls for them."""
+    """What is held out, measured where this number of steps calls for it."""
     every = parts.config.evaluate.every
-    if parts.heldout is None or (steps_taken % every and steps_taken != parts.config.steps):
+    if not parts.heldout or (steps_taken % every and steps_taken != parts.config.steps):
         return {}
-    times: dict[str, float] = {}
-    with timed(times, "time/evaluate"):
-        found = parts.heldout.measure(parts.engine)
-    return {**found, **times}
+    found: dict[str, float] = {}
+    with timed(found, "time/evaluate"):
+        for measurement in parts.heldout:
+            found |= measurement.measure(parts.engine)
+    return found
 
 
 def log_start(parts: Parts, measured: Mapping[str, float]) -> None:

@@ -1,18 +1,18 @@
 """Held-out divergences: texts sampled once, measured on the same tokens ever after."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import pytest
 
-from megadistill.config.schema import HeldoutConfig
+from megadistill.config.schema import AnswersConfig, HeldoutConfig
 from megadistill.data.pools import PromptPool
-from megadistill.evaluate.heldout import HeldoutKl
+from megadistill.evaluate.heldout import HeldoutAnswers, HeldoutKl
 from megadistill.types import FloatArray, Prompt, Rollout, TokenSpan
-from tests.tiny import float32, make_prompt, make_rollout
+from tests.tiny import float32, make_prompt, make_rollout, make_tokenizer
 
 Value = TypeVar("Value")
 
@@ -139,3 +139,45 @@ def test_only_the_writer_keeps_the_texts(tmp_path: Path) -> None:
     assert not file.exists()
     prepare(file, FakeTeachers(), is_writer=True)
     assert file.exists()
+
+
+class LengthScorer:
+    """Gives token number n of an answer the log-probability -n, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, list[list[int]]]] = []
+
+    def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
+        self.asked.append((model, [span.token_ids_N.tolist() for span in spans]))
+        return [float32([-float(n) for n in range(1, span.num_scored + 1)]) for span in spans]
+
+
+def answered_pool() -> dict[str, PromptPool]:
+    prompts = [
+        replace(make_prompt(f"q{number}", pool="refined"), answer=answer)
+        for number, answer in enumerate(("one two three", "two", "three one"))
+    ]
+    pool = PromptPool(name="refined", train=prompts[2:], heldout=prompts, num_dropped=0, seed=0)
+    return {"refined": pool}
+
+
+def test_answers_are_measured_with_their_end_token() -> None:
+    tokenizer = make_tokenizer(["one two three"])
+    configs = {"domain": AnswersConfig(pool="refined", prompts=2)}
+    trainer = LengthScorer()
+    metrics = HeldoutAnswers(configs, answered_pool(), tokenizer).measure(trainer)
+    # Four and two scored tokens: means (1+2+3+4)/4 and (1+2)/2.
+    assert metrics == pytest.approx(
+        {"heldout/domain/nll": 2.0, "heldout/domain/nll_stderr": 0.5}, abs=1e-6
+    )
+    ((model, ids),) = trainer.asked
+    assert model == "student"
+    assert [found[:3] for found in ids] == [[11, 12, 13]] * 2
+    assert [found[-1] for found in ids] == [tokenizer.eos_token_id] * 2
+
+
+def test_held_out_answers_must_be_there() -> None:
+    pools = make_pools()
+    configs = {"domain": AnswersConfig(pool="medical", prompts=2)}
+    with pytest.raises(ValueError, match="has no answer"):
+        HeldoutAnswers(configs, pools, make_tokenizer(["one"]))

@@ -174,7 +174,7 @@ def attempt(folder: Path, **changes: Any) -> Stage:
         return sampler.generate(prompts, [0] * len(prompts), max_tokens)
 
     file = run.path / "state" / "heldout.json"
-    parts.heldout = HeldoutKl.prepare(config.evaluate.heldout, POOLS, file, sample, trainer)
+    parts.heldout = [HeldoutKl.prepare(config.evaluate.heldout, POOLS, file, sample, trainer)]
     return Stage(parts, state, trainer, engines)
 
 

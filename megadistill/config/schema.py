@@ -186,6 +186,16 @@ class HeldoutConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class AnswersConfig:
+    """Negative log-likelihood that the student gives the reference answers of held-out prompts."""
+
+    pool: str
+    """Its records must have answers."""
+    prompts: PositiveInt = 32
+    """Number of held-out prompts."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluateConfig:
     """What is measured on held-out prompts, and when."""
 
@@ -193,6 +203,12 @@ class EvaluateConfig:
     """Steps between evaluations, also before the first and after the last; 0: never."""
     heldout: dict[str, HeldoutConfig] = field(default_factory=dict)
     """Named held-out measurements."""
+    answers: dict[str, AnswersConfig] = field(default_factory=dict)
+    """Further ones, with other names than those of `heldout`."""
+
+    def __post_init__(self) -> None:
+        if twice := sorted(self.heldout.keys() & self.answers.keys()):
+            raise ValueError(f"answers: found {twice} in heldout, too, expected other names")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -253,7 +269,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig | None = None
-    """Absent for sft, required otherwise."""
+    """Required but for sft, which has use for one only where `evaluate.heldout` needs it."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     checks: ChecksConfig = field(default_factory=ChecksConfig)
@@ -289,8 +305,10 @@ class RunConfig:
     def _layout_problems(self) -> list[str]:
         if not isinstance(self.algorithm, SftConfig) and self.rollout is None:
             return [f"rollout: missing, {self.algorithm.kind} needs one"]
-        if isinstance(self.algorithm, SftConfig) and self.rollout is not None:
-            return ["rollout: found one, expected none for sft"]
+        for name, answers in self.evaluate.answers.items():
+            used.append((f"evaluate.answers.{name}.pool", answers.pool, self.data.pools))
         if self.rollout is None and self.evaluate.heldout:
             return ["evaluate.heldout: needs rollout engines to sample the teachers' answers"]
         return []
+        if isinstance(self.algorithm, SftConfig) and self.rollout and not self.evaluate.heldout:
+            return ["rollout: found one, expected none for sft without evaluate.heldout"]

@@ -1,7 +1,7 @@
-"""Full-vocabulary KL between the student and a teacher, on the teacher's own held-out answers.
+"""What a run measures on held-out prompts, at every evaluation on the same tokens.
 
-The texts are sampled from the teacher once, before training, so every step is measured on the
-same tokens and the curve shows the student's change alone.
+Two quantities: the full-vocabulary KL between the student and a teacher, on answers that the teacher
+gave once, before training; and the negative log-likelihood of reference answers.
 """
 
 import json
@@ -10,21 +10,41 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
 
 from megadistill.algorithms.protocol import response_span
-from megadistill.config.schema import HeldoutConfig
-from megadistill.data.pools import PromptPool
+from megadistill.config.schema import AnswersConfig, HeldoutConfig
+from megadistill.data.pools import PromptPool, answer_ids
 from megadistill.rundir import write_atomic
 from megadistill.types import FloatArray, Prompt, Rollout, TokenSpan
 
 
 class Diverger(Protocol):
-    """The training engine as this measurement sees it."""
+    """The training engine as the measurement of divergences sees it."""
 
     def divergences(
         self, student: str, teacher: str, spans: Sequence[TokenSpan]
     ) -> tuple[FloatArray, FloatArray]:
         """Per span the mean KL(teacher || student) and KL(student || teacher), on every rank."""
+
+
+class Scorer(Protocol):
+    """The training engine as the measurement of likelihoods sees it."""
+
+    def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
+        """Log-probabilities of each span's scored tail, on every rank."""
+
+
+class Measurer(Diverger, Scorer, Protocol):
+    """The training engine as every measurement sees it."""
+
+
+class Measurement(Protocol):
+    """Something held out, measured on the student as it is now."""
+
+    def measure(self, engine: Measurer) -> dict[str, float]:
+        """`heldout/NAME/QUANTITY` and `..._stderr` of each. Collective."""
 
 
 Value = TypeVar("Value")
@@ -90,10 +110,46 @@ class HeldoutKl:
         for name, spans in self._texts.items():
             found = engine.divergences("student", self._teachers[name], spans)
             for quantity, values in zip(("forward_kl", "reverse_kl"), found, strict=True):
-                metrics[f"heldout/{name}/{quantity}"] = float(values.mean())
-                error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-                metrics[f"heldout/{name}/{quantity}_stderr"] = float(error)
+                metrics |= _mean(f"heldout/{name}/{quantity}", values)
         return metrics
+
+
+class HeldoutAnswers:
+    """NLL of reference answers, end token included, in nats per token: mean of the answers' means."""
+
+    def __init__(
+        self,
+        configs: Mapping[str, AnswersConfig],
+        pools: Mapping[str, PromptPool],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self._texts = {
+            name: [
+                _answer_span(prompt, answer_ids(prompt, tokenizer))
+                for prompt in pools[config.pool].heldout[: config.prompts]
+            ]
+            for name, config in configs.items()
+        }
+
+    def measure(self, engine: Scorer) -> dict[str, float]:
+        """`heldout/NAME/nll`, and its standard error over the answers."""
+        metrics: dict[str, float] = {}
+        for name, spans in self._texts.items():
+            scores = engine.score("student", spans)
+            means = np.asarray([-float(found.mean()) for found in scores])
+            metrics |= _mean(f"heldout/{name}/nll", means)
+        return metrics
+
+
+def _mean(name: str, values: FloatArray | npt.NDArray[np.float64]) -> dict[str, float]:
+    """Mean and standard error."""
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {name: float(values.mean()), f"{name}_stderr": float(error)}
+
+
+def _answer_span(prompt: Prompt, ids: Sequence[int]) -> TokenSpan:
+    joined = np.asarray([*prompt.token_ids, *ids], dtype=np.int32)
+    return TokenSpan(token_ids_N=joined, num_scored=len(ids))
 
 
 def _write(file: Path, texts: Mapping[str, Sequence[TokenSpan]]) -> None:

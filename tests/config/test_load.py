@@ -107,8 +107,9 @@ def test_on_policy_runs_need_rollout_engines() -> None:
     assert error_lines(tree) == ["  rollout: missing, camopd needs one"]
 
 
-def test_sft_refuses_rollout_engines() -> None:
-    assert error_lines(sft_tree(rollout={})) == ["  rollout: found one, expected none for sft"]
+def test_sft_refuses_rollout_engines_that_it_has_no_use_for() -> None:
+    (line,) = error_lines(sft_tree(rollout={}))
+    assert line == "  rollout: found one, expected none for sft without evaluate.heldout"
 
 
 def test_heldout_measurements_need_rollout_engines() -> None:
@@ -116,6 +117,17 @@ def test_heldout_measurements_need_rollout_engines() -> None:
     tree = sft_tree(evaluate=heldout, teachers={"domain": {"path": "cache:domain"}})
     (line,) = error_lines(tree)
     assert line.startswith("  evaluate.heldout: needs rollout engines")
+    assert parse_config(tree | {"rollout": {"max_tokens": 8}}).rollout is not None
+
+
+def test_held_out_answers_have_a_pool_and_a_name_of_their_own() -> None:
+    heldout = {"x": {"pool": "medical", "teacher": "domain"}}
+    tree = camopd_tree(evaluate={"heldout": heldout, "answers": {"y": {"pool": "nowhere"}}})
+    (line,) = error_lines(tree)
+    assert line.startswith("  evaluate.answers.y.pool: found 'nowhere'")
+    tree = camopd_tree(evaluate={"heldout": heldout, "answers": {"x": {"pool": "medical"}}})
+    (line,) = error_lines(tree)
+    assert "found ['x'] in heldout, too" in line
 
 
 @pytest.mark.parametrize("change", [{"mass": 0.8}, {"mass": 0.5}, {"scale": 2.0}])
