@@ -22,9 +22,9 @@ class ConfigError(ValueError):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read `path`, merge what it includes, apply `key.path=value` overrides, and validate.
+    """Read `path`, merge what it includes, apply overrides, and validate.
 
-    Raises `ConfigError` with all problems at once.
+    An override is `key.path=value`, or another YAML file that is merged over what is there. Raises `ConfigError` with all problems at once.
     """
     return parse_config(read_tree(path, overrides), source=str(path))
 
@@ -38,7 +38,10 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     """The settings of any configuration file with its includes and overrides, not validated."""
     tree = _read_tree(Path(path), seen=())
     for override in overrides:
-        _apply_override(tree, override)
+        if "=" not in override and override.endswith((".yaml", ".yml")):
+            tree = _merge(tree, _read_tree(Path(override), seen=()))
+        else:
+            _apply_override(tree, override)
     return tree
 
 
@@ -113,7 +116,7 @@ def _same_kind(old: dict[str, Any], new: dict[str, Any]) -> bool:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {override!r}: expected key.path=value")
+        raise ConfigError(f"override {override!r}: expected key.path=value, or a .yaml file")
     node = tree
     *parents, leaf = key.split(".")
     for name in parents:

@@ -95,6 +95,18 @@ def test_names_that_are_not_defined_are_listed_together() -> None:
     ]
 
 
+def test_files_among_the_overrides_are_merged_in_their_order(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.yaml", sft_tree(seed=1))
+    longer = write(tmp_path / "longer.yaml", {"steps": 7, "optimizer": {"lr": 0.5}})
+    inner = write(tmp_path / "inner.yaml", {"seed": 5, "optimizer": {"beta1": 0.5}})
+    outer = write(tmp_path / "outer.yaml", {"include": inner.name, "steps": 8})
+    config = load_config(base, [str(longer), "steps=9", str(outer), "optimizer.beta1=0.75"])
+    assert (config.seed, config.steps) == (5, 8)
+    assert (config.optimizer.lr, config.optimizer.beta1) == (0.5, 0.75)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(base, [str(tmp_path / "none.yaml")])
+
+
 def test_an_unknown_kind_lists_the_known_ones() -> None:
     (line,) = error_lines(camopd_tree(algorithm={"kind": "dpo", "pool": "medical"}))
     assert line.startswith("  algorithm:")
