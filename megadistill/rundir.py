@@ -8,6 +8,8 @@ rollouts/          step-000010.parquet ..., every rollout with its scores
 weights/           what the trainer publishes to the engines
 metrics.jsonl      one line a step
 logs/  report/  export/
+exports/           step-000010/ ..., students in Hugging Face format before the last
+evaluations/       step-000010/ ..., final/: the work that an export has started
 """
 
 import json
@@ -105,6 +107,14 @@ class RunDir:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def exports(self) -> Path:
+        """Holds the students exported before the last, `step_export(step)`."""
+        return self.path / "exports"
+
+    def step_export(self, step: int) -> Path:
+        return self.exports / f"step-{step:06d}"
 
     @property
     def report(self) -> Path:

@@ -27,6 +27,7 @@ def train(parts: Parts, state: RunState) -> None:
     config = parts.config
     if state.step == 0:
         log_start(parts, evaluate(parts, 0))
+    export_step(parts, state.step)  # a kill may have come between checkpoint and export
     for step in range(state.step, config.steps):
         times: dict[str, float] = {}
         with timed(times, "time/step"):
@@ -40,7 +41,8 @@ def train(parts: Parts, state: RunState) -> None:
                 publish_student(parts, version=step + 1)
         observed = parts.algorithm.observe(result)
         state = state.after(step, parts.collector.cursors, parts.algorithm.state())
-        measured = {**observed, **times, **evaluate(parts, state.step)}
+        memory = {"memory/trainer_gib": parts.engine.memory_gib()}
+        measured = {**observed, **times, **memory, **evaluate(parts, state.step)}
         log_step(parts, state.step, batch, result, measured)
         stopping = parts.engine.broadcast(parts.run.stop_file.exists())
         if stopping or state.step % config.checkpoint.every == 0 or state.step == config.steps:
@@ -48,6 +50,7 @@ def train(parts: Parts, state: RunState) -> None:
             save(parts.run, parts.engine, state, config.checkpoint.keep, ahead)
         if stopping:
             return
+        export_step(parts, state.step)
     finish(parts)
 
 
@@ -115,6 +118,13 @@ def finish(parts: Parts) -> None:
     if parts.metrics is not None:
         parts.metrics.close()
         report_progress(parts, parts.config.steps, "done", done=True)
+
+
+def export_step(parts: Parts, steps_taken: int) -> None:
+    """Write the student of this step, where the configuration asks for it. Collective."""
+    every = parts.config.checkpoint.export_every
+    if every and steps_taken % every == 0 and 0 < steps_taken < parts.config.steps:
+        export(parts, parts.run.step_export(steps_taken))
 
 
 def export(parts: Parts, target: Path) -> None:

@@ -1,6 +1,7 @@
 """The training loop with fake engines and real everything else: order, metrics, stop, resume, end."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,9 @@ class FakeTrainer(FakeScorer):
 
     def barrier(self) -> None:
         self.meeting.wait(timeout=20)
+
+    def memory_gib(self) -> float:
+        return 1.5
 
 
 class AgreeingEngine(FakeRolloutEngine):
@@ -303,6 +307,46 @@ def test_a_run_may_leave_out_the_export(tmp_path: Path) -> None:
     stage = attempt(tmp_path, checkpoint={"export": False}).train()
     assert stage.run.read_progress()["done"]
     assert not stage.run.export.exists()
+
+
+def test_students_are_exported_while_the_run_goes_on(tmp_path: Path) -> None:
+    seen: dict[int, float] = {}
+    stage = attempt(tmp_path, checkpoint={"every": 1, "export_every": 2})
+
+    def look() -> None:
+        seen[len(stage.rows) - 1] = stage.trainer.weight
+
+    stage.engines.before_generate = look
+    stage.train()
+    exports = {path.name: path for path in stage.run.exports.iterdir()}
+    assert sorted(exports) == ["step-000002", "step-000004"]
+    for step in (2, 4):
+        tensors = load_file(exports[f"step-{step:06d}"] / "model.safetensors")
+        assert float(tensors["model.weight"]) == seen[step]
+    assert (exports["step-000002"] / "config.json").exists()
+
+
+def test_an_export_that_a_kill_prevented_is_made_up_for(tmp_path: Path) -> None:
+    kept = {"every": 2, "export_every": 2}
+    killed = attempt(tmp_path, checkpoint=kept)
+
+    def kill() -> None:
+        if len(killed.rows) == 3:
+            raise Killed
+
+    killed.engines.before_generate = kill
+    with pytest.raises(Killed):
+        killed.train()
+    shutil.rmtree(killed.run.step_export(2))
+    resumed = attempt(tmp_path, checkpoint=kept)
+    weight = resumed.trainer.weight
+    resumed.train()
+    tensors = load_file(resumed.run.step_export(2) / "model.safetensors")
+    assert float(tensors["model.weight"]) == weight
+
+
+def test_a_run_without_export_every_exports_nothing_before_its_end(tmp_path: Path) -> None:
+    assert not attempt(tmp_path).train().run.exports.exists()
 
 
 def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:

@@ -223,10 +223,21 @@ class CheckpointConfig:
     """Write the final student in Hugging Face format."""
     export_dir: str | None = None
     """Where to (paths as in `student.path`); absent: `RUN/export`."""
+    export_every: NaturalInt = 0
+    """Steps between students that are written to `RUN/exports` while the run goes on; 0: none."""
+    keep_exports: PositiveInt = 4
+    """Of those, how many are kept; older ones are deleted, those first whose work is done."""
     on_export: WorkConfig | None = None
     """Work submitted as a Slurm array for every student in Hugging Face format that the run writes
     (`RUN/export`, `RUN/exports/step-*`); the run does not wait for it. `{export}` and `{step}` in
     its `args` stand for the directory and its step."""
+
+    def __post_init__(self) -> None:
+        if self.export_every % self.every:
+            raise ValueError(
+                f"export_every: found {self.export_every}, expected a multiple of `every`, "
+                f"{self.every}, so that a run that is resumed has the students it exported"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

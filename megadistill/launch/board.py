@@ -5,7 +5,8 @@
     control/attempt-2/node-1.json  rewritten by node 1 every few seconds: a sign of life and its state
     control/attempt-2/ended.json   node 0's verdict, after which every node ends
 
-Each file has one writer. Nothing compares clocks: a node is silent when its file stops changing.
+What is left of an earlier attempt when the next begins is a line of state/attempts.jsonl: how it ended
+and why. Each file has one writer. Nothing compares clocks: a node is silent when its file stops changing.
 """
 
 import errno
@@ -24,6 +25,8 @@ from megadistill.launch.place import Place, rendezvous_port
 from megadistill.launch.roles import Launch
 from megadistill.rundir import RunDir, write_atomic
 
+ATTEMPTS = "attempts.jsonl"
+"""In state/: a line for each attempt that another has followed."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """The run directory is full. What a node says of itself must not fail by it: the roles' own errors
 name the cause, and node 0 still has to requeue the job."""
@@ -142,6 +145,7 @@ def attempt_directory(run: RunDir, attempt: int) -> Path:
 def begin_launch(run: RunDir, place: Place) -> Launch:
     """Node 0: begin an attempt and tell the other nodes."""
     for old in (run.path / "control").glob("attempt-*"):
+        keep_verdict(run, Board(directory=old, node=0))
         shutil.rmtree(old)
     attempt = run.begin_attempt()
     attempt_directory(run, attempt).mkdir(mode=0o700)
@@ -153,6 +157,25 @@ def begin_launch(run: RunDir, place: Place) -> Launch:
     )
     write_atomic(launch_file(run), json.dumps(asdict(launch)))
     return launch
+
+
+def keep_verdict(run: RunDir, board: Board) -> None:
+    """Note how an attempt ended: by node 0's verdict, or as one that left none."""
+    end = board.read_end()
+    if end is None:
+        notices = [read_json(file) for file in sorted(board.directory.glob("node-*.json"))]
+        reasons = [str(notice["stop"]) for notice in notices if notice and notice["stop"]]
+        status, message = "interrupted", reasons[0] if reasons else ""
+    else:
+        status, message = end.status, end.message
+    kept = {
+        "attempt": int(board.directory.name.removeprefix("attempt-")),
+        "status": status,
+        "message": message,
+        "step": run.read_progress().get("step", 0),
+    }
+    with (run.path / "state" / ATTEMPTS).open("a") as stream:
+        stream.write(json.dumps(kept) + "\n")
 
 
 def await_launch(run: RunDir, place: Place, timeout_s: float) -> Launch:

@@ -44,7 +44,7 @@ def step_of(run: RunDir, export: Path) -> int:
 
 
 def main() -> int:
-    """`python -m megadistill.launch.exports RUN EXPORT`, started by the node process."""
+    """`python -m megadistill.launch.evaluation RUN EXPORT`, started by the node process."""
     run, export = RunDir(Path(sys.argv[1])), Path(sys.argv[2])
     if shutil.which("sbatch") is None:
         note(run, f"{export}: not submitted, found no sbatch here")

@@ -3,8 +3,10 @@
 `checkpoint.on_export` says what. The node process sees a new export and starts
 `python -m megadistill.launch.evaluation RUN EXPORT` beside the run, which submits it: what goes wrong
 there, or on the way to Slurm, is a line in RUN/logs/on_export.log and none of the run's business.
+It also deletes old exports, so that `checkpoint.keep_exports` of them are left.
 """
 
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from megadistill.config import resolve_path
 from megadistill.config.work import WorkConfig
+from megadistill.launch.shards import ShardFolder
 from megadistill.rundir import RunDir
 
 LOOK_EVERY_S = 5.0
@@ -20,37 +23,61 @@ LOOK_EVERY_S = 5.0
 
 @dataclass(slots=True, kw_only=True)
 class ExportWatch:
-    """Starts the work for exports that were not there before; never raises for what they cause."""
+    """Starts the work for new exports and deletes old ones; never raises for what they cause."""
 
     run: RunDir
     work: WorkConfig | None
     final: Path
     """Where the last export goes."""
+    keep: int
+    """How many exports before the last are left."""
     _next: float = 0.0
     _children: "dict[Path, subprocess.Popen[bytes]]" = field(default_factory=dict)
     """Export -> the process that submits its work, or did."""
 
     def look(self, at_once: bool = False) -> None:
-        """Start work for new exports, not more often than every few seconds."""
-        if self.work is None or (time.monotonic() < self._next and not at_once):
+        """Start work for new exports and delete old ones, not more often than every few seconds."""
+        if time.monotonic() < self._next and not at_once:
             return
         self._next = time.monotonic() + LOOK_EVERY_S
         try:
-            for export in self.new_exports():
+            for export in self.new_exports() if self.work is not None else []:
                 self._children[export] = self.start(export)
+            self.delete_old()
         except OSError as error:  # the run goes on whatever becomes of its evaluation
             note(self.run, f"could not look after exports: {error}")
 
     def new_exports(self) -> list[Path]:
         """Whole exports whose work was not begun in this attempt, nor submitted in an earlier one."""
-        found = [*sorted((self.run.path / "exports").glob("step-*")), self.final]
         return [
             export
-            for export in found
+            for export in [*self.step_exports(), self.final]
             if export.is_dir()
             and export not in self._children
             and not (evaluation(self.run, export) / "jobs.json").exists()
         ]
+
+    def step_exports(self) -> list[Path]:
+        return sorted(self.run.exports.glob("step-*"))
+
+    def delete_old(self) -> None:
+        """Leave `keep` exports; of the others those go first whose work is done, then the oldest."""
+        working = {export: self.is_at_work(export) for export in self.step_exports()}
+        for export in sorted(working, key=lambda export: (working[export], export))[: -self.keep]:
+            if working[export]:
+                note(self.run, f"{export}: deleted before its work was done (keep_exports)")
+            delete(export)
+
+    def is_at_work(self, export: Path) -> bool:
+        """Whether work on an export is still to be submitted, waits for its turn, or is under way."""
+        if self.work is None:
+            return False
+        root = evaluation(self.run, export)
+        if not (root / "jobs.json").exists():
+            child = self._children.get(export)
+            return child is None or child.poll() is None
+        tries = self.work.tries
+        return any(ShardFolder(path).has_work(tries) for path in (root / "shards").iterdir())
 
     def start(self, export: Path) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "megadistill.launch.evaluation", str(self.run.path)]
@@ -80,7 +107,17 @@ def export_watch(run: RunDir) -> ExportWatch:
     final = run.export
     if checkpoint.export_dir is not None:
         final = Path(resolve_path(checkpoint.export_dir)).absolute()
-    return ExportWatch(run=run, work=checkpoint.on_export, final=final)
+    return ExportWatch(
+        run=run, work=checkpoint.on_export, final=final, keep=checkpoint.keep_exports
+    )
+
+
+def delete(export: Path) -> None:
+    """Under another name, so that nobody takes the rest of it for a whole one."""
+    doomed = export.with_name(f".{export.name}.deleted")
+    export.rename(doomed)
+    for left in export.parent.glob(".*.deleted"):  # also what an earlier attempt could not finish
+        shutil.rmtree(left)
 
 
 def evaluation(run: RunDir, export: Path) -> Path:

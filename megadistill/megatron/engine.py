@@ -29,7 +29,7 @@ from megadistill.megatron.scoring import (
     top_k_spans,
 )
 from megadistill.megatron.training import Student
-from megadistill.megatron.world import connect, disconnect, pick_device
+from megadistill.megatron.world import connect, disconnect, most_memory_gib, pick_device
 from megadistill.types import FloatArray, MicroBatch, Sample, StepResult, TokenSpan, TopK
 
 STUDENT = "student"
@@ -221,6 +221,11 @@ class Engine:
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier()
+
+    @_names_rank
+    def memory_gib(self) -> float:
+        """The most of all ranks: a GPU's peak since the last call, on a CPU the process's now."""
+        return most_memory_gib(self.world)
 
     def close(self) -> None:
         """Leave the other processes; every rank calls it."""

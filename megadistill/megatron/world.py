@@ -1,8 +1,10 @@
 """This process's place among all trainer processes: ranks, groups, device."""
 
 import os
+import resource
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -88,6 +90,19 @@ def disconnect(world: World) -> None:
     parallel_state.destroy_model_parallel()
     if world.opened_here:
         dist.destroy_process_group()
+
+
+def most_memory_gib(world: World) -> float:
+    """The largest memory of a rank: its GPU's peak since the last call, or what it has resident."""
+    if world.device.type == "cuda":
+        size = torch.cuda.max_memory_allocated(world.device)
+        torch.cuda.reset_peak_memory_stats(world.device)
+    else:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+        size = int(pages) * resource.getpagesize()
+    most = torch.tensor(size / 2**30, device=world.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return float(most)
 
 
 def pick_device(wanted: str, gpus_per_node: int) -> torch.device:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megadistill.config import RunConfig
+from megadistill.launch.board import ATTEMPTS
+from megadistill.launch.failures import FAILURES
 from megadistill.launch.layout import Layout, layout
 from megadistill.launch.node import gpus_per_node
 from megadistill.rundir import RunDir
@@ -20,6 +22,7 @@ from megadistill.rundir import RunDir
 SILENT_S = 120.0
 """Without a sign of life for as long, a node is shown as silent."""
 SQUEUE_TIMEOUT_S = 5
+LOST = "it was requeued, or its job was lost"
 
 State = Literal[
     "not started",
@@ -44,7 +47,7 @@ class Attempt:
     """`done`, `stopped`, `failed`, `under way`, or `interrupted`: it left no verdict."""
     reason: str
     step: int | None = None
-    """Steps the run had taken when it failed."""
+    """Steps the run had taken when it ended."""
     last_sign: float | None = None
     """When its last log was written to, seconds since the epoch."""
     detail: str = ""
@@ -65,30 +68,31 @@ class NodeSign:
 
 def read_attempts(run: RunDir) -> list[Attempt]:
     """Every attempt, oldest first."""
-    failures = {row["attempt"]: row for row in json_lines(run.path / "state" / "failures.jsonl")}
+    failures = {row["attempt"]: row for row in json_lines(run.path / "state" / FAILURES)}
+    kept = {row["attempt"]: row for row in json_lines(run.path / "state" / ATTEMPTS)}
     signs = _last_writes(run)
     latest = _latest_attempt(run)
     counted = _read(run.path / "state" / "attempts.json").get("attempts", 0)
     known = {*range(counted), *failures, *signs, *([] if latest is None else [latest])}
     attempts = []
     for number in sorted(known):
-        end = _end(run, number)
-        if end:
-            outcome, reason = end["status"], end["message"]
-        elif number in failures:
-            outcome, reason = "failed", failures[number]["error"]
+        end = _end(run, number) or kept.get(number, {})
+        if number in failures:  # also one that was requeued, whose verdict is then "stopped"
+            outcome, reason = "failed", end.get("message") or failures[number]["error"]
+        elif end:
+            outcome, reason = end["status"], end["message"] or LOST
         elif number == latest:
             outcome, reason = "under way", ""
         else:
-            outcome, reason = "interrupted", "stopped and requeued, or its job was lost"
+            outcome, reason = "interrupted", LOST
         attempts.append(
             Attempt(
                 number=number,
                 outcome=outcome,
                 reason=reason,
-                step=failures.get(number, {}).get("step"),
+                step=failures.get(number, end).get("step"),
                 last_sign=signs.get(number),
-                detail=((end or {}).get("failure") or {}).get("detail", ""),
+                detail=(end.get("failure") or {}).get("detail", ""),
             )
         )
     return attempts

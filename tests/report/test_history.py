@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megadistill.launch.board import begin_launch
+from megadistill.launch.place import local_place
 from megadistill.report import history
 from megadistill.report.history import last_error, read_attempts, read_nodes, run_state
 from megadistill.rundir import RunDir
@@ -85,6 +87,34 @@ def test_nodes_that_have_gone_quiet_are_silent(run: RunDir) -> None:
     (node,) = read_nodes(run, run.load_config())
     assert (node.host, node.state) == ("alpha", "silent")
     assert node.roles == "trainer 0, engine 0"
+
+
+def test_what_earlier_attempts_ended_by_is_kept_when_the_next_begins(run: RunDir) -> None:
+    place = local_place()
+    begin_launch(run, place)
+    run.write_progress({"step": 2, "steps": 4, "phase": "general", "done": False})
+    write_end(run, 0, {"status": "stopped", "message": "stopped at step 2", "failure": None})
+    begin_launch(run, place)
+    notice = {"beat": 3, "state": "running", "stop": "SIGTERM", "failure": None}
+    (run.path / "control/attempt-1/node-0.json").write_text(json.dumps(notice))
+    begin_launch(run, place)
+    begin_launch(run, place)
+    attempts = read_attempts(run)
+    assert [one.outcome for one in attempts] == [
+        "stopped", "interrupted", "interrupted", "under way",
+    ]  # fmt: skip
+    assert [one.reason for one in attempts] == ["stopped at step 2", "SIGTERM", history.LOST, ""]
+    assert [one.step for one in attempts] == [2, 2, 2, None]
+
+
+def test_an_attempt_that_failed_and_was_requeued_has_failed(run: RunDir) -> None:
+    past = {"attempt": 0, "step": 3, "error": "engine-# ended with exit code #"}
+    (run.path / "state" / "failures.jsonl").write_text(json.dumps(past) + "\n")
+    begin(run)
+    message = "engine-0 ended with exit code 3"
+    write_end(run, 0, {"status": "stopped", "message": message, "failure": None})
+    (attempt,) = read_attempts(run)
+    assert (attempt.outcome, attempt.reason, attempt.step) == ("failed", message, 3)
 
 
 def test_each_attempt_has_an_outcome_and_a_reason(run: RunDir) -> None:
