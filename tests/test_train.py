@@ -217,6 +217,7 @@ def test_metrics_begin_before_training_and_have_a_line_for_every_step(tmp_path: 
     for row in rows[1:]:
         assert row["entropy"] == 1.5
         assert row["clipped"] == float(row["grad_norm"] > 1)
+        assert row["memory/trainer_gib"] == 1.5
         assert {"time/step", "time/rollout", "time/score", "time/train", "time/publish"} <= set(row)
     assert {row["clipped"] for row in rows[1:]} == {0.0, 1.0}
 

@@ -307,6 +307,8 @@ class RunConfig:
         for name, heldout in self.evaluate.heldout.items():
             used.append((f"evaluate.heldout.{name}.pool", heldout.pool, self.data.pools))
             used.append((f"evaluate.heldout.{name}.teacher", heldout.teacher, self.teachers))
+        for name, answers in self.evaluate.answers.items():
+            used.append((f"evaluate.answers.{name}.pool", answers.pool, self.data.pools))
         return [
             f"{key}: found {name!r}, expected one of {sorted(known)}"
             for key, name, known in used
@@ -316,10 +318,8 @@ class RunConfig:
     def _layout_problems(self) -> list[str]:
         if not isinstance(self.algorithm, SftConfig) and self.rollout is None:
             return [f"rollout: missing, {self.algorithm.kind} needs one"]
-        for name, answers in self.evaluate.answers.items():
-            used.append((f"evaluate.answers.{name}.pool", answers.pool, self.data.pools))
         if self.rollout is None and self.evaluate.heldout:
             return ["evaluate.heldout: needs rollout engines to sample the teachers' answers"]
-        return []
         if isinstance(self.algorithm, SftConfig) and self.rollout and not self.evaluate.heldout:
             return ["rollout: found one, expected none for sft without evaluate.heldout"]
+        return []
