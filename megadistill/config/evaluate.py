@@ -12,7 +12,8 @@ from pydantic.dataclasses import dataclass
 from megadistill.config.cluster import ClusterConfig
 from megadistill.config.fields import STRICT, Fraction, NaturalInt, PositiveInt
 from megadistill.config.load import read_tree, validate
-from megadistill.config.refine import ModelConfig, Name
+from megadistill.config.refine import ModelConfig, Name, ServedConfig
+from megadistill.config.schema import DataConfig
 
 Temperature = Annotated[float, Field(ge=0)]
 
@@ -37,6 +38,32 @@ class BenchmarkConfig:
     """Cap on the tokens of one answer."""
     judge: str | None = None
     """Name in `models` of the model that judges or verifies."""
+    optional: bool = False
+    """Leave it out, with a message, where its file is missing."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SignalConfig:
+    """A cheap signal: one number for each held-out text, from the training engine, in nats a token.
+
+    Only of systems that the shards serve: those are directories that the engine can read.
+    """
+
+    kind: Literal["forward_kl", "reverse_kl", "nll"]
+    """KL(teacher || system) or KL(system || teacher) over the vocabulary; -log p of the text."""
+    pool: str
+    """Pool of `data` whose held-out prompts begin the texts."""
+    teacher: str | None = None
+    """Name in `systems` or `models` of the one that wrote the texts, and whom a KL compares with;
+    absent (`nll` only): the texts are the pool's own answers."""
+    prompts: PositiveInt = 64
+    """Most texts."""
+    max_tokens: PositiveInt = 128
+    """Cap on the tokens of a text; what is longer is cut."""
+
+    def __post_init__(self) -> None:
+        if self.teacher is None and self.kind != "nll":
+            raise ValueError(f"teacher: missing, {self.kind} needs one")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -67,6 +94,10 @@ class EvaluateConfig:
     """The models that answer, by the name they have in tables. `serve` runs vLLM in the shard;
     `extra_body.chat_template_kwargs.enable_thinking` sets their thinking mode."""
     benchmarks: dict[Name, BenchmarkConfig]
+    signals: dict[Name, SignalConfig] = field(default_factory=dict)
+    """Held-out divergences and likelihoods, columns of the same tables."""
+    data: DataConfig | None = None
+    """Pools of `signals`; as in the runs that are compared, so that what is held out is the same."""
     recorded: dict[Name, dict[Name, str]] = field(default_factory=dict)
     """System -> benchmark -> file of the benchmark's own evaluator: livebench (judgments),
     livecodebench_v5, livecodebench_v6 (*_eval_all.json)."""
@@ -91,12 +122,35 @@ class EvaluateConfig:
             for name in self.recorded
             if name not in self.systems
         ]
-        if not self.systems or not self.benchmarks:
+        if not self.systems or not (self.benchmarks or self.signals):
             problems.append("systems and benchmarks: expected at least one of each")
+        problems += self._signal_problems()
         if self.baseline is not None and self.baseline not in self.systems:
             problems.append(f"baseline: found {self.baseline!r}, expected one of `systems`")
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _signal_problems(self) -> list[str]:
+        pools = sorted(self.data.pools) if self.data else []
+        local = {
+            name
+            for name, model in {**self.models, **self.systems}.items()
+            if isinstance(model, ServedConfig)
+        }
+        problems = []
+        for name, signal in self.signals.items():
+            if signal.pool not in pools:
+                problems.append(
+                    f"signals.{name}.pool: found {signal.pool!r}, expected one of {pools}"
+                )
+            if signal.teacher is not None and signal.teacher not in local:
+                problems.append(
+                    f"signals.{name}.teacher: found {signal.teacher!r}, expected one of "
+                    f"{sorted(local)}"
+                )
+            if name in self.benchmarks:
+                problems.append(f"signals.{name}: a benchmark has the same name")
+        return problems
 
 
 _ADAPTER: TypeAdapter[EvaluateConfig] = TypeAdapter(EvaluateConfig)

@@ -16,7 +16,7 @@ from megadistill.evaluate import results, statistics
 from megadistill.evaluate.benchmarks import get_benchmark
 from megadistill.evaluate.rendering import RENDERERS
 from megadistill.evaluate.statistics import Interval
-from megadistill.evaluate.tables import Cell, Column, Table
+from megadistill.evaluate.tables import BLOCKS, Cell, Column, Table
 from megadistill.rundir import write_atomic
 
 SEED = 0
@@ -72,6 +72,7 @@ def make_table(systems: Mapping[str, Sequence[Path]], confidence: float) -> Tabl
     loaded = [SystemResults.load(name, places) for name, places in systems.items()]
     names = list(dict.fromkeys(name for system in loaded for name in system.summaries[0]))
     columns = [_column(name, loaded) for name in names]
+    in_points = {column.name: column.in_points for column in columns}
     cells: dict[tuple[str, str], Cell] = {}
     tests: list[tuple[tuple[str, str], float]] = []
     for name in names:
@@ -81,7 +82,7 @@ def make_table(systems: Mapping[str, Sequence[Path]], confidence: float) -> Tabl
             if scores is None:
                 continue
             place = (system.name, name)
-            cells[place] = Cell(interval=_interval(scores, confidence))
+            cells[place] = Cell(interval=_interval(scores, confidence, shares=in_points[name]))
             if baseline is not None and system is not loaded[0]:
                 tests.append((place, _p_value(name, scores, baseline)))
     for (place, _), p_value in zip(tests, statistics.holm([p for _, p in tests]), strict=True):
@@ -90,11 +91,11 @@ def make_table(systems: Mapping[str, Sequence[Path]], confidence: float) -> Tabl
             interval=cells[place].interval,
             p_value=p_value,
             significant=p_value < 1 - confidence,
-            better=cells[place].interval.value > reference,
+            better=(cells[place].interval.value > reference) == in_points[place[1]],
         )
     return Table(
         systems=[system.name for system in loaded],
-        columns=sorted(columns, key=lambda column: column.block != "general"),
+        columns=sorted(columns, key=lambda column: list(BLOCKS).index(column.block)),
         cells=cells,
         confidence=confidence,
     )
@@ -127,9 +128,11 @@ def _column(name: str, loaded: Sequence[SystemResults]) -> Column:
     )
 
 
-def _interval(scores: Sequence[results.Scores], confidence: float) -> Interval:
+def _interval(scores: Sequence[results.Scores], confidence: float, *, shares: bool) -> Interval:
     values_SI, weights_I = _stacked(scores)
-    return statistics.interval(values_SI, weights_I, seed=SEED, confidence=confidence)
+    return statistics.interval(
+        values_SI, weights_I, seed=SEED, confidence=confidence, shares=shares
+    )
 
 
 def _p_value(

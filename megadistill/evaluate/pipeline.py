@@ -16,13 +16,13 @@ from pydantic import TypeAdapter
 from megadistill.config import resolve_path
 from megadistill.config.evaluate import EvaluateConfig, dump_evaluate
 from megadistill.config.refine import ModelConfig, ServedConfig
-from megadistill.evaluate import compare, results
+from megadistill.evaluate import compare, results, signals
 from megadistill.evaluate.benchmarks import get_benchmark, recorded
 from megadistill.evaluate.protocol import Benchmark, Draw, benchmark_file
 from megadistill.evaluate.scoring import COLUMNS
 from megadistill.launch.fanout import FanoutResult, Limits, Shard, run_fanout
 from megadistill.launch.shards import fingerprint
-from megadistill.refine.blocks import read_blocks, write_rows
+from megadistill.refine.blocks import read_blocks, read_rows_of, write_rows
 from megadistill.refine.pipeline import identity
 from megadistill.refine.stages import Stage
 from megadistill.rundir import write_atomic
@@ -47,16 +47,31 @@ class Evaluation:
 
     def run(self) -> str:
         """Run what is not done, write the results, and return the table as Markdown."""
+        self.config = self.without_missing()
         files = self.check()
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(self.root / "config.yaml", dump_evaluate(self.config))
         answers = self.generate(files)
         scores = self.score(answers)
-        directories = self.write_results(scores)
+        measured = self.measure()
+        directories = self.write_results(scores, measured)
         baseline = self.config.baseline or next(iter(self.config.systems))
         order = sorted(directories, key=lambda name: name != baseline)
         chosen = {name: [directories[name]] for name in order}
         return compare.write_tables(chosen, self.root / "report", self.config.confidence)
+
+    def without_missing(self) -> EvaluateConfig:
+        """The configuration without the optional benchmarks whose files are not here."""
+        missing = {
+            name: file
+            for name, chosen in self.config.benchmarks.items()
+            if chosen.optional
+            and not (file := benchmark_file(self.benchmark(name), chosen.path)).is_file()
+        }
+        for name, file in missing.items():
+            log.warning("benchmarks.%s is left out: no file %s", name, file)
+        kept = {n: b for n, b in self.config.benchmarks.items() if n not in missing}
+        return replace(self.config, benchmarks=kept) if missing else self.config
 
     def check(self) -> dict[str, Path]:
         """Complain of benchmarks before any work; the files of all of them."""
@@ -129,7 +144,37 @@ class Evaluation:
         self.fan_out("score", list(shards.values()), gpus)
         return {pair: shard.key for pair, shard in shards.items()}
 
-    def write_results(self, scores: Mapping[tuple[str, str], str]) -> dict[str, Path]:
+    def measure(self) -> dict[tuple[str, str], Path]:
+        """(system, signal) -> the file of its rows."""
+        if not self.config.signals:
+            return {}
+        texts = {
+            name: self.shard(
+                "measuring:write_texts", signals.text_arguments(self.config, name), name
+            )
+            for name in self.config.signals
+        }
+        chosen = signals.measured_systems(self.config)
+        gpus = max(_gpus(model) for model in (*chosen.values(), *self.config.models.values()))
+        self.fan_out("texts", list({shard.key: shard for shard in texts.values()}.values()), gpus)
+        keys = {name: shard.key for name, shard in texts.items()}
+        shards = {
+            system: self.shard(
+                "measuring:measure", signals.measure_arguments(self.config, system, keys), system
+            )
+            for system in chosen
+        }
+        self.fan_out("measure", list(shards.values()), 1)
+        stage = Stage(self.root / "stages" / "measure")
+        return {
+            (system, name): stage.outputs("measure", [shard.key])[0] / f"{name}.parquet"
+            for system, shard in shards.items()
+            for name in self.config.signals
+        }
+
+    def write_results(
+        self, scores: Mapping[tuple[str, str], str], measured: Mapping[tuple[str, str], Path]
+    ) -> dict[str, Path]:
         """System -> the directory of its results."""
         stage = Stage(self.root / "stages" / "score")
         directories = {}
@@ -147,6 +192,13 @@ class Evaluation:
                 rows = recorded.read_recorded(name, Path(resolve_path(file)))
                 write_rows(directory / f"{name}.parquet", rows, COLUMNS)
                 summary[name] = self.described(name, Draw(), rows)
+            for name, signal in self.config.signals.items():
+                if (system, name) not in measured:
+                    continue
+                rows = read_rows_of(measured[system, name])
+                write_rows(directory / f"{name}.parquet", rows, COLUMNS)
+                title = {"title": signals.title_of(signal)}
+                summary[name] = self.described(signal.kind, Draw(), rows) | title
             text = json.dumps(summary, indent=1)
             write_atomic(directory / results.SUMMARY, text)
         return directories
@@ -156,7 +208,10 @@ class Evaluation:
         benchmark = get_benchmark(kind)
         found = results.summarise(rows, benchmark.groups)
         interval = results.interval_of(
-            found, seed=self.config.seed, confidence=self.config.confidence
+            found,
+            seed=self.config.seed,
+            confidence=self.config.confidence,
+            shares=benchmark.block != "heldout",
         )
         return {
             "benchmark": kind,
@@ -170,11 +225,11 @@ class Evaluation:
             "details": dict(found.details),
         }
 
-    def shard(self, entry: str, arguments: dict[str, Any], system: str, name: str) -> Shard:
+    def shard(self, entry: str, arguments: dict[str, Any], *label: str) -> Shard:
         return Shard(
             entry=f"megadistill.evaluate.{entry}",
             arguments={"format": FORMAT, **arguments},
-            label=f"{system} {name}",
+            label=" ".join(label),
         )
 
     def fan_out(self, name: str, shards: Sequence[Shard], gpus: int) -> None:

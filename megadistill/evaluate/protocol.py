@@ -11,7 +11,8 @@ from megadistill.refine.records import read_rows
 from megadistill.types import Message
 
 PACKAGED = "packaged"
-Block = Literal["general", "domain"]
+Block = Literal["general", "domain", "heldout"]
+"""`heldout`: nats per token, where less is better; the others are shares of what is right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

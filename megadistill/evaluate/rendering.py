@@ -5,7 +5,7 @@ import html
 import io
 from collections.abc import Callable, Mapping
 
-from megadistill.evaluate.tables import BLOCKS, Cell, Column, Table
+from megadistill.evaluate.tables import BLOCKS, Column, Table
 
 ABSENT = "–"  # noqa: RUF001 - a dash, as tables have it
 
@@ -15,15 +15,15 @@ def markdown(table: Table) -> str:
     header = ["system"]
     for block, columns in table.blocks:
         header += [f"{column.title} (n={column.num_items})" for column in columns]
-        header += [f"{BLOCKS[block]} average"]
+        header += _average_head(columns, f"{BLOCKS[block]} average")
     lines = [header, ["---"] * len(header)]
     for system in table.systems:
         line = [system]
         for _, columns in table.blocks:
             for column in columns:
-                text = _cell(table, system, column, "{value:.1f} [{low:.1f}, {high:.1f}] {mark}")
+                text = _cell(table, system, column, "{value} [{low}, {high}] {mark}")
                 line.append(f"**{text}**" if table.is_best(system, column) else text)
-            line.append(_average(table, system, columns))
+            line += _average(table, system, columns)
         lines.append(line)
     rows = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([*rows, "", table.note, ""])
@@ -40,7 +40,8 @@ def comma_separated(table: Table) -> str:
             cell = table.cells.get((system, column.name))
             if cell is None:
                 continue
-            found = [f"{100 * value:.4f}" for value in _bounds(cell)]
+            given = (cell.interval.value, cell.interval.low, cell.interval.high)
+            found = [f"{column.scale * value:.4f}" for value in given]
             p_value = "" if cell.p_value is None else f"{cell.p_value:.6g}"
             place = [system, column.block, column.name, column.num_items]
             writer.writerow([*place, *found, p_value, cell.mark])
@@ -49,22 +50,23 @@ def comma_separated(table: Table) -> str:
 
 def latex(table: Table) -> str:
     """A booktabs table."""
-    num_columns = sum(len(columns) + 1 for _, columns in table.blocks)
+    num_columns = sum(_width(columns) for _, columns in table.blocks)
     first, second = [""], ["System"]
     for block, columns in table.blocks:
-        first.append(rf"\multicolumn{{{len(columns) + 1}}}{{c}}{{{BLOCKS[block]}}}")
-        second += [*(_escape_latex(column.title) for column in columns), "Avg."]
+        first.append(rf"\multicolumn{{{_width(columns)}}}{{c}}{{{BLOCKS[block]}}}")
+        second += [_escape_latex(column.title) for column in columns]
+        second += _average_head(columns, "Avg.")
     lines = [r"\begin{tabular}{l" + "c" * num_columns + "}", r"\toprule"]
     lines += [" & ".join(first) + r" \\", " & ".join(second) + r" \\", r"\midrule"]
     for system in table.systems:
         line = [_escape_latex(system)]
         for _, columns in table.blocks:
             for column in columns:
-                form = r"{value:.1f}$^{{{mark}}}$ {{\scriptsize [{low:.1f}, {high:.1f}]}}"
+                form = r"{value}$^{{{mark}}}$ {{\scriptsize [{low}, {high}]}}"
                 text = _cell(table, system, column, form).replace("$^{}$", "")
                 best = table.is_best(system, column)
                 line.append(rf"\textbf{{{text}}}" if best else text)
-            line.append(_average(table, system, columns))
+            line += _average(table, system, columns)
         lines.append(" & ".join(line) + r" \\")
     note = "% " + table.note
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", note, ""]).replace(ABSENT, "--")
@@ -74,18 +76,18 @@ def hypertext(table: Table) -> str:
     """A page that needs nothing else."""
     first, second = "<th></th>", "<th>system</th>"
     for block, columns in table.blocks:
-        first += f'<th colspan="{len(columns) + 1}">{BLOCKS[block]}</th>'
-        second += "".join(f"<th>{html.escape(column.title)}</th>" for column in columns)
-        second += "<th>average</th>"
+        first += f'<th colspan="{_width(columns)}">{BLOCKS[block]}</th>'
+        heads = [column.title for column in columns] + _average_head(columns, "average")
+        second += "".join(f"<th>{html.escape(head)}</th>" for head in heads)
     rows = [f"<tr>{first}</tr>", f"<tr>{second}</tr>"]
     for system in table.systems:
         line = f"<th>{html.escape(system)}</th>"
         for _, columns in table.blocks:
             for column in columns:
-                form = "{value:.1f}<sup>{mark}</sup> <small>[{low:.1f}, {high:.1f}]</small>"
+                form = "{value}<sup>{mark}</sup> <small>[{low}, {high}]</small>"
                 kind = ' class="best"' if table.is_best(system, column) else ""
                 line += f"<td{kind}>{_cell(table, system, column, form)}</td>"
-            line += f"<td>{_average(table, system, columns)}</td>"
+            line += "".join(f"<td>{text}</td>" for text in _average(table, system, columns))
         rows.append(f"<tr>{line}</tr>")
     style = (
         "table{border-collapse:collapse;font-family:sans-serif}td,th{padding:.3em .8em;"
@@ -110,20 +112,28 @@ def _cell(table: Table, system: str, column: Column, form: str) -> str:
     cell = table.cells.get((system, column.name))
     if cell is None:
         return ABSENT
-    value, low, high = (100 * number for number in _bounds(cell))
+    value, low, high = (
+        column.shown(number)
+        for number in (cell.interval.value, cell.interval.low, cell.interval.high)
+    )
     return form.format(value=value, low=low, high=high, mark=cell.mark).strip()
 
 
-def _bounds(cell: Cell) -> tuple[float, float, float]:
-    return cell.interval.value, cell.interval.low, cell.interval.high
+def _average_head(columns: list[Column], text: str) -> list[str]:
+    """Divergences from different models have no average that means anything."""
+    return [text] if columns[0].in_points else []
 
 
-def _average(table: Table, system: str, columns: list[Column]) -> str:
+def _width(columns: list[Column]) -> int:
+    return len(columns) + len(_average_head(columns, ""))
+
+
+def _average(table: Table, system: str, columns: list[Column]) -> list[str]:
     found = table.average(system, columns)
-    return ABSENT if found is None else f"{100 * found:.1f}"
+    return _average_head(columns, ABSENT if found is None else columns[0].shown(found))
 
 
 def _escape_latex(text: str) -> str:
     for character in "&%$#_":
         text = text.replace(character, "\\" + character)
-    return text
+    return text.replace("‖", r"$\|$")

@@ -78,10 +78,14 @@ def load_scores(file: Path, groups: str) -> Scores:
     return summarise(read_rows_of(file), groups)
 
 
-def interval_of(scores: Scores, *, seed: int, confidence: float) -> Interval:
+def interval_of(scores: Scores, *, seed: int, confidence: float, shares: bool) -> Interval:
     """The score with its interval."""
     return statistics.interval(
-        scores.values_I[None], scores.weights_I, seed=seed, confidence=confidence
+        scores.values_I[None],
+        scores.weights_I,
+        seed=seed,
+        confidence=confidence,
+        shares=shares,
     )
 
 

@@ -87,9 +87,14 @@ def is_binary(values_SI: Array) -> bool:
     return len(values_SI) == 1 and bool(np.isin(values_SI, (0.0, 1.0)).all())
 
 
-def interval(values_SI: Array, weights_I: Array, *, seed: int, confidence: float) -> Interval:
-    """Wilson's where answers are right or wrong and count the same, else the bootstrap's."""
-    if is_binary(values_SI) and bool((weights_I == weights_I[0]).all()):
+def interval(
+    values_SI: Array, weights_I: Array, *, seed: int, confidence: float, shares: bool = True
+) -> Interval:
+    """Wilson's where answers are right or wrong and count the same, else the bootstrap's.
+
+    `shares`: whether 0 and 1 mean wrong and right; of a divergence they are numbers like others.
+    """
+    if shares and is_binary(values_SI) and bool((weights_I == weights_I[0]).all()):
         return wilson(int(values_SI.sum()), values_SI.shape[1], confidence)
     return bootstrap(values_SI, weights_I, seed=seed, confidence=confidence)
 

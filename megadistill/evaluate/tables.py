@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from megadistill.evaluate.protocol import Block
 from megadistill.evaluate.statistics import Interval
 
-BLOCKS: dict[Block, str] = {"general": "General", "domain": "Domain"}
+BLOCKS: dict[Block, str] = {
+    "general": "General",
+    "domain": "Domain",
+    "heldout": "Held out (nats per token, less is better)",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +21,20 @@ class Column:
     title: str
     block: Block
     num_items: int
+
+    @property
+    def in_points(self) -> bool:
+        """Whether it is a share of what is right, shown in percent; more is better."""
+        return self.block != "heldout"
+
+    @property
+    def scale(self) -> float:
+        """Shown is the score times this."""
+        return 100.0 if self.in_points else 1.0
+
+    def shown(self, value: float) -> str:
+        """A score as tables have it."""
+        return f"{value * self.scale:.1f}" if self.in_points else f"{value:.3f}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +81,15 @@ class Table:
             for name in self.systems
             if (name, column.name) in self.cells
         }
-        return len(values) > 1 and values.get(system) == max(values.values())
+        best = max if column.in_points else min
+        return len(values) > 1 and values.get(system) == best(values.values())
 
     @property
     def note(self) -> str:
         """What the marks mean."""
         level = 1 - self.confidence
+        nats = "" if all(column.in_points for column in self.columns) else ", KL and NLL in nats"
         return (
-            f"Scores in points with {self.confidence:.0%} intervals. + / - : better / worse than "
+            f"Scores in points{nats} with {self.confidence:.0%} intervals. + / - : better / worse than "
             f"{self.systems[0]} at {level:.2g} (paired tests on the same items, Holm over the table)."
         )

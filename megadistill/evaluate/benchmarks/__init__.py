@@ -17,6 +17,9 @@ BENCHMARKS = {
     "livebench": "recorded:LIVEBENCH",
     "livecodebench_v5": "recorded:LIVECODEBENCH_V5",
     "livecodebench_v6": "recorded:LIVECODEBENCH_V6",
+    "forward_kl": "signals:FORWARD_KL",
+    "reverse_kl": "signals:REVERSE_KL",
+    "nll": "signals:NLL",
 }
 """Name -> `module:NAME` of this package."""
 

@@ -8,7 +8,8 @@ from megadistill.evaluate.protocol import Benchmark, Draw, Item, Score, user
 
 LETTERS = "ABCDEFGHIJ"
 INSTRUCTION = "Reason step by step, then end with a line `Final answer: <letter>`."
-_FINAL = re.compile(r"(?i:Final answer:)\s*\**\(?([A-J])\b")
+_FINAL = re.compile(r"(?i:Final answer)\**:[\s*]*\(?([A-J])\b")
+"""As the protocol has it (ALGORITHMS 5.4), with stars also around the words or the colon."""
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?([A-J])")
 
 
