@@ -64,8 +64,8 @@ class Frame:
         return TOP + inside * (self.y_high - value) / (self.y_high - self.y_low)
 
 
-def draw_curves(title: str, series: Iterable[Series]) -> Chart | None:
-    """A chart of the curves that have points; None when none has."""
+def draw_curves(title: str, series: Iterable[Series], *, across: str = "step") -> Chart | None:
+    """A chart of the curves that have points; None when none has. `across` names x."""
     drawn = [
         Series(name=one.name, points=points, colour=one.colour % NUM_COLOURS)
         for one in series
@@ -77,7 +77,8 @@ def draw_curves(title: str, series: Iterable[Series]) -> Chart | None:
     lows = [point.y - point.error for point in points]
     highs = [point.y + point.error for point in points]
     frame = _frame([point.x for point in points], [*lows, *highs, 0.0])
-    body = [_axes(frame), *(_curve(one, frame) for one in drawn)]
+    axes = _axes(frame, whole=across == "step")
+    body = [axes, *(_curve(one, frame, across) for one in drawn)]
     legend = [(one.name, one.colour) for one in drawn]
     return Chart(title=title, legend=legend, svg=_svg(title, WIDTH, body))
 
@@ -145,7 +146,7 @@ def _frame(xs: Sequence[float], ys: Sequence[float]) -> Frame:
     )
 
 
-def _axes(frame: Frame, *, across: bool = True) -> Markup:
+def _axes(frame: Frame, *, across: bool = True, whole: bool = True) -> Markup:
     parts = []
     for value in ticks(frame.y_low, frame.y_high):
         y = frame.y(value)
@@ -153,12 +154,12 @@ def _axes(frame: Frame, *, across: bool = True) -> Markup:
         parts.append(_line(LEFT, y, frame.width - RIGHT, y, kind))
         parts.append(_text(LEFT - 6, y + 4, f"{value:.4g}", "end"))
     if across:
-        whole = (v for v in ticks(frame.x_low, frame.x_high, 8) if v == round(v))
-        parts += [_text(frame.x(v), HEIGHT - 12, f"{v:.0f}", "middle") for v in whole]
+        shown = (v for v in ticks(frame.x_low, frame.x_high, 8) if v == round(v) or not whole)
+        parts += [_text(frame.x(v), HEIGHT - 12, f"{v:.4g}", "middle") for v in shown]
     return Markup("").join(parts)
 
 
-def _curve(series: Series, frame: Frame) -> Markup:
+def _curve(series: Series, frame: Frame, across: str) -> Markup:
     path = " ".join(f"{frame.x(point.x):.1f},{frame.y(point.y):.1f}" for point in series.points)
     parts = [Markup('<polyline points="{}"/>').format(path)]
     dotted = len(series.points) <= MOST_DOTS
@@ -172,9 +173,9 @@ def _curve(series: Series, frame: Frame) -> Markup:
             error = f" ± {point.error:.4g}" if point.error else ""
             parts.append(
                 Markup(
-                    '<circle cx="{:.1f}" cy="{:.1f}" r="2.6"><title>{}, step {:g}: {:.5g}{}</title>'
+                    '<circle cx="{:.1f}" cy="{:.1f}" r="2.6"><title>{}, {} {:.5g}: {:.5g}{}</title>'
                     "</circle>"
-                ).format(x, y, series.name, point.x, point.y, error)
+                ).format(x, y, series.name, across, point.x, point.y, error)
             )
     return Markup('<g class="curve c{}">{}</g>').format(series.colour, Markup("").join(parts))
 

@@ -23,6 +23,8 @@ METRICS = (
 )
 """(metric, title); some are logged once a step, some under each branch's name."""
 
+LIKELIHOOD = "held-out answers: negative log-likelihood, nats per token"
+
 FIRST_BRANCHES = ("general", "domain")
 """These have the same colour in every picture."""
 
@@ -40,7 +42,14 @@ def run_charts(rows: Sequence[Row]) -> list[Chart]:
             for name in names
         ],
     )
-    charts = [held]
+    likelihood = draw_curves(
+        LIKELIHOOD,
+        [
+            Series(name=name, points=heldout_points(rows, name, "nll"), colour=colours[name])
+            for name in names
+        ],
+    )
+    charts = [held, likelihood]
     for key, title in METRICS:
         charts.append(draw_curves(title, _by_branch(rows, key, colours)))
     return [chart for chart in charts if chart is not None]
@@ -53,6 +62,13 @@ def compared_charts(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Chart]:
         draw_curves(
             f"held-out {name}: KL(student ‖ teacher), nats per token",
             _by_run(runs, partial(heldout_points, name=name)),
+        )
+        for name in heldout_names(every)
+    ]
+    charts += [
+        draw_curves(
+            f"{name}: {LIKELIHOOD}",
+            _by_run(runs, partial(heldout_points, name=name, quantity="nll")),
         )
         for name in heldout_names(every)
     ]
@@ -71,9 +87,9 @@ def phase_timeline(rows: Sequence[Row]) -> Chart | None:
     return draw_columns("seconds of each step", [*ACTIVITIES, "other"], timeline(plain))
 
 
-def heldout_points(rows: Sequence[Row], name: str) -> list[Point]:
-    """Held-out divergence to a teacher, with its standard error."""
-    key = f"heldout/{name}/reverse_kl"
+def heldout_points(rows: Sequence[Row], name: str, quantity: str = "reverse_kl") -> list[Point]:
+    """A held-out quantity by step, with its standard error."""
+    key = f"heldout/{name}/{quantity}"
     return [
         Point(x=row["step"], y=row[key], error=row.get(f"{key}_stderr", 0.0))
         for row in rows

@@ -14,13 +14,15 @@ from megadistill.rundir import RunDir
 QUANTITIES = {
     "reverse_kl": "student ‖ teacher",
     "forward_kl": "teacher ‖ student",
+    "nll": "reference answers",
 }
+"""Divergences to a teacher, and the negative log-likelihood of reference answers."""
 BRANCH_COLOURS = {"general": "#1f77b4", "domain": "#d62728"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
-    """One held-out divergence before the first step and after the last, in nats per token."""
+    """One held-out quantity before the first step and after the last, in nats per token."""
 
     name: str
     direction: str
@@ -37,7 +39,7 @@ class Effect:
 
 
 def effects(run: RunDir) -> list[Effect]:
-    """Every held-out divergence that was measured at the first and at the last measurement."""
+    """Every held-out quantity that was measured at the first and at the last measurement."""
     rows = measured_rows(run)
     if not rows:
         return []
@@ -58,8 +60,8 @@ def effects(run: RunDir) -> list[Effect]:
 
 
 def effect_table(run: RunDir) -> Table:
-    """Held-out divergences before the first step and after the last, with standard errors."""
-    table = Table(title=f"{escape(run.path.name)}: held-out KL, nats per token")
+    """Held-out quantities before the first step and after the last, with standard errors."""
+    table = Table(title=f"{escape(run.path.name)}: held out, nats per token")
     for heading in ("held out", "direction", "before", "after", "change"):
         table.add_column(
             heading, justify="left" if heading in ("held out", "direction") else "right"
@@ -109,6 +111,8 @@ def _draw_heldout(axis: Any, rows: Sequence[dict[str, Any]]) -> None:  # matplot
     steps = [row["step"] for row in rows]
     for name in heldout_names(rows):
         key = f"heldout/{name}/reverse_kl"
+        if key not in rows[0]:
+            continue
         values = [row[key] for row in rows]
         errors = [row[f"{key}_stderr"] for row in rows]
         colour = BRANCH_COLOURS.get(name)

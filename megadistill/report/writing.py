@@ -8,6 +8,7 @@ from rich.console import Console
 from megadistill.report.compare import write_comparison
 from megadistill.report.effect import effect_picture, effect_table
 from megadistill.report.page import write_page
+from megadistill.report.tradeoff import trade_table
 from megadistill.rundir import RunDir
 
 
@@ -19,6 +20,9 @@ def write_report(runs: Sequence[RunDir], picture: str | None, page: str | None) 
         run.report.mkdir(mode=0o700, exist_ok=True)
         console.print(effect_table(run))
     if len(runs) > 1:
+        table = trade_table(runs)
+        if table.row_count:
+            console.print(table)
         written = write_comparison(runs, Path(page or first.report / "comparison.html"))
     else:
         drawn = effect_picture(first, Path(picture or first.report / "effect.png"))

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from megadistill.report.charts import Point, Series, draw_columns, draw_curves, ticks
-from megadistill.report.compare import outcomes, spread, unique_names, write_comparison
+from megadistill.report.compare import outcomes, write_comparison
 from megadistill.report.ledger import allocated_gpus, cost_ledger
+from megadistill.report.spread import Spread, spread, unique_names
 from megadistill.rundir import WHOLE, RunDir
 from tests.report.runs import make_run, measured, step_row, write_rollouts, write_rows
 from tests.tiny import camopd_tree, make_config
@@ -109,19 +110,21 @@ def seeds(tmp_path: Path) -> list[RunDir]:
 def test_runs_that_differ_in_their_seed_are_one_group(tmp_path: Path) -> None:
     reverse = [one for one in outcomes(seeds(tmp_path)) if one.direction == "student ‖ teacher"]
     assert [(one.group, one.num_runs, one.after.text) for one in reverse] == [
-        ("run0, run1", 2, "0.3000 ± 0.1000"),
+        ("run0, run1", 2, "0.3000 ± 1.2706"),
         ("run2", 1, "0.7000"),
     ]
     assert reverse[0].change.mean == pytest.approx(-0.5)
 
 
-def test_the_standard_error_is_that_of_the_mean() -> None:
-    assert spread([1.0, 2.0, 3.0]).error == pytest.approx(1 / 3**0.5)
+def test_the_interval_is_students_of_the_mean() -> None:
+    # The 97.5 % quantile of Student's t with two degrees of freedom is 4.302653.
+    assert spread([1.0, 2.0, 3.0]).error == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    assert spread([2.0]) == Spread(mean=2.0, error=None)
 
 
 def test_the_comparison_shows_every_run(tmp_path: Path) -> None:
     page = write_comparison(seeds(tmp_path), tmp_path / "page.html").read_text()
-    for text in ("3 runs", "run0, run1", "0.3000 ± 0.1000", "<svg", "default-src 'none'"):
+    for text in ("3 runs", "run0, run1", "0.3000 ± 1.2706", "<svg", "default-src 'none'"):
         assert text in page
     assert "http://" not in page
     assert "https://" not in page

@@ -1,0 +1,161 @@
+"""Forgetting at equal gain: likelihood of held-out answers against divergence from the start.
+
+Runs of different recipes gain at different speeds, so their last steps do not compare. Each is
+therefore also read off where it had first gained as much as every run gained in the end.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
+
+from rich.table import Table
+
+from megadistill.report.charts import Chart, Point, Series, draw_curves
+from megadistill.report.effect import measured_rows
+from megadistill.report.spread import Spread, grouped, seed_of, spread, unique_names
+from megadistill.rundir import RunDir
+
+Path = list[tuple[float, float]]
+"""(gain, cost) at each measurement, from (0, cost at the start)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trade:
+    """What a group of runs gained on some answers, and what it forgot on some texts."""
+
+    group: str
+    num_runs: int
+    likelihood: str
+    """Name of the held-out answers."""
+    divergence: str
+    """Name of the held-out texts."""
+    gain: Spread
+    """Fall of the negative log-likelihood from the first measurement to the last."""
+    cost: Spread
+    """KL(teacher || student) at the last."""
+    level: float | None
+    """The largest gain that every run reached; None if one gained nothing."""
+    cost_at_level: Spread | None
+    difference: Spread | None
+    """Of `cost_at_level` to the first group's, over the seeds that both have."""
+
+
+def trades(runs: Sequence[RunDir]) -> list[Trade]:
+    """Every group's trade, for each pair of held-out answers and held-out texts."""
+    groups = grouped(runs)
+    found: list[Trade] = []
+    for likelihood, divergence in _pairs(runs):
+        paths = {
+            name: {seed_of(run): path_of(run, likelihood, divergence) for run in members}
+            for name, members in groups.items()
+        }
+        every = [path for members in paths.values() for path in members.values()]
+        level = min(max(gain for gain, _ in path) for path in every)
+        level_or_none = level if level > 0 else None
+        first: Mapping[int, float] | None = None
+        for name, members in paths.items():
+            at = {
+                seed: cost_at(path, level)
+                for seed, path in members.items()
+                if level_or_none is not None
+            }
+            found.append(
+                Trade(
+                    group=name,
+                    num_runs=len(members),
+                    likelihood=likelihood,
+                    divergence=divergence,
+                    gain=spread([path[-1][0] for path in members.values()]),
+                    cost=spread([path[-1][1] for path in members.values()]),
+                    level=level_or_none,
+                    cost_at_level=spread(list(at.values())) if at else None,
+                    difference=_difference(at, first) if first else None,
+                )
+            )
+            first = first or at
+    return found
+
+
+def trade_table(runs: Sequence[RunDir]) -> Table:
+    """The trades for a terminal."""
+    table = Table(title="gain on held-out answers, and KL to the start on held-out texts")
+    for heading in (
+        "runs",
+        "gained on",
+        "gain",
+        "forgotten on",
+        "KL",
+        "at gain",
+        "KL there",
+        "less",
+    ):
+        table.add_column(heading)
+    for one in trades(runs):
+        table.add_row(
+            *(one.group, one.likelihood, one.gain.text, one.divergence, one.cost.text),
+            "-" if one.level is None else f"{one.level:.4f}",
+            *(
+                "-" if found is None else found.text
+                for found in (one.cost_at_level, one.difference)
+            ),
+        )
+    return table
+
+
+def trade_charts(runs: Sequence[RunDir]) -> list[Chart]:
+    """The ways of all runs over gain and cost, coloured by group."""
+    colours = {
+        run.path: index for index, members in enumerate(grouped(runs).values()) for run in members
+    }
+    charts = []
+    for likelihood, divergence in _pairs(runs):
+        series = [
+            Series(
+                name=name,
+                points=[Point(x=x, y=y) for x, y in path_of(run, likelihood, divergence)],
+                colour=colours[run.path],
+            )
+            for name, run in zip(unique_names(runs), runs, strict=True)
+        ]
+        title = f"KL to the {divergence} teacher by gain on {likelihood} answers, nats per token"
+        charts.append(draw_curves(title, series, across="gain"))
+    return [chart for chart in charts if chart is not None]
+
+
+def path_of(run: RunDir, likelihood: str, divergence: str) -> Path:
+    """A run's gain and cost at each of its measurements."""
+    keys = f"heldout/{likelihood}/nll", f"heldout/{divergence}/forward_kl"
+    rows = [row for row in measured_rows(run) if all(key in row for key in keys)]
+    return [(rows[0][keys[0]] - row[keys[0]], row[keys[1]]) for row in rows]
+
+
+def cost_at(path: Path, level: float) -> float:
+    """The cost where the gain first reaches `level`, linear between measurements."""
+    for (gain, cost), (next_gain, next_cost) in pairwise(path):
+        if next_gain >= level:
+            return cost + (next_cost - cost) * (level - gain) / (next_gain - gain)
+    raise AssertionError("no run is read beyond its gain")
+
+
+def _difference(at: Mapping[int, float], first: Mapping[int, float]) -> Spread | None:
+    shared = [value - first[seed] for seed, value in at.items() if seed in first]
+    return spread(shared) if shared else None
+
+
+def _pairs(runs: Sequence[RunDir]) -> Iterable[tuple[str, str]]:
+    """(answers, texts) that every run has measured."""
+    measured = [_measured(run) for run in runs]
+    answers, texts = (set.intersection(*kind) for kind in zip(*measured, strict=True))
+    return product(sorted(answers), sorted(texts))
+
+
+def _measured(run: RunDir) -> tuple[set[str], set[str]]:
+    """Names of the answers and of the texts in a run's first measurement."""
+    rows: Sequence[Mapping[str, Any]] = measured_rows(run)  # metrics: any JSON
+    keys = [key.split("/") for key in (rows[0] if rows else {}) if key.startswith("heldout/")]
+    found = {
+        quantity: {parts[1] for parts in keys if parts[2] == quantity}
+        for quantity in ("nll", "forward_kl")
+    }
+    return found["nll"], found["forward_kl"]
