@@ -248,10 +248,17 @@ def prepare_model(arguments: argparse.Namespace) -> int:
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """Hugging Face to Megatron's distributed checkpoint, or back, in bounded memory."""
+    """Hugging Face to Megatron's distributed checkpoint, or back, in bounded memory; or FAPM: the part
+    of a tuned model's changes of --model that is least to blame for forgetting."""
     from megadistill.convert.conversion import hf_to_megatron, megatron_to_hf
+    from megadistill.convert.pruning import prune_change
 
     source, target, size = arguments.source, arguments.target, arguments.max_file_gb * 1e9
+    if arguments.to == "fapm":
+        if arguments.model is None:
+            raise ValueError("convert fapm: --model is missing, the model before its tuning")
+        print(prune_change(source, arguments.model, target, arguments.keep))
+        return 0
     if arguments.to == "megatron":
         print(hf_to_megatron(source, target, max_file_bytes=size))
     else:
@@ -344,10 +351,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:
-    command.add_argument("to", choices=("megatron", "hf"), help="format of TARGET")
+    command.add_argument("to", choices=("megatron", "hf", "fapm"), help="what TARGET becomes")
     command.add_argument("source", help="Hugging Face directory, or Megatron checkpoint")
     command.add_argument("target", help="directory to write; must not exist")
-    command.add_argument("--model", help="to hf: model to take configuration and tokenizer from")
+    command.add_argument(
+        "--model", help="to hf: has configuration and tokenizer; to fapm: the model before tuning"
+    )
+    command.add_argument("--keep", type=float, default=0.1, help="to fapm: share of changes (0.1)")
     command.add_argument("--max-file-gb", type=float, default=5, help="size of one file, in GB")
 
 

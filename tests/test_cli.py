@@ -20,6 +20,7 @@ VERBS = (
     ["submit"],
     ["campaign"],
     ["refine"],
+    ["eval"],
     ["doctor"],
     ["shard"],
     ["config"],
@@ -211,4 +212,4 @@ def test_report_writes_the_picture_where_it_is_told(
     assert (run.report / "effect.png").exists()
     assert run_cli("report", str(run.path), "--picture", str(tmp_path / "mine.png")) == 0
     assert (tmp_path / "mine.png").exists()
-    assert "held-out KL" in capsys.readouterr().out
+    assert "held out, nats per token" in capsys.readouterr().out
