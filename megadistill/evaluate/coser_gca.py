@@ -22,6 +22,7 @@ ROUNDS = 20
 FIRST_END = 5
 """Round index from which the end may be called."""
 SEED = 42
+_NEXT = re.compile(r"next\s+speaker\W*(?:is\b)?\W*([^\n*]+)", re.IGNORECASE)
 _THOUGHT = re.compile(r"\[[^\[\]]*\]")
 _JSON = re.compile(r"\[.*\]|\{.*\}", re.DOTALL)
 
@@ -54,22 +55,29 @@ async def simulate(
     speaker = speakers[0]
     for index in range(ROUNDS):
         scene.append(Line(speaker=speaker, text=await speak(speaker, scene)))
-        reply = await predict(scene)
-        if END in reply and index >= FIRST_END:
+        name = named(await predict(scene))
+        if name == END and index >= FIRST_END:
             break
-        speaker = next_speaker(reply, speaker, speakers, major, chooser)
+        speaker = next_speaker(name, speaker, speakers, major, chooser)
     return scene
 
 
+def named(reply: str) -> str:
+    """Whom the predictor names last: after `Next speaker`, else all that it says."""
+    if END.strip("<>") in reply.strip().rpartition("\n")[2]:
+        return END
+    found = _NEXT.findall(reply)
+    return (found[-1] if found else reply.partition(":")[0]).strip().strip(".,!\"'*")
+
+
 def next_speaker(
-    reply: str,
+    name: str,
     last: str,
     speakers: Sequence[str],
     major: Sequence[str],
     chooser: random.Random,
 ) -> str:
-    """The predicted name; for none, an unknown one or the last one again, somebody at random."""
-    name = reply.strip().strip("\"'.:*").removeprefix("Next speaker:").strip()
+    """The predicted name; for an unknown one or the last one again, somebody at random."""
     if name in (*speakers, ENVIRONMENT) and name != last:
         return name
     others = [other for other in dict.fromkeys((*major, ENVIRONMENT)) if other != last]

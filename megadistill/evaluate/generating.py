@@ -1,11 +1,10 @@
 """Answers of one system to one share of a benchmark: through vLLM in the shard, or an endpoint."""
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,66 +14,32 @@ from pydantic import TypeAdapter
 from megadistill.config.refine import EndpointConfig, ModelConfig, ServedConfig
 from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import render_ids
-from megadistill.evaluate.benchmarks import read_items
+from megadistill.evaluate.benchmarks import get_benchmark, read_items
+from megadistill.evaluate.playing import play_all
 from megadistill.evaluate.protocol import Draw, Item
+from megadistill.evaluate.questions import COLUMNS, Questions, gather_bounded
 from megadistill.refine.blocks import Blocks
 from megadistill.refine.endpoints import Asked, ChatModel, RecordError, Usage, open_endpoint
 from megadistill.refine.prompts import load_tokenizer
 from megadistill.refine.serving import served
 from megadistill.refine.stages import Stage, part_of
 from megadistill.rollout.batch import BatchRequest, BatchSettings, Sampling, start_batch_engine
-from megadistill.rollout.seeds import seed_for
 
 log = logging.getLogger(__name__)
 
-COLUMNS = {
-    "item": "string",
-    "sample": "int64",
-    "messages": "string",
-    "written": "string",
-    "num_tokens": "int64",
-    "finish_reason": "string",
-}
-"""`finish_reason` is stop, length, or why there is no answer."""
 _MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 _DRAW: TypeAdapter[Draw] = TypeAdapter(Draw)
 Add = Callable[[int, Mapping[str, Any]], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Questions:
-    """The share of a shard: position -> item and number of the sample."""
-
-    items: Sequence[Item]
-    draw: Draw
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.items) * self.draw.samples
-
-    def at(self, position: int) -> tuple[Item, int]:
-        return self.items[position // self.draw.samples], position % self.draw.samples
-
-    def seed_at(self, position: int) -> int:
-        item, sample = self.at(position)
-        return seed_for(self.seed, sample, item.id)
-
-    def row(self, position: int, **written: Any) -> dict[str, Any]:
-        item, sample = self.at(position)
-        messages = json.dumps(item.messages, ensure_ascii=False)
-        return {"item": item.id, "sample": sample, "messages": messages, **written}
 
 
 def generate(directory: Path, arguments: Mapping[str, Any]) -> None:
     """The shard: answers what its directory lacks. See `pipeline` for the arguments."""
     stage = Stage.of(directory)
     runtime = stage.runtime
+    settings = runtime["benchmarks"][arguments["benchmark"]]
+    benchmark = get_benchmark(settings["kind"])
     questions = Questions(
-        part_of(
-            read_share(runtime["benchmarks"][arguments["benchmark"]]),
-            arguments["part"],
-            arguments["of"],
-        ),
+        part_of(read_share(settings), arguments["part"], arguments["of"]),
         _DRAW.validate_python(arguments["draw"]),
         arguments["seed"],
     )
@@ -84,7 +49,10 @@ def generate(directory: Path, arguments: Mapping[str, Any]) -> None:
         return
     model = _MODEL.validate_python(runtime["systems"][arguments["system"]])
     begun = time.monotonic()
-    if isinstance(model, EndpointConfig):
+    if benchmark.play is not None:
+        names = (arguments["system"], settings["judge"])
+        play_all(benchmark.play, runtime, names, questions, blocks, directory)
+    elif isinstance(model, EndpointConfig):
         chat = open_endpoint(arguments["system"], _with_sampling(model, questions.draw))
         asyncio.run(ask_all(chat, questions, positions, blocks.add))
     elif needs_server(questions.draw):
@@ -188,19 +156,6 @@ async def ask_all(
 
     await gather_bounded([partial(ask, position) for position in positions])
     log.info("generating: %s", usage)
-
-
-async def gather_bounded(calls: Sequence[Callable[[], Any]], most: int = 1024) -> None:
-    """Run coroutines, `most` of them alive at a time; the first problem ends all."""
-    waiting = iter(calls)
-
-    async def work() -> None:
-        for call in waiting:
-            await call()
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(most, len(calls))):
-            group.create_task(work())
 
 
 def _with_sampling(model: Any, draw: Draw) -> Any:  # either kind of model

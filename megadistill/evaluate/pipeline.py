@@ -106,6 +106,7 @@ class Evaluation:
     def generate(self, files: Mapping[str, Path]) -> dict[tuple[str, str], list[str]]:
         """(system, benchmark) -> keys of the shards with the answers."""
         shards: dict[tuple[str, str], list[Shard]] = {}
+        gpus = max(_gpus(model) for model in self.config.systems.values())
         for system, model in self.config.systems.items():
             for name, chosen in self.config.benchmarks.items():
                 common = {
@@ -118,11 +119,15 @@ class Evaluation:
                     "seed": self.config.seed,
                     "of": self.config.shards.count,
                 }
+                if self.benchmark(name).play is not None:
+                    assert chosen.judge is not None
+                    director = self.config.models[chosen.judge]
+                    common["director"] = identity(director)
+                    gpus = max(gpus, _gpus(model) + _gpus(director))
                 shards[system, name] = [
                     self.shard("generating:generate", {**common, "part": part}, system, name)
                     for part in range(self.config.shards.count)
                 ]
-        gpus = max(_gpus(model) for model in self.config.systems.values())
         self.fan_out("generate", [shard for group in shards.values() for shard in group], gpus)
         return {pair: [shard.key for shard in group] for pair, group in shards.items()}
 

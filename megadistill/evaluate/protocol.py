@@ -1,7 +1,8 @@
 """What a benchmark is: items, how answers are drawn, what an answer is worth."""
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +67,12 @@ class Ask:
     max_tokens: int = 1024
 
 
+Chat = Callable[[Ask, int], Awaitable[str]]
+"""A model: (question, seed) -> its answer."""
+Play = Callable[[Item, Chat, Chat], Awaitable[str]]
+"""(item, the system, the judge) -> what was played, as it shall be scored."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
     """A score that another model has a say in."""
@@ -90,6 +97,8 @@ class Benchmark:
     `ValueError` or `KeyError` when it is wrong."""
     score: Callable[[Item, str], Score] | None = None
     judged: Judged | None = None
+    play: Play | None = None
+    """How an answer comes about where it takes several turns and the judge's part in them."""
     packaged: str | None = None
     """Place of the file in a Python package; `path: packaged` means this one."""
     hint: str = ""
@@ -120,7 +129,7 @@ def read_benchmark(benchmark: Benchmark, file: Path) -> Iterator[Item]:
     if not file.is_file():
         raise ValueError(f"{file}: no such file. {benchmark.title}: {benchmark.hint}")
     seen: dict[str, int] = {}
-    for number, row in enumerate(read_rows(file), start=1):
+    for number, row in enumerate(_rows(file), start=1):
         if not isinstance(row, Mapping):
             raise ValueError(f"{file}: row {number} is not a JSON object")
         try:
@@ -137,6 +146,18 @@ def read_benchmark(benchmark: Benchmark, file: Path) -> Iterator[Item]:
             raise ValueError(f"{file}: row {number} has the id {item.id!r} of row {seen[item.id]}")
         seen[item.id] = number
         yield item
+
+
+def _rows(file: Path) -> Iterator[Any]:  # whatever JSON a row holds
+    """The rows of a file; a .json file may be one list of them."""
+    if file.suffix == ".json":
+        try:
+            rows = json.loads(file.read_bytes())
+        except ValueError:  # one object a line, or no JSON at all
+            rows = None
+        if isinstance(rows, list):
+            return iter(rows)
+    return read_rows(file)
 
 
 def user(text: str) -> tuple[Message, ...]:

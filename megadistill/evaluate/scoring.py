@@ -13,8 +13,9 @@ from pydantic import TypeAdapter
 
 from megadistill.config.refine import EndpointConfig, ModelConfig
 from megadistill.evaluate.benchmarks import get_benchmark
-from megadistill.evaluate.generating import gather_bounded, read_share
+from megadistill.evaluate.generating import read_share
 from megadistill.evaluate.protocol import Ask, Benchmark, Item, Judged, Score
+from megadistill.evaluate.questions import gather_bounded
 from megadistill.refine.blocks import Blocks, read_blocks
 from megadistill.refine.checking import without_thinking
 from megadistill.refine.endpoints import Asked, ChatModel, RecordError, Usage, open_endpoint

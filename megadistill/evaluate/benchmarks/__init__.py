@@ -9,6 +9,7 @@ BENCHMARKS = {
     "ifeval": "ifeval:IFEVAL",
     "medqa": "medical:MEDQA",
     "medxpertqa": "medical:MEDXPERTQA",
+    "coser": "coser:COSER",
     "gpqa_diamond": "verified:GPQA_DIAMOND",
     "hmmt25": "verified:HMMT25",
     "zebralogic": "zebralogic:ZEBRALOGIC",

@@ -1,0 +1,209 @@
+"""CoSER: scenes of novels played by the system, with another model as world and director, then judged.
+
+The order of turns and the arithmetic are `coser_gca`'s, as published; the prompts are in our words,
+so scores compare with each other under one judge, and not with published ones.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megadistill.evaluate import coser_gca
+from megadistill.evaluate.coser_gca import DIMENSIONS, ENVIRONMENT, Line
+from megadistill.evaluate.protocol import Ask, Benchmark, Chat, Draw, Item, Judged, Score
+from megadistill.refine.checking import without_thinking
+from megadistill.refine.templates import Template, load_template
+from megadistill.types import Message
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+FIELDS = {
+    "actor": ("name", "book", "profile", "scenario", "others", "motivation"),
+    "environment": ("book", "major", "scenario"),
+    "next": ("names", "scenario"),
+    "judge": (
+        *("book", "dimension", "question", "plot", "scenario", "profiles"),
+        *("original", "major", "flaws", "simulated"),
+    ),
+}
+TRIES = 5
+"""How often somebody is asked for a line until there is one, from the second time at temperature 1."""
+QUESTIONS = {
+    "Storyline Consistency": "Do story and reactions go the way of the original conversation?",
+    "Anthropomorphism": "Do the characters behave like people?",
+    "Character Fidelity": "Are the characters those of their profiles?",
+    "Storyline Quality": "Is the conversation a good and coherent piece of story?",
+}
+FLAWS = {
+    "Storyline Consistency": (
+        "- reactions (feelings, attitudes, deeds) that depart from the original conversation's"
+    ),
+    "Anthropomorphism": (
+        "- self-identity: no goals, decisions or tastes of one's own; an assistant's helpfulness, "
+        "lectures or compliance where the character has none\n"
+        "- emotional depth: flat reactions; every feeling spelt out instead of shown\n"
+        "- coherence: traits or moods that change without a cause\n"
+        "- social interaction: no sense of what others think and feel; reactions by rote"
+    ),
+    "Character Fidelity": (
+        "- language: words or a tone that do not fit the character's origin and traits\n"
+        "- knowledge: what the character should know is missing, or known too early\n"
+        "- personality: feelings, values, beliefs or decisions against the profile or the original\n"
+        "- relations: manners that do not fit the others' rank or the ties between them"
+    ),
+    "Storyline Quality": (
+        "- flow: no development, unnatural turns, verbosity, repetition of what was said (the more "
+        "of it, the more severe)\n"
+        "- logic: statements that contradict each other"
+    ),
+}
+
+
+def to_item(row: Mapping[str, Any]) -> Item:
+    """A conversation of CoSER's test_set.json."""
+    plot, speakers = row["plot"], list(row["speaking_characters_w_env"])
+    if not speakers or not row["dialogues"]:
+        raise ValueError("has no speakers or no dialogue")
+    scene = {
+        "book": row["book"],
+        "plot": plot["summary"],
+        "scenario": row["scenario"],
+        "speakers": speakers if ENVIRONMENT in speakers else [*speakers, ENVIRONMENT],
+        "major": [name for name in row["major_characters"] if name != ENVIRONMENT],
+        "profiles": profiles(row),
+        "motivations": {who["name"]: who.get("motivation", "") for who in row["key_characters"]},
+        "original": [[line["character"], line["message"]] for line in row["dialogues"]],
+    }
+    name = f"{row['book']}-{plot['i_p']}-{row['i_c']}"
+    return Item(id=name, messages=opening("next", scene), text=row["scenario"], reference=scene)
+
+
+def profiles(row: Mapping[str, Any]) -> dict[str, str]:
+    """Of each speaker: its part in the plot, then its profile."""
+    in_plot = {who["name"]: who.get("description", "") for who in row["plot"]["key_characters"]}
+    found = {}
+    for name in row["speaking_characters_w_env"]:
+        parts = (in_plot.get(name, ""), row["character_profiles"].get(name, ""))
+        text = "\n\n".join(part.strip() for part in parts if part and part.strip())
+        if text and name != ENVIRONMENT:
+            found[name] = text
+    return found
+
+
+def opening(role: str, scene: Mapping[str, Any], name: str = "") -> tuple[Message, ...]:
+    """What a participant reads before the first line; `role` names a template."""
+    others = [f"{who}: {text}" for who, text in scene["profiles"].items() if who != name]
+    values = {
+        "name": name,
+        "book": scene["book"],
+        "scenario": scene["scenario"],
+        "profile": scene["profiles"].get(name, "-"),
+        "others": "\n\n".join(others) or "-",
+        "motivation": scene["motivations"].get(name) or "-",
+        "names": ", ".join(scene["speakers"]),
+        "major": ", ".join(scene["major"]),
+    }
+    return tuple(_template(role).fill(values))
+
+
+def seen_by(name: str, start: Sequence[Message], scene: Sequence[Line]) -> tuple[Message, ...]:
+    """The scene as a chat of `name`: own lines as they were, those of others without thoughts."""
+    chat = [dict(message) for message in start]
+    for line in scene:
+        own = line.speaker == name
+        role, text = ("assistant", line.text) if own else ("user", f"{line.speaker}: {line.heard}")
+        if chat[-1]["role"] == role:
+            chat[-1]["content"] += f"\n\n{text}"
+        else:
+            chat.append({"role": role, "content": text})
+    return tuple(chat)
+
+
+async def play(item: Item, actor: Chat, director: Chat) -> str:
+    """One scene as JSON: [speaker, text] of every turn."""
+    scene = item.reference
+    director_start = opening("next", scene)
+
+    async def speak(name: str, lines: Sequence[Line]) -> str:
+        if name == ENVIRONMENT:
+            chat = seen_by(name, opening("environment", scene), lines)
+            return await _line(director, chat)
+        return await _line(actor, seen_by(name, opening("actor", scene, name), lines))
+
+    async def predict(lines: Sequence[Line]) -> str:
+        return await _line(director, seen_by("", director_start, lines))
+
+    lines = await coser_gca.simulate(scene["speakers"], scene["major"], speak, predict)
+    return json.dumps([[line.speaker, line.text] for line in lines], ensure_ascii=False)
+
+
+async def _line(model: Chat, chat: tuple[Message, ...]) -> str:
+    """What somebody says; nothing when every try came to nothing."""
+    for number in range(TRIES):
+        temperature = 0.0 if number == 0 else 1.0
+        ask = Ask(messages=chat, temperature=temperature, max_tokens=512)
+        if text := without_thinking(await model(ask, number)):
+            return text
+    return ""
+
+
+def asks(item: Item, answer: str) -> Sequence[Ask]:
+    """One question a dimension; none where no scene was played."""
+    if not answer:
+        return []
+    return [_question(item, dimension, lines_of(answer)) for dimension in DIMENSIONS]
+
+
+def settle(item: Item, answer: str, replies: Sequence[str]) -> Score:
+    """The mean of the four dimensions; a scene with an unreadable verdict weighs nothing."""
+    if not answer:
+        return Score(value=0.0, details={"no_scene": 1.0})
+    lines = lines_of(answer)
+    scores = coser_gca.scene_scores(lines, dict(zip(DIMENSIONS, replies, strict=True)))
+    found = {name: score for name, score in scores.items() if score is not None}
+    if len(found) < len(DIMENSIONS):
+        return Score(value=0.0, weight=0.0, details={"no_verdict": 1.0})
+    details = {**found, "turns": float(len(lines))}
+    return Score(value=sum(found.values()) / len(found) / 100, details=details)
+
+
+def lines_of(answer: str) -> list[Line]:
+    """The scene that `play` wrote."""
+    return [Line(speaker=speaker, text=text) for speaker, text in json.loads(answer)]
+
+
+def _question(item: Item, dimension: str, lines: Sequence[Line]) -> Ask:
+    scene = item.reference
+    original = [Line(speaker=speaker, text=text) for speaker, text in scene["original"]]
+    values = {
+        "dimension": dimension,
+        "question": QUESTIONS[dimension],
+        "flaws": FLAWS[dimension],
+        "book": scene["book"],
+        "plot": scene["plot"],
+        "scenario": scene["scenario"],
+        "major": ", ".join(scene["major"]),
+        "profiles": "\n\n".join(f"{who}: {text}" for who, text in scene["profiles"].items()),
+        "original": "\n\n".join(f"{line.speaker}: {line.heard}" for line in original),
+        "simulated": "\n\n".join(f"{line.speaker}: {line.heard}" for line in lines),
+    }
+    return Ask(messages=tuple(_template("judge").fill(values)), max_tokens=4096)
+
+
+def _template(role: str) -> Template:
+    return load_template(str(TEMPLATES / f"coser-{role}-v1.txt"), FIELDS[role])
+
+
+COSER = Benchmark(
+    title="CoSER GCA",
+    block="domain",
+    draw=Draw(max_tokens=512),
+    rows=to_item,
+    play=play,
+    judged=Judged(
+        asks=asks, usable=lambda reply: coser_gca.severities(reply) is not None, settle=settle
+    ),
+    strip_thinking=False,
+    hint="data/test/test_set.json of a checkout of github.com/Neph0s/CoSER",
+    size=200,
+)
