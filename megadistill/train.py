@@ -1,23 +1,19 @@
 """The trainer: collect, step, publish, evaluate, log, save. The rest of the project serves this page.
 
-Every trainer rank runs this module (`python -m megadistill.train RUN_DIR`) in lockstep.
+Every trainer rank runs it in lockstep (`trainer.py` is the process).
 """
 
-import logging
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megadistill import startup
-from megadistill.assemble import Parts, assemble, publish_student
+from megadistill.assemble import Parts, publish_student
 from megadistill.collect import Batch, timed
 from megadistill.config import resolve_path
 from megadistill.config.schema import OptimizerConfig
 from megadistill.convert.hf_files import SafetensorsWriter, remove_unfinished, resolve_model
 from megadistill.report.rollouts import store_rollouts
-from megadistill.rundir import RunDir
 from megadistill.state import RunState, save
 from megadistill.types import Sample, StepResult
 
@@ -151,22 +147,3 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     if config.decay == "linear":
         return config.lr * (1 - done)
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def main() -> None:
-    """Entry point of one trainer rank; the launcher sets RANK, WORLD_SIZE and MASTER_*."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
-    try:
-        parts, state = assemble(RunDir(Path(sys.argv[1])))
-        train(parts, state)
-        parts.engine.close()
-    except Exception:
-        # Rollouts that are sampled ahead run in a thread that an ordinary exit would wait for.
-        logging.exception("this trainer ends")
-        logging.shutdown()
-        os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

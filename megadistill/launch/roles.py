@@ -16,7 +16,7 @@ RoleCommand = Callable[[RunDir, Role], list[str]]
 def role_command(run: RunDir, role: Role) -> list[str]:
     """The real roles; tests pass another function."""
     if role.kind == "trainer":
-        return [sys.executable, "-m", "megadistill.train", str(run.path)]
+        return [sys.executable, "-m", "megadistill.trainer", str(run.path)]
     module = "megadistill.rollout.vllm_server"
     return [sys.executable, "-m", module, str(run.path), "--index", str(role.index)]
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megadistill.config import RunConfig, resolve_path
+from megadistill.imports import quick_imports
 from megadistill.rollout import wire
 from megadistill.rollout.serve import EngineServer, HostedEngine
 from megadistill.rundir import RunDir, write_atomic
@@ -76,18 +77,13 @@ def start_engine(config: RunConfig, version: int) -> HostedEngine:
     os.environ.update(vllm_environment(rollout.threads, gpu=gpu))
     if Path(resolve_path(config.student.path)).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
-    # Importing allocates millions of objects that live for ever: collecting meanwhile, or
-    # scanning them later, costs seconds and frees nothing.
-    gc.disable()
-    # transformers imports it, where installed, for a way of decoding that vLLM does not use.
-    sys.modules["sklearn"] = None  # type: ignore[assignment]
     warnings.simplefilter("ignore", FutureWarning)
-    from megadistill.rollout.vllm_engine import VllmEngine  # noqa: PLC0415 - reads the environment
+    # They are for ways of decoding, for object detection and for sound, which we have no use for.
+    with quick_imports("sklearn", "scipy"):
+        from megadistill.rollout.vllm_engine import VllmEngine  # noqa: PLC0415 - reads the environment
 
-    gc.freeze()
-    engine = VllmEngine(config, version, gpu=gpu)
-    gc.enable()
-    return engine
+        gc.freeze()
+        return VllmEngine(config, version, gpu=gpu)
 
 
 def vllm_environment(threads: int, *, gpu: bool) -> dict[str, str]:

@@ -95,7 +95,7 @@ class Disturbed:
     def process(self, role: str) -> psutil.Process:
         """The process of a role, the oldest where it has forked."""
         kind, _, index = role.partition("-")
-        module = "megadistill.train" if kind == "trainer" else "megadistill.rollout.vllm_server"
+        module = "megadistill.trainer" if kind == "trainer" else "megadistill.rollout.vllm_server"
         found = []
         for process in psutil.process_iter(["cmdline", "create_time"]):
             words = process.info["cmdline"] or []

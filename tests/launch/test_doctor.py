@@ -125,6 +125,7 @@ def test_on_a_real_slurm_a_tiny_job_of_two_nodes_passes(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(slurm, "WAIT_POLL_S", 0.5)
     monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.setenv("COLUMNS", "600")  # no line of the table is broken in two
     with local_cluster() as cluster:
         for name, value in cluster.environment.items():
             monkeypatch.setenv(name, value)
