@@ -380,7 +380,9 @@ def _verb(verbs: "Subparsers", name: str, verb: Verb) -> argparse.ArgumentParser
 
 def _takes_runs(command: argparse.ArgumentParser) -> None:
     command.add_argument("runs", nargs="+", metavar="RUN", help="run directory; several to compare")
-    command.add_argument("--picture", metavar="FILE", help="PNG to write (default: in the run)")
+    command.add_argument(
+        "--picture", metavar="FILE", help="PNG (default: in the run; of several, none)"
+    )
     command.add_argument("--page", metavar="FILE", help="HTML to write (default: in the first run)")
 
 

@@ -7,6 +7,7 @@ therefore also read off where it had first gained as much as every run gained in
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -16,7 +17,7 @@ from megadistill.report.effect import measured_rows
 from megadistill.report.spread import Spread, grouped, seed_of, spread, unique_names
 from megadistill.rundir import RunDir
 
-Path = list[tuple[float, float]]
+Way = list[tuple[float, float]]
 """(gain, cost) at each measurement, from (0, cost at the start)."""
 
 
@@ -123,14 +124,42 @@ def trade_charts(runs: Sequence[RunDir]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def path_of(run: RunDir, likelihood: str, divergence: str) -> Path:
+def trade_picture(runs: Sequence[RunDir], file: Path) -> Path:
+    """Draw the ways of all runs, a panel for each pair; returns `file` (PNG)."""
+    import matplotlib  # noqa: PLC0415 - slow to import, needed only here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - after the backend is chosen
+
+    pairs = list(_pairs(runs))
+    if not pairs:
+        raise ValueError("--picture: the runs have no held-out answers and texts in common")
+    figure, axes = plt.subplots(1, len(pairs), figsize=(5.2 * len(pairs), 3.8), squeeze=False)
+    for axis, (likelihood, divergence) in zip(axes[0], pairs, strict=True):
+        for index, (group, members) in enumerate(grouped(runs).items()):
+            for number, run in enumerate(members):
+                gains, costs = zip(*path_of(run, likelihood, divergence), strict=True)
+                label = group if number == 0 else None
+                axis.plot(gains, costs, marker=".", color=f"C{index}", label=label)
+        axis.set(
+            xlabel=f"fall of the NLL of held-out {likelihood} answers, nats/token",
+            ylabel=f"KL({divergence} teacher ‖ student), nats/token",
+        )
+        axis.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return file
+
+
+def path_of(run: RunDir, likelihood: str, divergence: str) -> Way:
     """A run's gain and cost at each of its measurements."""
     keys = f"heldout/{likelihood}/nll", f"heldout/{divergence}/forward_kl"
     rows = [row for row in measured_rows(run) if all(key in row for key in keys)]
     return [(rows[0][keys[0]] - row[keys[0]], row[keys[1]]) for row in rows]
 
 
-def cost_at(path: Path, level: float) -> float:
+def cost_at(path: Way, level: float) -> float:
     """The cost where the gain first reaches `level`, linear between measurements."""
     for (gain, cost), (next_gain, next_cost) in pairwise(path):
         if next_gain >= level:

@@ -8,12 +8,13 @@ from rich.console import Console
 from megadistill.report.compare import write_comparison
 from megadistill.report.effect import effect_picture, effect_table
 from megadistill.report.page import write_page
-from megadistill.report.tradeoff import trade_table
+from megadistill.report.tradeoff import trade_picture, trade_table
 from megadistill.rundir import RunDir
 
 
 def write_report(runs: Sequence[RunDir], picture: str | None, page: str | None) -> None:
-    """The table of every run; of one its picture and page, of several the page that compares them."""
+    """The table of every run; of one its picture and page, of several the page that compares them,
+    and a picture where one is asked for."""
     console = Console()
     first = runs[0]
     for run in runs:
@@ -23,6 +24,9 @@ def write_report(runs: Sequence[RunDir], picture: str | None, page: str | None) 
         table = trade_table(runs)
         if table.row_count:
             console.print(table)
+        if picture:
+            drawn = trade_picture(runs, Path(picture))
+            console.print(f"picture: {drawn}", soft_wrap=True, highlight=False, markup=False)
         written = write_comparison(runs, Path(page or first.report / "comparison.html"))
     else:
         drawn = effect_picture(first, Path(picture or first.report / "effect.png"))

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from megadistill.report.compare import write_comparison
-from megadistill.report.tradeoff import cost_at, path_of, trade_table, trades
+from megadistill.report.tradeoff import cost_at, path_of, trade_picture, trade_table, trades
 from megadistill.rundir import RunDir
 from tests.report.runs import Row, make_run, measured, step_row, write_rows
 from tests.tiny import camopd_tree
@@ -77,6 +77,7 @@ def test_the_page_and_the_table_show_it(tmp_path: Path, runs: list[RunDir]) -> N
     shown = io.StringIO()
     Console(file=shown, width=200).print(trade_table(runs))
     assert "slow1" in shown.getvalue()
+    assert trade_picture(runs, tmp_path / "ways.png").stat().st_size > 1000
     assert path_of(runs[2], "answers", "general")[-1] == pytest.approx((0.75, 0.2))
 
 
