@@ -36,10 +36,24 @@ class BenchmarkConfig:
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     max_tokens: PositiveInt | None = None
     """Cap on the tokens of one answer."""
-    judge: str | None = None
-    """Name in `models` of the model that judges or verifies."""
+    judge: str | list[str] | None = None
+    """Name in `models` of the model that judges or verifies; an odd number of them where each
+    decides right or wrong (d_acc, ms_bench, gpqa_diamond, hmmt25), and the majority counts."""
     optional: bool = False
     """Leave it out, with a message, where its file is missing."""
+
+    @property
+    def judges(self) -> list[str]:
+        """Those of `judge`."""
+        if self.judge is None:
+            return []
+        return [self.judge] if isinstance(self.judge, str) else self.judge
+
+    def __post_init__(self) -> None:
+        if isinstance(self.judge, list) and (
+            len(self.judge) % 2 == 0 or len(set(self.judge)) < len(self.judge)
+        ):
+            raise ValueError(f"judge: found {self.judge}, expected an odd number, each once")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -113,9 +127,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"benchmarks.{name}.judge: found {chosen.judge!r}, expected one of {sorted(self.models)}"
+            f"benchmarks.{name}.judge: found {judge!r}, expected one of {sorted(self.models)}"
             for name, chosen in self.benchmarks.items()
-            if chosen.judge is not None and chosen.judge not in self.models
+            for judge in chosen.judges
+            if judge not in self.models
         ]
         problems += [
             f"recorded: found {name!r}, expected one of `systems`"

@@ -50,7 +50,7 @@ def generate(directory: Path, arguments: Mapping[str, Any]) -> None:
     model = _MODEL.validate_python(runtime["systems"][arguments["system"]])
     begun = time.monotonic()
     if benchmark.play is not None:
-        names = (arguments["system"], settings["judge"])
+        names = (arguments["system"], settings["judges"][0])
         play_all(benchmark.play, runtime, names, questions, blocks, directory)
     elif isinstance(model, EndpointConfig):
         chat = open_endpoint(arguments["system"], _with_sampling(model, questions.draw))

@@ -6,6 +6,7 @@ repeated call runs what is not done.
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -81,10 +82,12 @@ class Evaluation:
         files = {}
         for name, chosen in self.config.benchmarks.items():
             benchmark = self.benchmark(name)
-            if benchmark.score is None and chosen.judge is None:
+            if benchmark.score is None and not chosen.judges:
                 raise ValueError(f"benchmarks.{name}.judge: {benchmark.title} needs a judge")
-            if chosen.judge is not None and benchmark.judged is None:
+            if chosen.judges and benchmark.judged is None:
                 raise ValueError(f"benchmarks.{name}.judge: {benchmark.title} takes none")
+            if len(chosen.judges) > 1 and not (benchmark.judged and benchmark.judged.votes):
+                raise ValueError(f"benchmarks.{name}.judge: {benchmark.title} takes one")
             files[name] = benchmark_file(benchmark, chosen.path)
             if not files[name].is_file():
                 raise ValueError(
@@ -106,7 +109,7 @@ class Evaluation:
     def generate(self, files: Mapping[str, Path]) -> dict[tuple[str, str], list[str]]:
         """(system, benchmark) -> keys of the shards with the answers."""
         shards: dict[tuple[str, str], list[Shard]] = {}
-        gpus = max(_gpus(model) for model in self.config.systems.values())
+        needs: dict[int, list[Shard]] = defaultdict(list)
         for system, model in self.config.systems.items():
             for name, chosen in self.config.benchmarks.items():
                 common = {
@@ -119,34 +122,36 @@ class Evaluation:
                     "seed": self.config.seed,
                     "of": self.config.shards.count,
                 }
+                gpus = _gpus(model)
                 if self.benchmark(name).play is not None:
-                    assert chosen.judge is not None
-                    director = self.config.models[chosen.judge]
+                    director = self.config.models[chosen.judges[0]]
                     common["director"] = identity(director)
-                    gpus = max(gpus, _gpus(model) + _gpus(director))
+                    gpus += _gpus(director)
                 shards[system, name] = [
                     self.shard("generating:generate", {**common, "part": part}, system, name)
                     for part in range(self.config.shards.count)
                 ]
-        self.fan_out("generate", [shard for group in shards.values() for shard in group], gpus)
+                needs[gpus] += shards[system, name]
+        for gpus, group in needs.items():
+            self.fan_out("generate", group, gpus)
         return {pair: [shard.key for shard in group] for pair, group in shards.items()}
 
     def score(self, answers: Mapping[tuple[str, str], Sequence[str]]) -> dict[tuple[str, str], str]:
         """(system, benchmark) -> key of the shard with the scores."""
         shards = {}
-        gpus = 0
+        needs: dict[int, list[Shard]] = defaultdict(list)
         for (system, name), keys in answers.items():
-            judge = self.config.benchmarks[name].judge
-            if judge is not None:
-                gpus = max(gpus, _gpus(self.config.models[judge]))
+            judges = [self.config.models[judge] for judge in self.config.benchmarks[name].judges]
             arguments = {
                 "benchmark": name,
                 "answers": list(keys),
-                "judge": judge and identity(self.config.models[judge]),
+                "judges": [identity(judge) for judge in judges],
                 "block": self.config.shards.block,
             }
             shards[system, name] = self.shard("scoring:score", arguments, system, name)
-        self.fan_out("score", list(shards.values()), gpus)
+            needs[sum(_gpus(judge) for judge in judges)].append(shards[system, name])
+        for gpus, group in needs.items():
+            self.fan_out("score", group, gpus)
         return {pair: shard.key for pair, shard in shards.items()}
 
     def measure(self) -> dict[tuple[str, str], Path]:
@@ -192,7 +197,7 @@ class Evaluation:
                 write_rows(directory / f"{name}.parquet", rows, COLUMNS)
                 summary[name] = self.described(
                     self.config.benchmarks[name].kind or name, self.draw(name), rows
-                ) | {"judge": self.config.benchmarks[name].judge}
+                ) | {"judges": self.config.benchmarks[name].judges}
             for name, file in self.config.recorded.get(system, {}).items():
                 rows = recorded.read_recorded(name, Path(resolve_path(file)))
                 write_rows(directory / f"{name}.parquet", rows, COLUMNS)
@@ -263,7 +268,7 @@ class Evaluation:
                     "kind": chosen.kind or name,
                     "path": str(benchmark_file(self.benchmark(name), chosen.path).absolute()),
                     "limit": chosen.limit,
-                    "judge": chosen.judge,
+                    "judges": chosen.judges,
                 }
                 for name, chosen in self.config.benchmarks.items()
             },

@@ -3,19 +3,18 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from megadistill.config.refine import EndpointConfig, ModelConfig, ServedConfig
+from megadistill.config.refine import ModelConfig
+from megadistill.evaluate.chats import opened
 from megadistill.evaluate.protocol import Ask, Chat, Item, Play
 from megadistill.evaluate.questions import Questions, gather_bounded
 from megadistill.refine.blocks import Blocks
-from megadistill.refine.endpoints import Asked, ChatModel, RecordError, Usage, open_endpoint
-from megadistill.refine.serving import served
+from megadistill.refine.endpoints import Asked, ChatModel, RecordError, Usage
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +36,8 @@ def play_all(
         "actor": _MODEL.validate_python(runtime["systems"][names[0]]),
         "director": _MODEL.validate_python(runtime["models"][names[1]]),
     }
-    own = {role: model for role, model in configs.items() if isinstance(model, ServedConfig)}
     usage = Usage()
-    with ExitStack() as stack:
-        chats: dict[str, ChatModel] = {}
-        if own:
-            chats |= stack.enter_context(served(own, gpu=runtime["gpu"], logs=directory))
-        for role, model in configs.items():
-            if isinstance(model, EndpointConfig):
-                chats[role] = open_endpoint(dict(zip(configs, names, strict=True))[role], model)
+    with opened(configs, gpu=runtime["gpu"], logs=directory) as chats:
         actor, director = (chat_with(chats[role], usage) for role in configs)
 
         def scene(item: Item) -> Awaitable[str]:

@@ -1,5 +1,6 @@
 """What a benchmark is: items, how answers are drawn, what an answer is worth."""
 
+import heapq
 import importlib.util
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -8,10 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megadistill.config import resolve_path
+from megadistill.data.pools import stable_hash
 from megadistill.refine.records import read_rows
 from megadistill.types import Message
 
 PACKAGED = "packaged"
+DRAW_SEED = 42
+"""RAFT names no seed; ALGORITHMS 2.5 chooses this one."""
 Block = Literal["general", "domain", "heldout"]
 """`heldout`: nats per token, where less is better; the others are shares of what is right."""
 
@@ -83,6 +87,8 @@ class Judged:
     """Whether a reply can be read; one that cannot is asked for once more."""
     settle: Callable[[Item, str, Sequence[str]], Score]
     """The score by the replies."""
+    votes: bool = False
+    """Whether a judge decides right or wrong, so that of several the majority counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +111,8 @@ class Benchmark:
     """How to get the file."""
     strip_thinking: bool = True
     """Whether what stands before the last `</think>` is no part of the answer."""
+    draws: int | None = None
+    """Items drawn from a larger file, the same ones every time; absent: all."""
     groups: Literal["none", "mean_of_means"] = "none"
     """`mean_of_means`: tasks (`category/task`) in categories count the same however long they are."""
     size: int | None = None
@@ -128,6 +136,17 @@ def read_benchmark(benchmark: Benchmark, file: Path) -> Iterator[Item]:
     """The items of a file. Raises `ValueError` with the row that is wrong."""
     if not file.is_file():
         raise ValueError(f"{file}: no such file. {benchmark.title}: {benchmark.hint}")
+    items = _items(benchmark, file)
+    if benchmark.draws is None:
+        return items
+    return iter(heapq.nsmallest(benchmark.draws, items, key=lambda item: _place(item.id)))
+
+
+def _place(item_id: str) -> int:
+    return stable_hash(f"{DRAW_SEED}/{item_id}")
+
+
+def _items(benchmark: Benchmark, file: Path) -> Iterator[Item]:
     seen: dict[str, int] = {}
     for number, row in enumerate(_rows(file), start=1):
         if not isinstance(row, Mapping):

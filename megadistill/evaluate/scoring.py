@@ -3,23 +3,23 @@
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from megadistill.config.refine import EndpointConfig, ModelConfig
+from megadistill.config.refine import ModelConfig
 from megadistill.evaluate.benchmarks import get_benchmark
+from megadistill.evaluate.chats import opened
 from megadistill.evaluate.generating import read_share
 from megadistill.evaluate.protocol import Ask, Benchmark, Item, Judged, Score
 from megadistill.evaluate.questions import gather_bounded
 from megadistill.refine.blocks import Blocks, read_blocks
 from megadistill.refine.checking import without_thinking
-from megadistill.refine.endpoints import Asked, ChatModel, RecordError, Usage, open_endpoint
-from megadistill.refine.serving import served
+from megadistill.refine.endpoints import Asked, ChatModel, RecordError, Usage
 from megadistill.refine.stages import Stage
 
 log = logging.getLogger(__name__)
@@ -53,24 +53,21 @@ def score(directory: Path, arguments: Mapping[str, Any]) -> None:
     answers = read_blocks(stage.outputs("generate", arguments["answers"]))
     blocks = Blocks(directory, COLUMNS, total=len(answers), size=arguments["block"])
     positions = blocks.missing()
-    if settings["judge"] is None or benchmark.judged is None:
+    if not settings["judges"] or benchmark.judged is None:
         by_rules(benchmark, items, answers, positions, blocks.add)
         return
-    name = settings["judge"]
-    model = _MODEL.validate_python(runtime["models"][name])
-    with ExitStack() as stack:
-        if isinstance(model, EndpointConfig):
-            judge = open_endpoint(name, model)
-        else:
-            chats = served({name: model}, gpu=runtime["gpu"], logs=directory)
-            judge = stack.enter_context(chats)[name]
-        work = Judging(benchmark, benchmark.judged, judge)
+    models = {name: _MODEL.validate_python(runtime["models"][name]) for name in settings["judges"]}
+    with opened(models, gpu=runtime["gpu"], logs=directory) as chats:
+        judges = [Judge(benchmark.judged, chats[name]) for name in models]
         calls = [
-            partial(work.judge, at, items[answers[at]["item"]], answers[at], blocks.add)
+            partial(
+                judge, benchmark, judges, at, items[answers[at]["item"]], answers[at], blocks.add
+            )
             for at in positions
         ]
         asyncio.run(gather_bounded(calls))
-    log.info("scoring: %s", work.usage)
+    for name, one in zip(models, judges, strict=True):
+        log.info("scoring: %s: %s", name, one.usage)
 
 
 def by_rules(
@@ -89,23 +86,55 @@ def by_rules(
         add(position, to_row(item, answer, found, []))
 
 
-class Judging:
-    """One judge for many answers; the same question is asked once."""
+async def judge(
+    benchmark: Benchmark,
+    judges: Sequence["Judge"],
+    position: int,
+    item: Item,
+    answer: Row,
+    add: Callable[[int, Row], bool],
+) -> None:
+    """One answer by all judges."""
+    text = visible(benchmark, answer["written"])
+    given = await asyncio.gather(*(one.replies(item, text) for one in judges))
+    scores = [
+        one.settle(item, text, list(replies)) for one, replies in zip(judges, given, strict=True)
+    ]
+    add(
+        position,
+        to_row(item, answer, majority(scores), [text for group in given for text in group]),
+    )
 
-    def __init__(self, benchmark: Benchmark, judged: Judged, judge: ChatModel) -> None:
+
+def majority(scores: Sequence[Score]) -> Score:
+    """One judge's score; of several, whether more than half say right."""
+    if len(scores) == 1:
+        return scores[0]
+    details: Counter[str] = Counter()
+    for score in scores:
+        details.update(score.details)
+    share = sum(score.value for score in scores) / len(scores)
+    return Score(
+        value=float(share > 0.5),
+        extracted=scores[0].extracted,
+        details={**details, "share_of_judges": share, "unanimous": float(share in (0.0, 1.0))},
+    )
+
+
+class Judge:
+    """One judge of many answers; the same question is asked once."""
+
+    def __init__(self, judged: Judged, model: ChatModel) -> None:
         self.usage = Usage()
-        self._benchmark = benchmark
+        self.settle = judged.settle
         self._judged = judged
-        self._judge = judge
+        self._judge = model
         self._replies: dict[str, asyncio.Future[str]] = {}
 
-    async def judge(
-        self, position: int, item: Item, answer: Row, add: Callable[[int, Row], bool]
-    ) -> None:
-        text = visible(self._benchmark, answer["written"])
+    async def replies(self, item: Item, text: str) -> Sequence[str]:
+        """To every question that an answer raises."""
         asks = self._judged.asks(item, text)
-        replies = await asyncio.gather(*(self._reply(ask) for ask in asks))
-        add(position, to_row(item, answer, self._judged.settle(item, text, replies), replies))
+        return await asyncio.gather(*(self._reply(ask) for ask in asks))
 
     async def _reply(self, ask: Ask) -> str:
         key = json.dumps([ask.messages, ask.temperature, ask.max_tokens])

@@ -13,7 +13,7 @@ import pytest
 
 from megadistill.cli import main
 from megadistill.config.evaluate import parse_evaluate
-from megadistill.evaluate import generating, scoring
+from megadistill.evaluate import chats, generating
 from megadistill.evaluate.pipeline import Evaluation
 from megadistill.launch.fanout import FanoutResult, Limits, Shard
 from megadistill.launch.shards import ShardFolder, run_shard
@@ -213,7 +213,7 @@ def test_a_verifier_is_asked_again_and_decides(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = ScriptedJudge()
-    monkeypatch.setattr(scoring, "open_endpoint", lambda name, config: judge)
+    monkeypatch.setattr(chats, "open_endpoint", lambda name, config: judge)
     rows = [
         {
             "Question": f"question {number} ?",
@@ -247,7 +247,7 @@ def test_a_verifier_is_asked_again_and_decides(
 def test_a_judge_that_fails_makes_answers_wrong_and_is_counted(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "open_endpoint", lambda name, config: ScriptedJudge(fail=True))
+    monkeypatch.setattr(chats, "open_endpoint", lambda name, config: ScriptedJudge(fail=True))
     row = {"problem_idx": 1, "problem": "question 1 ?", "answer": "7"}
     (world.path / "hmmt.jsonl").write_text(json.dumps(row))
     benchmark = {"path": str(world.path / "hmmt.jsonl"), "judge": "v", "samples": 1}

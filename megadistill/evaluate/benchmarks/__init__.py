@@ -10,6 +10,8 @@ BENCHMARKS = {
     "medqa": "medical:MEDQA",
     "medxpertqa": "medical:MEDXPERTQA",
     "coser": "coser:COSER",
+    "d_acc": "raft:D_ACC",
+    "ms_bench": "raft:MS_BENCH",
     "gpqa_diamond": "verified:GPQA_DIAMOND",
     "hmmt25": "verified:HMMT25",
     "zebralogic": "zebralogic:ZEBRALOGIC",

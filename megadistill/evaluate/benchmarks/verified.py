@@ -120,7 +120,7 @@ GPQA_DIAMOND = Benchmark(
     ),
     rows=gpqa_item,
     score=by_letter,
-    judged=Judged(asks=asks, usable=_readable, settle=settle),
+    judged=Judged(asks=asks, usable=_readable, settle=settle, votes=True),
     hint=(
         "gpqa_diamond.csv of the gated data set Idavidrein/gpqa: accept its terms on the hub, then "
         "`hf download Idavidrein/gpqa gpqa_diamond.csv --repo-type dataset`"
@@ -135,7 +135,7 @@ HMMT25 = Benchmark(
     ),
     rows=hmmt_item,
     score=by_mathematics,
-    judged=Judged(asks=hmmt_asks, usable=_readable, settle=hmmt_settle),
+    judged=Judged(asks=hmmt_asks, usable=_readable, settle=hmmt_settle, votes=True),
     hint="`hf download MathArena/hmmt_feb_2025 --repo-type dataset`",
     size=30,
 )
