@@ -88,7 +88,7 @@ def test_a_kill_changes_nothing_where_two_ranks_train_in_bf16_on_rollouts_sample
     changes = {
         "precision": "bf16",
         "parallel": {"dp": 2},
-        "rollout": {"max_tokens": 8, "max_num_seqs": 8, "engines": 2, "max_staleness": 1},
+        "rollout": {"max_tokens": 8, "max_num_seqs": 8, "max_staleness": 1},
         "evaluate": {"every": 0},
         "checks": {"max_mean_log_ratio": 0.2, "max_masked_fraction": 0.2},
         "steps": 3,
