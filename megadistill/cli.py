@@ -182,6 +182,9 @@ def _check(arguments: argparse.Namespace) -> None:
     from megadistill.preflight import check_config
 
     config, _ = open_run(arguments.config, arguments.overrides)
+    if (work := config.checkpoint.on_export) is not None:
+        named = [] if work.config is None else [work.config]
+        _check_words("checkpoint.on_export", [work.verb, *named, *work.args])
     check_config(config)
 
 

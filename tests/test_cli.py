@@ -110,6 +110,14 @@ def test_missing_models_are_found_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
+def test_work_on_exports_that_could_not_be_read_is_found_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = camopd_tree(checkpoint={"on_export": {"verb": "evaluate", "config": "eval.yaml"}})
+    assert run_cli("train", write(tmp_path / "run.yaml", tree)) == 2
+    assert "megadistill: checkpoint.on_export: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["dance"], ["train"], ["submit", "dance", "x"], ["convert", "jax", "a", "b"]]
 )

@@ -28,6 +28,11 @@ class ResourcesConfig:
     exclusive: bool | None = None
 
 
+def names_each(word: str) -> bool:
+    """Whether an argument gives every task of an array a run of its own."""
+    return word.startswith("name=") and "{shard}" in word
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class WorkConfig:
     """One megadistill command line, or an array of them."""
@@ -40,7 +45,7 @@ class WorkConfig:
     """Further words, each passed as it is but for `{shard}` and `{shards}`: an array's task number,
     from 0, and how many there are."""
     array: NaturalInt = 0
-    """Number of tasks; 0: one job."""
+    """Number of tasks; 0: one job. Of `train`, a sweep: each task is a run on one node."""
     concurrency: PositiveInt = 8
     """Tasks of the array that run at the same time."""
     tries: PositiveInt = 3
@@ -52,7 +57,9 @@ class WorkConfig:
             raise ValueError(
                 f"verb: found {self.verb!r}, expected one that does work, e.g. 'train'"
             )
-        if self.verb == "train" and (self.config is None or self.array):
-            raise ValueError("verb: train needs `config` and takes no `array`")
+        if self.verb == "train" and self.config is None:
+            raise ValueError("verb: train needs `config`")
+        if self.verb == "train" and self.array and not any(map(names_each, self.args)):
+            raise ValueError("args: found an array of runs, expected a `name=` with {shard} in it")
         if not self.array and any("{shard" in word for word in self.args):
             raise ValueError("args: found {shard}, expected `array` beside it")

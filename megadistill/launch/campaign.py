@@ -96,7 +96,7 @@ class Stage:
 
         Of a run, what it computes; where it runs does not make it another.
         """
-        if self.is_train:
+        if self.is_gang:
             config = replace(self.run[0], cluster=ClusterConfig())
             settings: dict[str, Any] = yaml.safe_load(dump_config(config))
             return settings
@@ -111,8 +111,9 @@ class Stage:
         return Path(path)
 
     @property
-    def is_train(self) -> bool:
-        return self.config.verb == "train"
+    def is_gang(self) -> bool:
+        """Whether it is one run; an array of them, a sweep, is shards like any other."""
+        return self.config.verb == "train" and not self.config.array
 
     @cached_property
     def run(self) -> tuple[RunConfig, RunDir]:
@@ -136,7 +137,7 @@ class Stage:
         return work_shards(self.config, self.name, copy, depends=self.digest)
 
     def keep_config(self) -> None:
-        if self.settings is not None and not self.is_train:
+        if self.settings is not None and not self.is_gang:
             copy = self.root / "configs" / f"{self.name}-{self.digest}.yaml"
             write_atomic(copy, yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True))
 
@@ -146,7 +147,7 @@ class Stage:
 
     @property
     def is_done(self) -> bool:
-        if not self.is_train:
+        if not self.is_gang:
             return not collect(self.folder, self.shards(), self.limits).failed
         return bool(self.run[1].read_progress().get("done")) and not self.is_stale
 
@@ -176,7 +177,7 @@ class Stage:
     def submit(self, after: Sequence[str]) -> str | None:
         """The job's number; it starts when the jobs `after` have ended well."""
         job_name = f"{self.campaign.name}-{self.name}"
-        if not self.is_train:
+        if not self.is_gang:
             return submit_fanout(
                 *(self.folder, self.shards(), self.limits),
                 cluster=self.cluster,
@@ -190,7 +191,7 @@ class Stage:
 
     def run_here(self) -> bool:
         """The stage on this machine; whether it ended well."""
-        if not self.is_train:
+        if not self.is_gang:
             result = run_fanout(self.folder, self.shards(), self.limits, cluster=None)
             say(f"{self.name}: {result.describe()}")
             return not result.failed
@@ -222,7 +223,7 @@ class Stage:
 
     def progress(self) -> tuple[str, str]:
         """How far it is, and the last trouble."""
-        if self.is_train:
+        if self.is_gang:
             run = self.run[1]
             found = run.read_progress()
             ends = [read_json(file) for file in run.path.glob("control/attempt-*/ended.json")]
@@ -310,7 +311,7 @@ class Campaign:
         """Every stage's command lines, to be checked before anything is submitted."""
         return {
             name: [["train", str(stage.config.config), *stage.config.args]]
-            if stage.is_train
+            if stage.is_gang
             else [list(shard.arguments["words"]) for shard in stage.shards()]
             for name, stage in self.stages.items()
         }

@@ -20,6 +20,7 @@ METRICS = (
     ("raft/lambda", "λ of RAFT"),
     ("rollout/tokens_per_s", "sampled tokens per second"),
     ("train/tokens_per_s", "trained tokens per second"),
+    ("memory/trainer_gib", "memory of the fullest trainer, GiB"),
 )
 """(metric, title); some are logged once a step, some under each branch's name."""
 

@@ -31,6 +31,7 @@ COLUMNS = (
 """Metric, heading, format; a branch's metric is found under its branch's name."""
 
 LAST_ROWS = 8
+LAST_ATTEMPTS = 3
 
 STATE_STYLES = {"done": "bold green", "running": "green", "failed": "bold red", "silent": "red"}
 
@@ -130,8 +131,11 @@ def _standing(run: RunDir, rows: Sequence[dict[str, Any]]) -> list[RenderableTyp
     error = last_error(run)
     if error and state != "done":
         found.append(Text(f"last error: {error}", style="red"))
-    if rows and (memory := {key: v for key, v in rows[-1].items() if "memory" in key}):
-        found.append(Text("  ".join(f"{key} {value:.1f}" for key, value in memory.items())))
+    for attempt in [one for one in attempts if one.outcome != "under way"][-LAST_ATTEMPTS:]:
+        at = "" if attempt.step is None else f" at step {attempt.step}"
+        found.append(Text(f"attempt {attempt.number} {attempt.outcome}{at}: {attempt.reason}"))
+    if rows and (memory := rows[-1].get("memory/trainer_gib")) is not None:
+        found.append(Text(f"memory of the fullest trainer: {memory:.1f} GiB"))
     if run.config_file.exists() and state not in ("done", "not started"):
         found.append(_node_table(run))
     return found

@@ -72,7 +72,7 @@ def test_needs_must_exist_and_not_go_in_circles() -> None:
     ("stage", "message"),
     [
         ({"verb": "train"}, "train needs `config`"),
-        ({"verb": "train", "config": "x", "array": 2}, "takes no `array`"),
+        ({"verb": "train", "config": "x", "array": 2}, "expected a `name=` with {shard} in it"),
         ({"verb": "submit"}, "expected one that does work"),
         ({"verb": "eval", "args": ["{shard}"]}, "found {shard}, expected `array` beside it"),
     ],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from megadistill.metrics import read_metrics
@@ -34,7 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> RunDir:
     """A run that nothing disturbed, in one trainer process."""
-    finish(start(train_command(write_run(folder, "undisturbed"))))
+    kept = {"every": 1, "keep": 2, "export_every": 2}
+    finish(start(train_command(write_run(folder, "undisturbed", checkpoint=kept))))
     return RunDir(folder / "runs" / "undisturbed")
 
 
@@ -50,7 +52,9 @@ def test_a_run_leaves_curves_rollouts_and_a_student_that_loads(undisturbed: RunD
     assert {row["policy_version"] for row in rollouts} == {2}
     assert any(row["selected"] for row in rollouts)
     student = AutoModelForCausalLM.from_pretrained(undisturbed.export)
-    assert student.num_parameters() > 0
+    before = AutoModelForCausalLM.from_pretrained(undisturbed.step_export(2))
+    assert student.num_parameters() == before.num_parameters() > 0
+    assert not torch.equal(student.lm_head.weight, before.lm_head.weight)
     assert undisturbed.read_progress()["done"]
 
 

@@ -218,3 +218,23 @@ def test_placeholders_are_words_not_shell(folder: Path) -> None:
         ["eval", "part=1/2", "$(id) {x}"],
     ]
     assert os.environ["MEGADISTILL_TEST_LEDGER"]
+
+
+def test_a_sweep_is_an_array_of_runs_with_names_of_their_own(folder: Path) -> None:
+    stages = {
+        "sweep": {
+            "verb": "train",
+            "config": str(folder / "run.yaml"),
+            "args": ["name=lr-{shard}", "optimizer.lr={shard}e-6"],
+            "array": 3,
+        }
+    }
+    campaign = Campaign.load(write_campaign(folder, stages=stages))
+    campaign.begin()
+    commands = campaign.commands()["sweep"]
+    (copy,) = {Path(words[1]) for words in commands}
+    assert yaml.safe_load(copy.read_text())["student"] == settings()["student"]
+    assert [words[2:] for words in commands] == [
+        [f"name=lr-{shard}", f"optimizer.lr={shard}e-6"] for shard in range(3)
+    ]
+    assert [state.status for state in campaign.status()] == ["not submitted"]

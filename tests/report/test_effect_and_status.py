@@ -1,6 +1,7 @@
 """What people look at: the table, the picture, the rollout store, and the progress display."""
 
 import io
+import json
 import threading
 import time
 from pathlib import Path
@@ -185,6 +186,23 @@ def test_a_run_before_its_first_step_says_what_it_does(run: RunDir) -> None:
     write_rows(run, ROWS[:1])
     progress(run, 0, phase="start")
     assert "step 0 of 8  start" in shown(run)
+
+
+def test_the_status_shows_memory_and_how_the_last_attempts_ended(run: RunDir) -> None:
+    write_rows(run, [step_row(1, "general", **{"memory/trainer_gib": 61.25})])
+    progress(run, 1)
+    kept = [
+        {"attempt": number, "status": "stopped", "message": f"reason {number}", "step": number}
+        for number in range(5)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in kept)
+    (run.path / "state" / "attempts.jsonl").write_text(lines)
+    (run.path / "state" / "attempts.json").write_text('{"attempts": 5}')
+    text = shown(run)
+    assert "memory of the fullest trainer: 61.2 GiB" in text
+    assert "attempts 5: 5 stopped" in text
+    assert "attempt 4 stopped at step 4: reason 4" in text
+    assert "reason 1" not in text
 
 
 def test_watching_prints_each_step_once_until_the_run_is_done(run: RunDir) -> None:
