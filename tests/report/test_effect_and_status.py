@@ -260,3 +260,14 @@ def test_a_live_terminal_shows_the_run_until_it_is_done(run: RunDir) -> None:
     stream = io.StringIO()
     watch(run, Console(file=stream, width=120, force_terminal=True), interval_s=1, give_up_s=5)
     assert "step 8 of 8" in stream.getvalue()
+
+
+def test_likelihoods_of_answers_are_shown_beside_divergences(run: RunDir, tmp_path: Path) -> None:
+    def row(step: int, nll: float) -> Row:
+        answers = {"heldout/answers/nll": nll, "heldout/answers/nll_stderr": 0.25}
+        return ROWS[0] | {"step": step} | answers
+
+    write_rows(run, [row(0, 2.0), row(4, 1.5)])
+    shown = rendered(effect_table(run))
+    assert ["answers", "reference answers", "2.0000 ± 0.2500", "1.5000 ± 0.2500", "-25%"] in shown
+    assert effect_picture(run, tmp_path / "effect.png").exists()
