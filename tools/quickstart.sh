@@ -20,6 +20,8 @@ PATH=$root/.venv/bin:$PATH
 export HF_HUB_OFFLINE=1
 
 say "2/5 the small models: SmolLM2-135M-Instruct, and a medical version of it by a short SFT"
+# Slurm's packages come meanwhile; what fails there is said in the next step.
+if [[ -z ${MEGADISTILL_NO_SLURM:-} ]]; then slurm/local_cluster.sh install &>/dev/null & fi
 model=$(megadistill prepare-model)
 if [[ -d $(dirname "$model")/smollm2-135m-medical ]]; then
   echo "both are in $(dirname "$model")"
@@ -30,6 +32,7 @@ fi
 
 say "3/5 Slurm on this host"
 slurm=
+wait
 if [[ -z ${MEGADISTILL_NO_SLURM:-} ]] && slurm/local_cluster.sh start; then
   eval "$(slurm/local_cluster.sh env)"
   trap 'slurm/local_cluster.sh stop' EXIT
