@@ -41,6 +41,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     end_token(student)
     vocabulary = student.get_vocab()
     for name, model in config.teachers.items():
+        if model.path == config.student.path:
+            continue
         teacher = _tokenizer(model.path)
         other = teacher.get_vocab()
         if differing := {

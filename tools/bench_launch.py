@@ -36,7 +36,7 @@ def main() -> None:
             *options.overrides,
             f"runs_dir={folder}",
             "checkpoint.every=1",
-            "log.wandb=off",
+            'log.wandb="off"',
         ]
         config = load_config(options.config, overrides)
         run = RunDir.of(config)

@@ -224,11 +224,11 @@ def corrupt_metrics(run: Disturbed) -> None:
 
 
 FAULTS: dict[str, Callable[[Disturbed], None]] = {
-    "engine killed": kill_role("engine-0"),
     "node lost": kill_node,
     "preempted": preempt,
     "controller killed": restart_controller,
     "killed while saving": kill_while_saving,
+    "engine killed": kill_role("engine-0"),
     "disk full": fill_disk,
     "trainer 0 killed": kill_role("trainer-0"),
     "trainer 1 killed": kill_role("trainer-1"),
