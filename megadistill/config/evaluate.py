@@ -39,6 +39,8 @@ class BenchmarkConfig:
     judge: str | list[str] | None = None
     """Name in `models` of the model that judges or verifies; an odd number of them where each
     decides right or wrong (d_acc, ms_bench, gpqa_diamond, hmmt25), and the majority counts."""
+    checkout: str | None = None
+    """Directory with the benchmark's own code, for those that need it (livecodebench_v5, _v6)."""
     optional: bool = False
     """Leave it out, with a message, where its file is missing."""
 
@@ -118,6 +120,8 @@ class EvaluateConfig:
     models: dict[str, ModelConfig] = field(default_factory=dict)
     """Judges and verifiers, by name."""
     shards: EvaluateShardsConfig = field(default_factory=EvaluateShardsConfig)
+    sandbox: Literal["namespaces", "none"] = "namespaces"
+    """Where programs that models wrote run; `none`: with your rights, which is dangerous."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Of the intervals; significance is marked at 1 - confidence."""
     baseline: str | None = None

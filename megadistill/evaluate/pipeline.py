@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from megadistill.config import resolve_path
 from megadistill.config.evaluate import EvaluateConfig, dump_evaluate
 from megadistill.config.refine import ModelConfig, ServedConfig
-from megadistill.evaluate import compare, results, signals
+from megadistill.evaluate import compare, requirements, results, signals
 from megadistill.evaluate.benchmarks import get_benchmark, recorded
 from megadistill.evaluate.protocol import Benchmark, Draw, benchmark_file
 from megadistill.evaluate.scoring import COLUMNS
@@ -48,8 +48,8 @@ class Evaluation:
 
     def run(self) -> str:
         """Run what is not done, write the results, and return the table as Markdown."""
-        self.config = self.without_missing()
-        files = self.check()
+        self.config = requirements.without_missing(self.config)
+        files = requirements.check(self.config)
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(self.root / "config.yaml", dump_evaluate(self.config))
         answers = self.generate(files)
@@ -61,43 +61,8 @@ class Evaluation:
         chosen = {name: [directories[name]] for name in order}
         return compare.write_tables(chosen, self.root / "report", self.config.confidence)
 
-    def without_missing(self) -> EvaluateConfig:
-        """The configuration without the optional benchmarks whose files are not here."""
-        missing = {
-            name: file
-            for name, chosen in self.config.benchmarks.items()
-            if chosen.optional
-            and not (file := benchmark_file(self.benchmark(name), chosen.path)).is_file()
-        }
-        for name, file in missing.items():
-            log.warning("benchmarks.%s is left out: no file %s", name, file)
-        kept = {n: b for n, b in self.config.benchmarks.items() if n not in missing}
-        return replace(self.config, benchmarks=kept) if missing else self.config
-
-    def check(self) -> dict[str, Path]:
-        """Complain of benchmarks before any work; the files of all of them."""
-        for judged in self.config.recorded.values():
-            for name, file in judged.items():
-                recorded.read_recorded(name, Path(resolve_path(file)))
-        files = {}
-        for name, chosen in self.config.benchmarks.items():
-            benchmark = self.benchmark(name)
-            if benchmark.score is None and not chosen.judges:
-                raise ValueError(f"benchmarks.{name}.judge: {benchmark.title} needs a judge")
-            if chosen.judges and benchmark.judged is None:
-                raise ValueError(f"benchmarks.{name}.judge: {benchmark.title} takes none")
-            if len(chosen.judges) > 1 and not (benchmark.judged and benchmark.judged.votes):
-                raise ValueError(f"benchmarks.{name}.judge: {benchmark.title} takes one")
-            files[name] = benchmark_file(benchmark, chosen.path)
-            if not files[name].is_file():
-                raise ValueError(
-                    f"benchmarks.{name}.path: no file {files[name]}. {benchmark.title}: "
-                    f"{benchmark.hint}"
-                )
-        return files
-
     def benchmark(self, name: str) -> Benchmark:
-        return get_benchmark(self.config.benchmarks[name].kind or name)
+        return requirements.benchmark_of(self.config, name)
 
     def draw(self, name: str) -> Draw:
         """The protocol's settings with those that the configuration has."""
@@ -146,6 +111,7 @@ class Evaluation:
                 "benchmark": name,
                 "answers": list(keys),
                 "judges": [identity(judge) for judge in judges],
+                **requirements.tools_identity(self.config, name),
                 "block": self.config.shards.block,
             }
             shards[system, name] = self.shard("scoring:score", arguments, system, name)
@@ -261,6 +227,7 @@ class Evaluation:
         adapter: TypeAdapter[dict[str, ModelConfig]] = TypeAdapter(dict[str, ModelConfig])
         return {
             "gpu": self.gpu,
+            "sandbox": self.config.sandbox,
             "systems": adapter.dump_python(self.config.systems, mode="json"),
             "models": adapter.dump_python(self.config.models, mode="json"),
             "benchmarks": {
@@ -269,6 +236,7 @@ class Evaluation:
                     "path": str(benchmark_file(self.benchmark(name), chosen.path).absolute()),
                     "limit": chosen.limit,
                     "judges": chosen.judges,
+                    "checkout": str(requirements.checkout_of(self.config, name) or ""),
                 }
                 for name, chosen in self.config.benchmarks.items()
             },

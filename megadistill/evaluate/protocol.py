@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from megadistill.config import resolve_path
 from megadistill.data.pools import stable_hash
+from megadistill.evaluate.sandbox import Mode
 from megadistill.refine.records import read_rows
 from megadistill.types import Message
 
@@ -71,6 +72,14 @@ class Ask:
     max_tokens: int = 1024
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tools:
+    """What a benchmark needs that is no package: its own code, and where programs may run."""
+
+    checkout: Path
+    sandbox: Mode
+
+
 Chat = Callable[[Ask, int], Awaitable[str]]
 """A model: (question, seed) -> its answer."""
 Play = Callable[[Item, Chat, Chat], Awaitable[str]]
@@ -102,6 +111,10 @@ class Benchmark:
     """A row of the file as an item, or None for one of another benchmark in the same file; raises
     `ValueError` or `KeyError` when it is wrong."""
     score: Callable[[Item, str], Score] | None = None
+    run: Callable[[Item, str, Tools], Score] | None = None
+    """Scores by running what was written; slow, and many at a time."""
+    needs: Path | None = None
+    """File that `run` uses of the benchmark's own code."""
     judged: Judged | None = None
     play: Play | None = None
     """How an answer comes about where it takes several turns and the judge's part in them."""

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from megadistill.config.refine import ModelConfig
 from megadistill.evaluate.benchmarks import get_benchmark
 from megadistill.evaluate.chats import opened
 from megadistill.evaluate.generating import read_share
-from megadistill.evaluate.protocol import Ask, Benchmark, Item, Judged, Score
+from megadistill.evaluate.protocol import Ask, Benchmark, Item, Judged, Score, Tools
 from megadistill.evaluate.questions import gather_bounded
 from megadistill.refine.blocks import Blocks, read_blocks
 from megadistill.refine.checking import without_thinking
@@ -53,6 +55,10 @@ def score(directory: Path, arguments: Mapping[str, Any]) -> None:
     answers = read_blocks(stage.outputs("generate", arguments["answers"]))
     blocks = Blocks(directory, COLUMNS, total=len(answers), size=arguments["block"])
     positions = blocks.missing()
+    if benchmark.run is not None:
+        tools = Tools(checkout=Path(settings["checkout"]), sandbox=runtime["sandbox"])
+        by_running(benchmark.run, tools, items, answers, blocks)
+        return
     if not settings["judges"] or benchmark.judged is None:
         by_rules(benchmark, items, answers, positions, blocks.add)
         return
@@ -84,6 +90,26 @@ def by_rules(
         item = items[answer["item"]]
         found = benchmark.score(item, visible(benchmark, answer["written"]))
         add(position, to_row(item, answer, found, []))
+
+
+def by_running(
+    run: Callable[[Item, str, Tools], Score],
+    tools: Tools,
+    items: Mapping[str, Item],
+    answers: Sequence[Row],
+    blocks: Blocks,
+) -> None:
+    """By programs, as many at a time as this shard has processors."""
+    positions = blocks.missing()
+
+    def score_at(position: int) -> dict[str, Any]:
+        answer = answers[position]
+        item = items[answer["item"]]
+        return to_row(item, answer, run(item, without_thinking(answer["written"]), tools), [])
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for position, row in zip(positions, pool.map(score_at, positions), strict=True):
+            blocks.add(position, row)
 
 
 async def judge(

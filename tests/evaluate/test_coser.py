@@ -11,7 +11,7 @@ from megadistill.config.evaluate import parse_evaluate
 from megadistill.evaluate import coser_gca
 from megadistill.evaluate.benchmarks import coser, read_items
 from megadistill.evaluate.coser_gca import Line
-from megadistill.evaluate.pipeline import Evaluation
+from megadistill.evaluate.requirements import check
 from tests.evaluate.test_evaluation import World
 from tests.refine.world import Endpoint, endpoint_tree
 
@@ -182,7 +182,7 @@ def test_without_a_director_nothing_begins(tmp_path: Path, file: Path) -> None:
         "benchmarks": {"coser": {"path": str(file)}},
     }
     with pytest.raises(ValueError, match="CoSER GCA needs a judge"):
-        Evaluation(parse_evaluate(tree), False).check()
+        check(parse_evaluate(tree))
 
 
 def test_a_row_that_is_no_scene_is_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from megadistill.config import ConfigError
 from megadistill.config.evaluate import parse_evaluate
 from megadistill.evaluate import measuring
-from megadistill.evaluate.pipeline import Evaluation
+from megadistill.evaluate.requirements import without_missing
 from megadistill.refine.blocks import read_rows_of
 from megadistill.rollout.batch import BatchSettings
 from tests.evaluate.test_evaluation import World
@@ -164,6 +164,6 @@ def test_wrong_names_are_said_at_once(world: World) -> None:
 def test_an_optional_benchmark_without_its_file_is_left_out(world: World) -> None:
     benchmarks = {"medqa": {"path": str(world.path / "none.jsonl"), "optional": True}}
     config = parse_evaluate({**world.tree, "benchmarks": benchmarks})
-    assert Evaluation(config, False).without_missing().benchmarks == {}
+    assert without_missing(config).benchmarks == {}
     with pytest.raises(ValueError, match="no file"):
         world.run(benchmarks={"medqa": benchmarks["medqa"] | {"optional": False}})

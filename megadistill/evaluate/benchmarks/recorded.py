@@ -1,7 +1,7 @@
 """LiveBench and LiveCodeBench: judged by their own evaluators, whose files are read here.
 
-Both generate and judge with their own commands; only their aggregation is repeated here, so that
-their scores stand in the same tables with intervals and paired tests.
+Both have commands that generate and judge; only their aggregation is repeated here, so that their
+scores stand in the same tables with intervals and paired tests.
 """
 
 import json
@@ -10,14 +10,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from megadistill.evaluate.benchmarks.livecodebench import WINDOWS
 from megadistill.evaluate.protocol import Benchmark, Draw, Item
 from megadistill.refine.records import read_rows
-
-WINDOWS = {
-    "livecodebench_v5": (date(2024, 8, 1), date(2025, 2, 1)),
-    "livecodebench_v6": (date(2025, 2, 1), date(2025, 5, 1)),
-}
-"""Contest dates, from the first day to before the last; 279 and 175 problems if the paper's (I)."""
 
 
 def livebench_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -100,20 +95,4 @@ LIVEBENCH = Benchmark(
     rows=_no_item,
     hint=_HINTS["livebench"],
     groups="mean_of_means",
-)
-LIVECODEBENCH_V5 = Benchmark(
-    title="LCB v5",
-    block="general",
-    draw=Draw(),
-    rows=_no_item,
-    hint=_LIVECODEBENCH_HINT,
-    size=279,
-)
-LIVECODEBENCH_V6 = Benchmark(
-    title="LCB v6",
-    block="general",
-    draw=Draw(),
-    rows=_no_item,
-    hint=_LIVECODEBENCH_HINT,
-    size=175,
 )

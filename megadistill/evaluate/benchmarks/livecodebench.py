@@ -1,0 +1,151 @@
+"""LiveCodeBench v5 and v6: programs run against hidden tests by LiveCodeBench's own code, sandboxed.
+
+Each version is a window of contest dates. The question is put in our words, in the official form.
+"""
+
+import json
+import re
+import secrets
+import sysconfig
+from collections.abc import Mapping
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megadistill.evaluate.protocol import Benchmark, Draw, Item, Score, Tools
+from megadistill.evaluate.sandbox import Limits, run_python
+
+WINDOWS = {
+    "livecodebench_v5": (date(2024, 8, 1), date(2025, 2, 1)),
+    "livecodebench_v6": (date(2025, 2, 1), date(2025, 5, 1)),
+}
+"""Contest dates, from the first day to before the last; 279 and 175 problems if the paper's (I)."""
+TESTING = Path("lcb_runner/evaluation/testing_util.py")
+"""In a checkout: what runs a program against tests."""
+TEST_S = 6
+"""Seconds of one test, as there."""
+LIMITS = Limits(wall_s=600.0, cpu_s=600, memory_mib=6144, file_mib=64)
+"""Of all tests of one program together; the tests end at the first that fails."""
+SYSTEM = (
+    "You are an expert Python programmer. You are given a problem and write a correct Python program "
+    "that solves it and passes all tests."
+)
+WITH_STARTER = "Complete this code, and enclose all of the program in a code block:"
+FROM_STDIN = (
+    "Read the input from stdin and write the answer to stdout; do not test on the examples. Enclose "
+    "the program in a code block:"
+)
+_FENCE = re.compile(r"```")
+DRIVER = """
+import base64, json, pickle, sys, types, zlib
+
+given = json.load(sys.stdin)
+sys.path.append({packages!r})
+testing = types.ModuleType("testing_util")
+exec(compile(given["testing"], "testing_util.py", "exec"), testing.__dict__)
+try:
+    hidden = json.loads(given["hidden"])
+except ValueError:
+    packed = zlib.decompress(base64.b64decode(given["hidden"]))
+    hidden = json.loads(pickle.loads(packed))  # the data set's own form; in here it can do no harm
+tests = json.loads(given["public"]) + hidden
+sample = {{
+    "inputs": [test["input"] for test in tests],
+    "outputs": [test["output"] for test in tests],
+    "fn_name": given["function"],
+}}
+write = sys.stdout.write
+found, _ = testing.run_test(
+    {{"input_output": json.dumps(sample)}}, test=given["program"], timeout={seconds}
+)
+write("\\n{mark} " + json.dumps([int(result) for result in found] + [len(tests)]) + "\\n")
+"""
+
+
+def to_item(row: Mapping[str, Any], version: str) -> Item | None:
+    """A problem of code_generation_lite; None outside of the version's window."""
+    first, end = WINDOWS[version]
+    if not first <= date.fromisoformat(row["contest_date"][:10]) < end:
+        return None
+    starter = row["starter_code"]
+    lines = ["### Question", row["question_content"], "", "### Format"]
+    lines += [WITH_STARTER if starter else FROM_STDIN]
+    lines += ["```python", starter or "# the program", "```", "", "### Answer"]
+    return Item(
+        id=str(row["question_id"]),
+        messages=(
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": "\n".join(lines)},
+        ),
+        text=row["question_content"],
+        reference={
+            "public": row["public_test_cases"],
+            "hidden": row["private_test_cases"],
+            "function": json.loads(row["metadata"]).get("func_name"),
+        },
+    )
+
+
+def program_of(answer: str) -> str | None:
+    """What stands between the last two lines with a fence."""
+    lines = answer.split("\n")
+    fences = [number for number, line in enumerate(lines) if _FENCE.search(line)]
+    return "\n".join(lines[fences[-2] + 1 : fences[-1]]) if len(fences) > 1 else None
+
+
+def run(item: Item, answer: str, tools: Tools) -> Score:
+    """1 when every test passes; the details have their share and why there is none."""
+    program = program_of(answer)
+    details = {"no_program": float(program is None), "timed_out": 0.0, "passed": 0.0}
+    if program is None:
+        return Score(value=0.0, details=details)
+    mark = secrets.token_hex(16)
+    packages = sysconfig.get_paths()["platlib"]
+    given = {
+        **item.reference,
+        "program": program,
+        "testing": (tools.checkout / TESTING).read_text(encoding="utf-8"),
+    }
+    outcome = run_python(
+        DRIVER.format(packages=packages, seconds=TEST_S, mark=mark),
+        json.dumps(given),
+        LIMITS,
+        mode=tools.sandbox,
+        readable=[Path(packages)],  # it needs numpy
+    )
+    results = verdicts(outcome.stdout, mark)
+    details["timed_out"] = float(outcome.timed_out)
+    if results:
+        *each, total = results
+        details["passed"] = sum(result > 0 for result in each) / total
+    return Score(value=float(details["passed"] == 1.0), extracted=program, details=details)
+
+
+def verdicts(output: str, mark: str) -> list[int]:
+    """What the tests said, and how many there are; nothing when the program ended before that."""
+    for line in reversed(output.splitlines()):
+        if line.startswith(mark):
+            return [int(value) for value in json.loads(line.removeprefix(mark))]
+    return []
+
+
+def _benchmark(version: str, title: str, size: int) -> Benchmark:
+    return Benchmark(
+        title=title,
+        block="general",
+        draw=Draw(max_tokens=32768),
+        rows=partial(to_item, version=version),
+        run=run,
+        needs=TESTING,
+        hint=(
+            "the test*.jsonl of the hub's livecodebench/code_generation_lite, concatenated; the "
+            "programs are tested by a checkout of github.com/LiveCodeBench/LiveCodeBench, which "
+            "`checkout` names. Or run that evaluator, and name its *_eval_all.json in `recorded`"
+        ),
+        size=size,
+    )
+
+
+V5 = _benchmark("livecodebench_v5", "LCB v5", 279)
+V6 = _benchmark("livecodebench_v6", "LCB v6", 175)
