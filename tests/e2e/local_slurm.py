@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LOCAL_CLUSTER = ROOT / "slurm" / "local_cluster.sh"
 PATIENCE_S = 280.0
+ASK_EVERY_S = 0.5
+"""Between two questions to Slurm: each is a process, which the jobs under test would feel."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,22 @@ class Cluster:
         return self.call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
 
     def wait_for_state(self, job: str, *states: str, patience_s: float = PATIENCE_S) -> None:
-        wait_until(lambda: self.state(job) in states, lambda: self.state(job), patience_s)
+        def reached() -> bool:
+            return self.state(job) in states
+
+        wait_until(reached, lambda: self.state(job), patience_s, every_s=ASK_EVERY_S)
 
 
 def wait_until(
-    happened: Callable[[], bool], say: Callable[[], str] = str, patience_s: float = PATIENCE_S
+    happened: Callable[[], bool],
+    say: Callable[[], str] = str,
+    patience_s: float = PATIENCE_S,
+    every_s: float = 0.1,
 ) -> None:
     deadline = time.monotonic() + patience_s
     while not happened():
         assert time.monotonic() < deadline, f"waited in vain: {say()}"
-        time.sleep(0.1)
+        time.sleep(every_s)
 
 
 def free_port_range() -> int:

@@ -13,6 +13,7 @@ from megadistill.report import history
 from megadistill.report.history import last_error, read_attempts, read_nodes, run_state
 from megadistill.rundir import RunDir
 from tests.report.runs import make_run, write_end
+from tests.tiny import camopd_tree
 
 
 @pytest.fixture
@@ -127,3 +128,21 @@ def test_each_attempt_has_an_outcome_and_a_reason(run: RunDir) -> None:
     assert attempts[0].step == 2
     assert attempts[1].last_sign is not None
     assert last_error(run) == "attempt 0 at step 2: trainer-# was killed by SIGKILL"
+
+
+def test_the_work_on_every_export_is_counted(tmp_path: Path) -> None:
+    work = {"verb": "eval", "config": "eval.yaml", "tries": 2}
+    run = make_run(tmp_path / "tiny", camopd_tree(checkpoint={"on_export": work}))
+    for export, shards in (("final", "b"), ("step-000002", "bdf"), ("step-000010", "d")):
+        for number, state in enumerate(shards):
+            shard = run.path / "evaluations" / export / "shards" / str(number)
+            shard.mkdir(parents=True)
+            if state == "d":
+                (shard / "done.json").write_text("{}")
+            if state == "f":
+                (shard / "failures.jsonl").write_text('{"what": "it broke"}\n' * 2)
+    assert [one.describe() for one in history.read_evaluations(run)] == [
+        "step-000002: 1 of 3 done, 1 failed",
+        "step-000010: 1 of 1 done",
+        "final: 0 of 1 done",
+    ]
