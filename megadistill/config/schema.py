@@ -11,6 +11,7 @@ from megadistill.config.cluster import ClusterConfig
 from megadistill.config.fields import STRICT, Fraction, NaturalInt, PositiveFloat, PositiveInt
 from megadistill.config.work import WorkConfig
 
+HeadBackend = Literal["auto", "torch", "triton"]
 Precision = Literal["fp32", "bf16", "fp8_current", "fp8_blockwise"]
 
 
@@ -272,6 +273,8 @@ class RunConfig:
     """`auto` takes GPUs where `cluster.gpus_per_node` > 0 and torch sees them."""
     precision: Precision = "bf16"
     """Compute precision; master weights and log-softmax are fp32 in every case."""
+    head: HeadBackend = "auto"
+    """What sweeps over the logits; `auto` is triton on a GPU where it is installed, else torch."""
     student: ModelConfig
     teachers: dict[str, ModelConfig] = field(default_factory=dict)
     algorithm: AlgorithmConfig

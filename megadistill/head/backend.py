@@ -67,7 +67,7 @@ class Backend(Protocol):
 def backend_of(head: VocabularyHead) -> Backend:
     """The backend that the head names, or the best for its device."""
     name = head.backend
-    if name is None:
+    if name == "auto":
         name = "triton" if head.weight_VD.is_cuda and find_spec("triton") else "torch"
     return cast(Backend, import_module(f"megadistill.head.{name}_rows"))
 

@@ -32,8 +32,8 @@ class VocabularyHead:
     """Tensor-parallel group holding the shards; None means that this rank holds every row."""
     chunk_tokens: int | None = None
     """Rows whose logits exist at one time; None picks them from the shard's size and device."""
-    backend: Literal["torch", "triton"] | None = None
-    """None is triton for a weight on a GPU where triton is installed, and torch otherwise."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """`auto` is triton for a weight on a GPU where triton is installed, and torch otherwise."""
     accumulate_into_main_grad: bool = False
     """Add the fp32 weight gradient to `weight_VD.main_grad` instead of returning it. One-pass sums
     do so in their forward sweep, and then take no upstream gradient but 1 in backward."""

@@ -74,6 +74,8 @@ class Engine:
         """
         self.config = config
         device = pick_device(config.device, config.cluster.gpus_per_node)
+        if config.head == "triton" and device.type != "cuda":
+            raise ValueError("head: found 'triton', which needs a GPU; expected 'auto' or 'torch'")
         for model in (config.student, *config.teachers.values()):
             spec = read_spec(_directory(model))
             check_model(spec, config.parallel, self._precision(model), device)
@@ -275,7 +277,12 @@ class Engine:
         parallel = self.config.parallel
         built = build_model(spec, parallel, self._precision(model), self.world)
         load_hf(built, spec, directory, parallel, self.world)
-        return Scorable(model=built, vocab_size=spec.vocab_size, world=self.world)
+        return Scorable(
+            model=built,
+            vocab_size=spec.vocab_size,
+            world=self.world,
+            backend=self.config.head,
+        )
 
     def _load_teachers(self) -> dict[str, Scorable]:
         """Frozen models by name; names with the same path and precision share one."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megadistill.config.schema import HeadBackend
 from megadistill.data.packing import (
     PackingRules,
     assign,
@@ -35,6 +36,7 @@ class Scorable:
     model: GPTModel
     vocab_size: int
     world: World
+    backend: HeadBackend = "auto"
 
     def head(self, *, training: bool = False) -> VocabularyHead:
         """The last stage's vocabulary head; when training its gradient goes to `main_grad`."""
@@ -43,6 +45,7 @@ class Scorable:
             weight_VD=output_weight(self.model),
             vocab_size=self.vocab_size,
             group=tp if tp.size() > 1 else None,
+            backend=self.backend,
             accumulate_into_main_grad=training,
         )
 

@@ -53,7 +53,7 @@ def make_case(
     scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
-    backend: str | None = None,
+    backend: str = "auto",
 ) -> Case:
     """The same numbers on every device; tensors lie on the default one."""
     generator = torch.Generator("cpu").manual_seed(seed)

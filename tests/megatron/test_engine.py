@@ -173,6 +173,8 @@ def test_fp8_and_gpus_are_refused_where_there_is_none(models: Path) -> None:
         pass
     with pytest.raises(ValueError, match="device: found cuda with"), opened(models, device="cuda"):
         pass
+    with pytest.raises(ValueError, match="head: found 'triton'"), opened(models, head="triton"):
+        pass
 
 
 def test_a_world_of_another_size_is_refused(models: Path) -> None:
