@@ -17,6 +17,7 @@ from megadistill.evaluate.benchmarks import get_benchmark
 from megadistill.evaluate.rendering import RENDERERS
 from megadistill.evaluate.statistics import Interval
 from megadistill.evaluate.tables import BLOCKS, Cell, Column, Table
+from megadistill.refine.blocks import read_rows_of
 from megadistill.rundir import write_atomic
 
 SEED = 0
@@ -98,7 +99,25 @@ def make_table(systems: Mapping[str, Sequence[Path]], confidence: float) -> Tabl
         columns=sorted(columns, key=lambda column: list(BLOCKS).index(column.block)),
         cells=cells,
         confidence=confidence,
+        remarks=[remark for name in names if (remark := _remark(name, loaded, confidence))],
     )
+
+
+def _remark(name: str, loaded: Sequence[SystemResults], confidence: float) -> str | None:
+    """What a benchmark says of all systems together."""
+    chosen = [system for system in loaded if name in system.summaries[0]]
+    benchmark = get_benchmark(chosen[0].summaries[0][name]["benchmark"])
+    if benchmark.remark is None:
+        return None
+    rows = {
+        system.name: [
+            row
+            for directory in system.directories
+            for row in read_rows_of(directory / f"{name}.parquet")
+        ]
+        for system in chosen
+    }
+    return benchmark.remark(rows, confidence)
 
 
 def write_tables(

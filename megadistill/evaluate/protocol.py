@@ -118,6 +118,8 @@ class Benchmark:
     judged: Judged | None = None
     play: Play | None = None
     """How an answer comes about where it takes several turns and the judge's part in them."""
+    remark: Callable[[Mapping[str, Sequence[Mapping[str, Any]]], float], str] | None = None
+    """(system -> scored transcripts, confidence) -> what is said of all of them below a table."""
     packaged: str | None = None
     """Place of the file in a Python package; `path: packaged` means this one."""
     hint: str = ""

@@ -61,6 +61,8 @@ class Table:
     columns: Sequence[Column]
     cells: Mapping[tuple[str, str], Cell]
     confidence: float
+    remarks: Sequence[str] = ()
+    """Sentences that stand below."""
 
     @property
     def blocks(self) -> list[tuple[Block, list[Column]]]:
@@ -89,7 +91,8 @@ class Table:
         """What the marks mean."""
         level = 1 - self.confidence
         nats = "" if all(column.in_points for column in self.columns) else ", KL and NLL in nats"
-        return (
+        marks = (
             f"Scores in points{nats} with {self.confidence:.0%} intervals. + / - : better / worse than "
             f"{self.systems[0]} at {level:.2g} (paired tests on the same items, Holm over the table)."
         )
+        return " ".join([marks, *self.remarks])

