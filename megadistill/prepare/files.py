@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +101,8 @@ def read_rows(file: Path, max_line: int, wanted: set[int] | None = None) -> Iter
 
     Raises `ValueError` naming the row that cannot be read.
     """
-    reader = {".parquet": _parquet, ".csv": _csv, ".json": _array}.get(file.suffix)
-    rows = reader(file, wanted) if reader else _lines(file, max_line, wanted)
+    reader = {".parquet": _parquet, ".csv": _csv, ".json": _array}.get(file.suffix, _lines)
+    rows = reader(file, max_line, wanted)
     for number, values in rows:
         if wanted is not None and number not in wanted:
             continue
@@ -157,7 +156,7 @@ def _lines(file: Path, max_line: int, wanted: set[int] | None) -> Iterator[tuple
             raise ValueError(f"{file}: row {number} is not JSON: {error}") from None
 
 
-def _array(file: Path, _wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+def _array(file: Path, _max_line: int, _wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
     """The elements of one JSON array, read piece by piece."""
     import ijson  # noqa: PLC0415 - rarely needed
 
@@ -170,18 +169,22 @@ def _array(file: Path, _wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"{file}: row {number + 1} is not JSON: {error}") from None
 
 
-def _csv(file: Path, _wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(sys.maxsize)
+def _csv(file: Path, max_line: int, _wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(max_line)
     number = 0
     with file.open(encoding="utf-8-sig", newline="") as stream:
+        lines = iter(lambda: stream.readline(max_line + 1), "")  # in characters, not bytes
         try:
-            for number, values in enumerate(csv.DictReader(stream), start=1):
+            for number, values in enumerate(csv.DictReader(lines), start=1):
                 yield number, values
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: row {number + 1} cannot be read: {error}") from None
+            raise ValueError(
+                f"{file}: row {number + 1} cannot be read, or is longer than {max_line >> 20} MiB "
+                f"(max_line_mib): {error}"
+            ) from None
 
 
-def _parquet(file: Path, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+def _parquet(file: Path, _max_line: int, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
     """Row by row; row groups without a wanted row are not read."""
     import pyarrow as pa  # noqa: PLC0415 - slow to import
     import pyarrow.parquet as pq  # noqa: PLC0415

@@ -187,6 +187,16 @@ def test_a_bad_row_is_named_and_nothing_is_written(tmp_path: Path, name: str) ->
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_csv_row_that_is_too_long_is_named(tmp_path: Path) -> None:
+    long = "x" * (3 << 20)
+    (tmp_path / "in.csv").write_text(f"question,answer\nwhy is it so,a\n{long},b\n")
+    tree = tree_of(tmp_path / "out", [tmp_path / "in.csv"], {"format": "pairs"})
+    with pytest.raises(ValueError, match=r"row 2 cannot be read, or is longer than 1 MiB"):
+        run_preparation(parse_prepare(tree | {"max_line_mib": 1}))
+    run_preparation(parse_prepare(tree | {"max_line_mib": 4}))
+    assert len(prepared(tmp_path / "out")) == 2
+
+
 def test_a_few_unusable_rows_may_be_left_out_where_the_user_says_so(tmp_path: Path) -> None:
     rows = [{"question": "why is this so"}, {"question": "what is that for", "answer": "a"}]
     tree = tree_of(tmp_path, [write_jsonl(tmp_path / "in.jsonl", rows)], {"format": "pairs"})
