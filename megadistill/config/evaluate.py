@@ -83,6 +83,20 @@ class SignalConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExternalConfig:
+    """A benchmark that its own command runs, judgments included."""
+
+    checkout: str
+    """Directory with its code; each system works on a copy."""
+    python: str
+    """Interpreter that has what it needs."""
+    max_tokens: PositiveInt = 32768
+    """Cap on the tokens of one answer."""
+    options: list[str] = field(default_factory=list)
+    """Further words for its command."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluateShardsConfig:
     """How the work is divided."""
 
@@ -117,6 +131,9 @@ class EvaluateConfig:
     recorded: dict[Name, dict[Name, str]] = field(default_factory=dict)
     """System -> benchmark -> file of the benchmark's own evaluator: livebench (judgments),
     livecodebench_v5, livecodebench_v6 (*_eval_all.json)."""
+    external: dict[Literal["livebench"], ExternalConfig] = field(default_factory=dict)
+    """Benchmarks that their own commands run here. LiveBench's runs programs that models wrote
+    outside of any sandbox, so it wants `sandbox: none`."""
     models: dict[str, ModelConfig] = field(default_factory=dict)
     """Judges and verifiers, by name."""
     shards: EvaluateShardsConfig = field(default_factory=EvaluateShardsConfig)
@@ -141,8 +158,10 @@ class EvaluateConfig:
             for name in self.recorded
             if name not in self.systems
         ]
-        if not self.systems or not (self.benchmarks or self.signals):
+        if not self.systems or not (self.benchmarks or self.signals or self.external):
             problems.append("systems and benchmarks: expected at least one of each")
+        if self.external and self.sandbox != "none":
+            problems.append("sandbox: found namespaces, but `external` runs programs without: none")
         problems += self._signal_problems()
         if self.baseline is not None and self.baseline not in self.systems:
             problems.append(f"baseline: found {self.baseline!r}, expected one of `systems`")

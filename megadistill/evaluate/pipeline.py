@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from megadistill.config import resolve_path
-from megadistill.config.evaluate import EvaluateConfig, dump_evaluate
+from megadistill.config.evaluate import EvaluateConfig, ExternalConfig, dump_evaluate
 from megadistill.config.refine import ModelConfig, ServedConfig
-from megadistill.evaluate import compare, requirements, results, signals
+from megadistill.evaluate import compare, external, requirements, results, signals
 from megadistill.evaluate.benchmarks import get_benchmark, recorded
 from megadistill.evaluate.protocol import Benchmark, Draw, benchmark_file
 from megadistill.evaluate.scoring import COLUMNS
@@ -55,7 +55,8 @@ class Evaluation:
         answers = self.generate(files)
         scores = self.score(answers)
         measured = self.measure()
-        directories = self.write_results(scores, measured)
+        judged = self.run_external()
+        directories = self.write_results(scores, measured, judged)
         baseline = self.config.baseline or next(iter(self.config.systems))
         order = sorted(directories, key=lambda name: name != baseline)
         chosen = {name: [directories[name]] for name in order}
@@ -148,8 +149,31 @@ class Evaluation:
             for name in self.config.signals
         }
 
+    def run_external(self) -> dict[str, dict[str, Path]]:
+        """System -> benchmark -> what its own command left; what is recorded already, with it."""
+        found = {
+            system: {name: Path(resolve_path(file)) for name, file in files.items()}
+            for system, files in self.config.recorded.items()
+        }
+        shards: dict[str, Shard] = {}
+        for tool in self.config.external.values():
+            for system, model in self.config.systems.items():
+                arguments = external_arguments(system, model, tool)
+                shards[system] = self.shard("external:run", arguments, system, "livebench")
+        if shards:
+            gpus = max(_gpus(model) for model in self.config.systems.values())
+            self.fan_out("external", list(shards.values()), gpus)
+        stage = Stage(self.root / "stages" / "external")
+        for system, shard in shards.items():
+            (folder,) = stage.outputs("external", [shard.key])
+            found.setdefault(system, {})["livebench"] = folder / external.JUDGMENTS
+        return found
+
     def write_results(
-        self, scores: Mapping[tuple[str, str], str], measured: Mapping[tuple[str, str], Path]
+        self,
+        scores: Mapping[tuple[str, str], str],
+        measured: Mapping[tuple[str, str], Path],
+        judged: Mapping[str, Mapping[str, Path]],
     ) -> dict[str, Path]:
         """System -> the directory of its results."""
         stage = Stage(self.root / "stages" / "score")
@@ -164,8 +188,8 @@ class Evaluation:
                 summary[name] = self.described(
                     self.config.benchmarks[name].kind or name, self.draw(name), rows
                 ) | {"judges": self.config.benchmarks[name].judges}
-            for name, file in self.config.recorded.get(system, {}).items():
-                rows = recorded.read_recorded(name, Path(resolve_path(file)))
+            for name, file in judged.get(system, {}).items():
+                rows = recorded.read_recorded(name, file)
                 write_rows(directory / f"{name}.parquet", rows, COLUMNS)
                 summary[name] = self.described(name, Draw(), rows)
             for name, signal in self.config.signals.items():
@@ -229,6 +253,10 @@ class Evaluation:
             "gpu": self.gpu,
             "sandbox": self.config.sandbox,
             "systems": adapter.dump_python(self.config.systems, mode="json"),
+            "external": {
+                name: {"checkout": str(Path(t.checkout).absolute()), "python": t.python}
+                for name, t in self.config.external.items()
+            },
             "models": adapter.dump_python(self.config.models, mode="json"),
             "benchmarks": {
                 name: {
@@ -259,6 +287,17 @@ def uses_gpu(config: EvaluateConfig) -> bool:
     import torch  # noqa: PLC0415 - slow to import
 
     return bool(torch.cuda.is_available())
+
+
+def external_arguments(system: str, model: ModelConfig, tool: ExternalConfig) -> dict[str, Any]:
+    """Of the shard in which a benchmark's own command asks a system (any: JSON)."""
+    return {
+        "system": system,
+        "model": identity(model),
+        "max_tokens": tool.max_tokens,
+        "options": list(tool.options),
+        "code": fingerprint(Path(tool.checkout) / external.COMMAND),
+    }
 
 
 def _gpus(model: ModelConfig) -> int:

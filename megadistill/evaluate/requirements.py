@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megadistill.config import resolve_path
 from megadistill.config.evaluate import BenchmarkConfig, EvaluateConfig
-from megadistill.evaluate import sandbox
+from megadistill.evaluate import external, sandbox
 from megadistill.evaluate.benchmarks import get_benchmark, recorded
 from megadistill.evaluate.protocol import Benchmark, benchmark_file
 from megadistill.launch.shards import fingerprint
@@ -50,6 +50,13 @@ def check(config: EvaluateConfig) -> dict[str, Path]:
     for judged in config.recorded.values():
         for name, file in judged.items():
             recorded.read_recorded(name, Path(resolve_path(file)))
+    for tool, settings in config.external.items():
+        for wanted in (Path(settings.checkout) / external.COMMAND, Path(settings.python)):
+            if not wanted.is_file():
+                raise ValueError(
+                    f"external.{tool}: no file {wanted}; expected a checkout of "
+                    "github.com/LiveBench/LiveBench, and an interpreter with its packages"
+                )
     files = {}
     for name, chosen in config.benchmarks.items():
         benchmark = benchmark_of(config, name)

@@ -1,0 +1,81 @@
+"""LiveBench by its own command, in a copy of its checkout: asks the system, judges, leaves judgments.
+
+The system is served by the shard, or is an endpoint; LiveBench sees an OpenAI-compatible address.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from megadistill.config.refine import ModelConfig
+from megadistill.evaluate.chats import opened
+from megadistill.refine.stages import Stage
+from megadistill.rundir import write_atomic
+
+RELEASE = "2024-11-25"
+COMMAND = Path("livebench/run_livebench.py")
+"""In a checkout."""
+JUDGMENTS = "ground_truth_judgment.jsonl"
+KEY = "MEGADISTILL_SYSTEM_KEY"
+"""Environment variable with the system's key, by which LiveBench is told it."""
+_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+
+
+def run(directory: Path, arguments: Mapping[str, Any]) -> None:
+    """The shard. It resumes what an earlier try left in its copy of the checkout."""
+    runtime = Stage.of(directory).runtime
+    system = arguments["system"]
+    tool = runtime["external"]["livebench"]
+    place = directory / "checkout"
+    if not place.exists():
+        copy_code(Path(tool["checkout"]), place)
+    model = _MODEL.validate_python(runtime["systems"][system])
+    with opened({system: model}, gpu=runtime["gpu"], logs=directory) as chats:
+        chat = chats[system]
+        words = {
+            "--model": chat.model,
+            "--model-display-name": system,
+            "--api-base": str(chat.client.base_url),
+            "--api-key-name": KEY,
+            "--mode": "single",
+            "--bench-name": "live_bench",
+            "--livebench-release-option": RELEASE,
+            "--force-temperature": 0,
+            "--max-tokens": arguments["max_tokens"],
+            "--parallel-requests": model.concurrency,
+        }
+        command = [tool["python"], COMMAND.name, "--resume"]
+        command += [str(word) for pair in words.items() for word in pair] + arguments["options"]
+        environment = {**os.environ, KEY: chat.client.api_key}
+        ended = subprocess.run(
+            command,
+            cwd=(place / COMMAND).parent,
+            env=environment,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    if ended.returncode:
+        raise ValueError(f"external.livebench: {' '.join(command)} ended with {ended.returncode}")
+    write_atomic(directory / JUDGMENTS, judgments(place))
+
+
+def copy_code(checkout: Path, place: Path) -> None:
+    """The checkout without what earlier runs left in it, whole or absent."""
+    half = place.with_name(f".{place.name}")
+    shutil.rmtree(half, ignore_errors=True)
+    ignored = shutil.ignore_patterns(".git", "data", ".venv", "assets")
+    shutil.copytree(checkout, half, ignore=ignored, symlinks=True)
+    half.replace(place)
+
+
+def judgments(place: Path) -> str:
+    """All judgments of a run as one file. Raises `ValueError` where there is none."""
+    files = sorted((place / COMMAND).parent.glob(f"data/**/{JUDGMENTS}"))
+    if not files:
+        raise ValueError(f"external.livebench: {place} has no {JUDGMENTS}; see the shard's log")
+    return "".join(file.read_text(encoding="utf-8").rstrip("\n") + "\n" for file in files)
