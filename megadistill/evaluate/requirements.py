@@ -74,6 +74,11 @@ def check(config: EvaluateConfig) -> dict[str, Path]:
 def _check_judges(name: str, benchmark: Benchmark, chosen: BenchmarkConfig) -> None:
     key = f"benchmarks.{name}.judge"
     if benchmark.score is None and benchmark.run is None and not chosen.judges:
+        if benchmark.judged is None:
+            raise ValueError(
+                f"benchmarks.{name}: {benchmark.title} is judged by its own command; use `external` "
+                "or `recorded`"
+            )
         raise ValueError(f"{key}: {benchmark.title} needs a judge")
     if chosen.judges and benchmark.judged is None:
         raise ValueError(f"{key}: {benchmark.title} takes none")

@@ -280,6 +280,8 @@ def test_what_cannot_work_is_said_before_any_work(world: World) -> None:
         world.run(benchmarks=benchmarks)
     with pytest.raises(ValueError, match="Arena-Hard v2 HP needs a judge"):
         world.run(benchmarks={"arena_hard_hp": {}})
+    with pytest.raises(ValueError, match="LiveBench 2024-11-25 is judged by its own command"):
+        world.run(benchmarks={"livebench": {"path": "x"}})
     with pytest.raises(ValueError, match="expected one of ifeval"):
         world.run(benchmarks={"unknown": {"path": "x"}})
     assert world.runs == []

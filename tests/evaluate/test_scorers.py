@@ -179,6 +179,13 @@ def test_livebench_is_a_mean_of_means_of_means(tmp_path: Path) -> None:
         read_recorded("livebench", file)
 
 
+def test_livebenchs_questions_can_be_looked_for_in_training_data(tmp_path: Path) -> None:
+    row = {"question_id": "q", "category": "math", "task": "a", "turns": ["What is 2 + 2?"]}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row))
+    (item,) = read_items("livebench", str(tmp_path / "questions.jsonl"))
+    assert (item.id, item.text, item.group) == ("q", "What is 2 + 2?", "math/a")
+
+
 def test_livecodebench_takes_the_problems_of_its_window(tmp_path: Path) -> None:
     problems = [
         {"question_id": f"p{n}", "contest_date": f"{day}T00:00:00", "graded_list": graded}

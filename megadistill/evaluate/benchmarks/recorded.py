@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.evaluate.benchmarks.livecodebench import WINDOWS
-from megadistill.evaluate.protocol import Benchmark, Draw, Item
+from megadistill.evaluate.protocol import Benchmark, Draw, Item, user
 from megadistill.refine.records import read_rows
 
 
@@ -73,8 +73,11 @@ def read_recorded(kind: str, file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _no_item(row: Mapping[str, Any]) -> Item:
-    raise ValueError("this benchmark is run by its own evaluator; name its file in `recorded`")
+def livebench_item(row: Mapping[str, Any]) -> Item:
+    """A question of the hub's sets, to be looked for in training data; its answers are judged there."""
+    question = str(row["turns"][0])
+    group = f"{row['category']}/{row['task']}"
+    return Item(id=str(row["question_id"]), messages=user(question), text=question, group=group)
 
 
 _LIVECODEBENCH_HINT = (
@@ -92,7 +95,7 @@ LIVEBENCH = Benchmark(
     title="LiveBench 2024-11-25",
     block="general",
     draw=Draw(),
-    rows=_no_item,
+    rows=livebench_item,
     hint=_HINTS["livebench"],
     groups="mean_of_means",
 )
