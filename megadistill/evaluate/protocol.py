@@ -15,6 +15,8 @@ from megadistill.refine.records import read_rows
 from megadistill.types import Message
 
 PACKAGED = "packaged"
+MOST_BYTES = 512 << 20
+"""Of a line; LiveCodeBench's hidden tests are large."""
 DRAW_SEED = 42
 """RAFT names no seed; ALGORITHMS 2.5 chooses this one."""
 Block = Literal["general", "domain", "heldout"]
@@ -191,7 +193,20 @@ def _rows(file: Path) -> Iterator[Any]:  # whatever JSON a row holds
             rows = None
         if isinstance(rows, list):
             return iter(rows)
-    return read_rows(file)
+    return _lines(file) if file.suffix in (".json", ".jsonl") else read_rows(file)
+
+
+def _lines(file: Path) -> Iterator[Any]:  # whatever JSON a line holds
+    with file.open("rb") as stream:
+        number = 0
+        while line := stream.readline(MOST_BYTES + 1):
+            number += 1
+            if len(line) > MOST_BYTES:
+                raise ValueError(f"{file}: row {number} is longer than {MOST_BYTES >> 20} MiB")
+            try:
+                yield json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file}: row {number} is not JSON in UTF-8: {error}") from None
 
 
 def user(text: str) -> tuple[Message, ...]:

@@ -13,7 +13,8 @@ import pytest
 
 from megadistill.cli import main
 from megadistill.config.evaluate import parse_evaluate
-from megadistill.evaluate import chats, generating
+from megadistill.evaluate import chats, generating, protocol
+from megadistill.evaluate.benchmarks import read_items
 from megadistill.evaluate.pipeline import Evaluation
 from megadistill.launch.fanout import FanoutResult, Limits, Shard
 from megadistill.launch.shards import ShardFolder, run_shard
@@ -272,6 +273,27 @@ def test_what_an_official_evaluator_judged_stands_in_the_same_table(world: World
     table = world.run(recorded=recorded)
     assert "| base | – | – | 25.0" in table  # noqa: RUF001
     assert "| better | 50.0 [" in table
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"question": "\xff"}', "row 2 is not JSON in UTF-8"),
+        (b'{"question', "row 2 is not JSON"),
+        (b'["q"]', "row 2 is not a JSON object"),
+        (b'{"question": "' + b"x" * 9000 + b'"}', "row 2 is longer than"),
+        (json.dumps(medqa_row(0)).encode(), "row 2 has the id 'q0' of row 1"),
+        (json.dumps(medqa_row(1) | {"answer_idx": "E"}).encode(), "row 2: the answer is 'E'"),
+    ],
+)
+def test_a_bad_row_of_a_benchmark_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, message: str
+) -> None:
+    monkeypatch.setattr(protocol, "MOST_BYTES", 8192)
+    file = tmp_path / "medqa.jsonl"
+    file.write_bytes(json.dumps(medqa_row(0)).encode() + b"\n" + line + b"\n")
+    with pytest.raises(ValueError, match=message):
+        list(read_items("medqa", str(file)))
 
 
 def test_what_cannot_work_is_said_before_any_work(world: World) -> None:
