@@ -24,7 +24,8 @@ class ConfigError(ValueError):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read `path`, merge what it includes, apply overrides, and validate.
 
-    An override is `key.path=value`, or another YAML file that is merged over what is there. Raises `ConfigError` with all problems at once.
+    An override is `key.path=value`, or another YAML file that is merged over what is there.
+    Raises `ConfigError` with all problems at once.
     """
     return parse_config(read_tree(path, overrides), source=str(path))
 
