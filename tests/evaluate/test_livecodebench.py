@@ -4,6 +4,7 @@ import base64
 import json
 import pickle
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,16 @@ def test_the_question_has_the_starter_code_and_no_hidden_test() -> None:
     assert "def twice(x):" in item("twice").messages[1]["content"]
     assert "stdin" in item().messages[1]["content"]
     assert row()["private_test_cases"] not in json.dumps(item().messages)
+
+
+@boxed
+def test_hidden_tests_are_text_and_nothing_else_is_unpickled(tools: Tools) -> None:
+    honest = item()
+    packed = base64.b64encode(zlib.compress(pickle.dumps(print))).decode()
+    poisoned = replace(honest, reference={**honest.reference, "hidden": packed})
+    program = block("print(2 * int(input()))")
+    assert livecodebench.run(honest, program, tools).value == 1.0
+    assert livecodebench.run(poisoned, program, tools).details["passed"] == 0.0
 
 
 @boxed
