@@ -154,7 +154,8 @@ class Stage:
     @property
     def is_stale(self) -> bool:
         """Whether a train stage's run was begun when what it depends on was something else."""
-        return self.begun_as not in (None, self.digest)
+        begun = self.run[1].config_file.exists()
+        return begun and self.begun_as not in (None, self.digest)
 
     @property
     def begun_as(self) -> str | None:

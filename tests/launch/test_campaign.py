@@ -1,6 +1,7 @@
 """Campaigns on this machine, of verbs that need no model."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,9 @@ def test_a_train_stage_is_its_run_whose_inputs_must_not_change(folder: Path) -> 
     assert not changed.is_done
     with pytest.raises(ValueError, match="holds a run that was made from other inputs"):
         changed.begin_run()
+    shutil.rmtree(run.path)  # as the message says
+    assert not changed.is_done
+    assert changed.begin_run().config_file.exists()
 
 
 def test_a_command_line_that_cannot_be_read_is_refused_before_anything_starts(
