@@ -134,7 +134,9 @@ def trade_picture(runs: Sequence[RunDir], file: Path) -> Path:
     pairs = list(_pairs(runs))
     if not pairs:
         raise ValueError("--picture: the runs have no held-out answers and texts in common")
-    figure, axes = plt.subplots(1, len(pairs), figsize=(5.2 * len(pairs), 3.8), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(pairs), figsize=(5.2 * len(pairs), 4.2), squeeze=False, layout="constrained"
+    )
     for axis, (likelihood, divergence) in zip(axes[0], pairs, strict=True):
         for index, (group, members) in enumerate(grouped(runs).items()):
             for number, run in enumerate(members):
@@ -145,8 +147,8 @@ def trade_picture(runs: Sequence[RunDir], file: Path) -> Path:
             xlabel=f"fall of the NLL of held-out {likelihood} answers, nats/token",
             ylabel=f"KL({divergence} teacher ‖ student), nats/token",
         )
-        axis.legend(fontsize="small")
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize="small")
     figure.savefig(file, dpi=110)
     plt.close(figure)
     return file
