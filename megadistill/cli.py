@@ -11,10 +11,11 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadistill.config import config_schema
+from megadistill.config import RunConfig, config_schema
 
 if TYPE_CHECKING:
     from megadistill.launch.campaign import Campaign
+    from megadistill.launch.place import Place
     from megadistill.rundir import RunDir
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -36,17 +37,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(arguments: argparse.Namespace) -> int:
     """Run here, all roles on this machine."""
-    _check(arguments)
     from megadistill.launch.node import run_here
+    from megadistill.launch.place import local_place
 
+    _check(arguments, local_place())
     return run_here(arguments.config, arguments.overrides)
 
 
 def node(arguments: argparse.Namespace) -> int:
     """This node's part of a Slurm job."""
-    _check(arguments)
     from megadistill.launch.node import run_under_slurm
+    from megadistill.launch.place import slurm_place
 
+    _check(arguments, slurm_place())
     return run_under_slurm(arguments.config, arguments.overrides)
 
 
@@ -176,16 +179,17 @@ def _check_words(key: str, words: Sequence[str]) -> None:
         raise ValueError(f"{key}: {said.getvalue().splitlines()[-1]}") from None
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Complain of the configuration at once, and of the models once that is right."""
-    from megadistill.launch.node import open_run
-    from megadistill.preflight import check_config
+def _check(arguments: argparse.Namespace, place: "Place | None" = None) -> None:
+    """Complain of all that is wrong before anything is allocated."""
+    from megadistill.configfiles import check_run
 
-    config, _ = open_run(arguments.config, arguments.overrides)
+    check_run(arguments.config, arguments.overrides, place, also=_check_on_export)
+
+
+def _check_on_export(config: RunConfig) -> None:
     if (work := config.checkpoint.on_export) is not None:
         named = [] if work.config is None else [work.config]
         _check_words("checkpoint.on_export", [work.verb, *named, *work.args])
-    check_config(config)
 
 
 def config_show(arguments: argparse.Namespace) -> int:

@@ -1,9 +1,13 @@
 """Configuration files of every kind: what one resolves to, and what is wrong with it."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from megadistill.config import (
+    ConfigError,
+    RunConfig,
     campaign,
     dump_config,
     evaluate,
@@ -11,9 +15,13 @@ from megadistill.config import (
     prepare,
     refine,
 )
+from megadistill.config.load import read_settings, read_tree
 from megadistill.launch.layout import layout
 from megadistill.launch.node import gpus_per_node
-from megadistill.preflight import check_config
+from megadistill.launch.place import Place
+from megadistill.launch.roots import check_run_roots
+from megadistill.preflight import machine_problems
+from megadistill.rundir import RunDir
 
 
 def resolved(path: str, overrides: Sequence[str]) -> str:
@@ -24,16 +32,63 @@ def resolved(path: str, overrides: Sequence[str]) -> str:
     return dump_config(load_config(path, overrides))
 
 
+Check = Callable[[RunConfig], object]
+"""Raises `ValueError` when something is wrong."""
+
+
+def check_run(
+    source: str,
+    overrides: Sequence[str] = (),
+    place: Place | None = None,
+    *,
+    models: bool = True,
+    also: Check | None = None,
+) -> None:
+    """One report of all that keeps a run from starting: keys, layout, and what is on this machine.
+
+    `source` is a configuration or a run directory; `place` is where it would run, by default on the
+    nodes that its `cluster` asks for. Without `models` nothing is asked of models, data and disk.
+    Raises `ConfigError`.
+    """
+    folder = Path(source)
+    file = RunDir(folder.absolute()).config_file if folder.is_dir() else folder
+    reading = read_settings(read_tree(file, overrides))
+    problems = reading.problems
+    if reading.config is not None:
+        # What follows from the default that took the place of a wrong setting is no news.
+        wrong = re.compile("|".join(rf"(?<![\w.]){re.escape(key)}\b" for key in reading.at_fault))
+        further = _run_problems(reading.config, place, [also] if also else [], models)
+        problems += [text for text in further if not (reading.at_fault and wrong.search(text))]
+    if problems:
+        raise ConfigError.listing(source, problems)
+
+
+def _run_problems(
+    config: RunConfig, place: Place | None, also: Sequence[Check], models: bool
+) -> Iterator[str]:
+    nodes, second = config.cluster.nodes, 0
+    if place is not None:
+        nodes, second = place.num_nodes, place.second_component
+
+    def has_room(config: RunConfig) -> object:
+        return layout(config, nodes, gpus_per_node(config), second_component=second)
+
+    for check in (has_room, check_run_roots, *also):
+        try:
+            check(config)
+        except ValueError as error:
+            yield str(error)
+    if models:
+        yield from machine_problems(config)
+
+
 def problem_of(path: str, *, with_models: bool) -> str | None:
     """Every problem of the file; `with_models` asks what is on this machine, too."""
     try:
         if (kind := _kind_of(path)) is not None:
             kind[0](path)
-            return None
-        config = load_config(path)
-        layout(config, config.cluster.nodes, gpus_per_node(config))
-        if with_models:
-            check_config(config)
+        else:
+            check_run(path, models=with_models)
     except ValueError as error:
         text = str(error)
         return text if text.startswith(path) else f"{path}: {text}"

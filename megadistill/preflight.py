@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from megadistill.config import ConfigError, RunConfig, resolve_path
+from megadistill.config import RunConfig, resolve_path
 from megadistill.config.algorithm import RaftConfig, SftConfig
 from megadistill.config.schema import FileSource
 from megadistill.convert.families import ModelSpec, read_spec
@@ -20,11 +20,8 @@ WEIGHT_COPIES = 4
 """Of the weights on disk beside checkpoints: two published, the next one, and the export."""
 
 
-def check_config(config: RunConfig) -> None:
-    """Paths, model shapes against the layout, lengths and disk space.
-
-    Raises `ConfigError` with all problems, each with its key.
-    """
+def machine_problems(config: RunConfig) -> list[str]:
+    """Paths, model shapes against the layout, lengths and disk space: each problem with its key."""
     problems: list[str] = []
     specs: dict[str, ModelSpec] = {}
     for key, path in model_paths(config).items():
@@ -34,7 +31,8 @@ def check_config(config: RunConfig) -> None:
             problems.append(f"{key}.path: {error}")
     for key, spec in specs.items():
         problems += _parallel_problems(key, spec, config)
-    problems += [
+    return [
+        *problems,
         *_data_problems(config),
         *_length_problems(specs, config),
         *_overlap_problems(config),
@@ -42,9 +40,6 @@ def check_config(config: RunConfig) -> None:
         *_disk_problems(specs, config),
         *_export_problems(config),
     ]
-    if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"{config.name}: {len(problems)} problem(s)\n{lines}")
 
 
 def model_paths(config: RunConfig) -> dict[str, str]:
@@ -91,7 +86,7 @@ def _data_problems(config: RunConfig) -> list[str]:
     return [
         f"data.pools.{name}.sources[{index}].path: found {source.path!r}, which does not exist; "
         "`megadistill prepare` makes the papers' sets, see configs/prepare/"
-        for name in used_pools(config)
+        for name in set(used_pools(config)) & config.data.pools.keys()
         for index, source in enumerate(config.data.pools[name].sources)
         if isinstance(source, FileSource) and not Path(resolve_path(source.path)).is_file()
     ]

@@ -94,8 +94,8 @@ def test_a_wrong_configuration_is_one_message_and_code_two(
     printed = capsys.readouterr()
     assert printed.out == ""
     lines = printed.err.splitlines()
-    assert lines[0] == f"megadistill: {config}: 2 problem(s)"
-    assert [line.split(":")[0].strip() for line in lines[1:]] == ["steps", "bogus"]
+    assert lines[0] == f"megadistill: {config}: {len(lines) - 1} problem(s)"
+    assert [line.split(":")[0].strip() for line in lines[1:3]] == ["steps", "bogus"]
 
 
 @pytest.mark.parametrize("verb", [["train"], ["submit", "train"]], ids=" ".join)
@@ -105,7 +105,7 @@ def test_missing_models_are_found_before_anything_starts(
     config = write(tmp_path / "run.yaml", camopd_tree(runs_dir=str(tmp_path / "runs")))
     assert run_cli(*verb, config) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "megadistill: tiny: 3 problem(s)"
+    assert lines[0] == f"megadistill: {config}: 3 problem(s)"
     assert all(line.endswith("which does not exist") for line in lines[1:])
     assert not (tmp_path / "runs").exists()
 
@@ -115,7 +115,7 @@ def test_work_on_exports_that_could_not_be_read_is_found_before_anything_starts(
 ) -> None:
     tree = camopd_tree(checkpoint={"on_export": {"verb": "evaluate", "config": "eval.yaml"}})
     assert run_cli("train", write(tmp_path / "run.yaml", tree)) == 2
-    assert "megadistill: checkpoint.on_export: " in capsys.readouterr().err
+    assert "\n  checkpoint.on_export: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,60 @@ def test_config_check_finds_a_layout_that_no_nodes_could_have(
     file = tmp_path / "uneven.yaml"
     file.write_text(yaml.safe_dump(tree))
     assert run_cli("config", "check", str(file)) == 1
-    assert f"{file}: parallel: found tp 3 x pp 1 x cp 1 = 3" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{file}: 1 problem(s)\n  parallel: found tp 3 x pp 1 x cp 1 = 3" in said
+
+
+def test_one_report_has_every_kind_of_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {"path": str(write_model_config(tmp_path / "model"))}
+    nowhere = {"path": str(tmp_path / "nowhere")}
+    tree = camopd_tree(
+        student=model,
+        teachers={"general": model, "domain": nowhere},
+        batch={"sise": 3},
+        parallel={"tp": 3},
+        evaluate={"every": "ten", "heldout": {"g": {"pool": "gone", "teacher": "general"}}},
+        steps="many",
+    )
+    tree["rollout"]["max_tokens"] = "12k"  # its default would not fit the model's context
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    assert run_cli("train", str(file)) == 2
+    count, *lines = capsys.readouterr().err.splitlines()
+    assert count == f"megadistill: {file}: {len(lines)} problem(s)"
+    keys = dict.fromkeys(line.split(": ")[0].strip() for line in lines)
+    assert list(keys) == [
+        "steps",
+        "batch.sise",
+        "rollout.max_tokens",
+        "evaluate.every",
+        "evaluate.heldout.g.pool",
+        "teachers.domain.path",
+        "parallel.tp",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"student": {}}, ["student.path"]),
+        (
+            {"data": {"pools": {"a": {"sources": [{"kind": "file"}]}}}},
+            ["data.pools.a.sources.0.path"],
+        ),
+        ({"algorithm": {"kind": "magic"}, "sed": 1}, ["algorithm", "sed"]),
+    ],
+)
+def test_what_has_no_default_is_reported_once(
+    changes: Tree, keys: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(camopd_tree(**changes)))
+    assert run_cli("train", str(file)) == 2
+    _, *lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0].strip() for line in lines] == keys
 
 
 def test_config_check_looks_into_models_only_when_asked(

@@ -4,8 +4,9 @@ import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -14,11 +15,29 @@ from megadistill.config.schema import RunConfig
 
 Config = TypeVar("Config")
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
+_STAND_INS = {"name": "unnamed", "steps": 1}
 _KINDS = ("sft", "mopd", "camopd", "raft", "packaged", "reasoning_gym", "file")
 
 
 class ConfigError(ValueError):
     """A configuration a user must change; the message lists every problem with its key."""
+
+    @classmethod
+    def listing(cls, source: str, problems: Sequence[str]) -> Self:
+        """The report of them all, one a line."""
+        lines = [f"  {problem}" for problem in problems]
+        return cls("\n".join([f"{source}: {len(lines)} problem(s)", *lines]))
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a mapping of settings says, as far as it can be understood."""
+
+    problems: list[str]
+    config: RunConfig | None
+    """It without the settings at fault; None where one is missing that has no default."""
+    at_fault: tuple[str, ...] = ()
+    """Dotted keys of what was left out."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -32,7 +51,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
     """Validate a plain mapping; unknown keys and wrong types are errors."""
-    return validate(_ADAPTER, tree, source)
+    reading = read_settings(tree)
+    if reading.problems or reading.config is None:
+        raise ConfigError.listing(source, reading.problems)
+    return reading.config
+
+
+def read_settings(tree: Mapping[str, Any]) -> Reading:
+    """Every problem of the settings, and what is left without those that have one.
+
+    So that what can only be asked of a whole configuration, e.g. whether its models are there, does
+    not have to wait until every key is right.
+    """
+    rest = copy.deepcopy(dict(tree))
+    problems: list[str] = []
+    at_fault: dict[str, None] = {}
+    while True:
+        try:
+            config = _ADAPTER.validate_python(rest)
+        except ValidationError as error:
+            for problem in error.errors():
+                if _dotted(problem["loc"]) not in at_fault:
+                    problems += _describe(problem)
+            new = dict.fromkeys(_dotted(problem["loc"]) for problem in error.errors())
+            at_fault |= new
+            if not all(_leave_out(rest, key) for key in new):
+                return Reading(problems, None)
+        else:
+            return Reading([*problems, *config.contradictions()], config, tuple(at_fault))
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -51,8 +97,8 @@ def validate(adapter: TypeAdapter[Config], tree: Mapping[str, Any], source: str)
     try:
         return adapter.validate_python(tree)
     except ValidationError as error:
-        lines = [line for problem in error.errors() for line in _describe(problem)]
-        raise ConfigError("\n".join([f"{source}: {len(lines)} problem(s)", *lines])) from None
+        problems = [line for problem in error.errors() for line in _describe(problem)]
+        raise ConfigError.listing(source, problems) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -133,13 +179,34 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _describe(problem: Any) -> list[str]:
     """One line a problem: the dotted key, the value found, and what was expected."""
-    message = problem["msg"].removeprefix("Value error, ")
+    message: str = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:  # a check of the whole tree, which names its keys itself
-        return [f"  {line}" for line in message.split("; ")]
+        return message.split("; ")
     key, found = _dotted(problem["loc"]), problem.get("input")
+    if problem["type"] == "unexpected_keyword_argument":
+        message = "expected nothing, there is no such setting; `megadistill config schema` has all"
     if isinstance(found, dict | list) or problem["type"] == "missing":
-        return [f"  {key}: {message}"]
-    return [f"  {key}: found {json.dumps(found, default=str)}: {message}"]
+        return [f"{key}: {message}"]
+    return [f"{key}: found {json.dumps(found, default=str)}: {message}"]
+
+
+def _leave_out(tree: Any, key: str) -> bool:
+    """Whether the settings (mappings, lists) can do without this one; it is removed from them.
+
+    A run's name and length, which any value would do for here, are replaced.
+    """
+    if key in _STAND_INS:
+        tree[key] = _STAND_INS[key]
+        return True
+    *parents, leaf = key.split(".")
+    for name in parents:
+        tree = tree[int(name)] if isinstance(tree, list) else tree.get(name)
+        if not isinstance(tree, dict | list):
+            return False
+    if not isinstance(tree, dict) or leaf not in tree:
+        return False
+    del tree[leaf]
+    return True
 
 
 def _dotted(location: Sequence[str | int]) -> str:

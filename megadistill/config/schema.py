@@ -290,10 +290,9 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
-    def __post_init__(self) -> None:
-        problems = [*self._unknown_references(), *self._layout_problems()]
-        if problems:
-            raise ValueError("; ".join(problems))
+    def contradictions(self) -> list[str]:
+        """What its sections say that does not fit together; reading a configuration asks for it."""
+        return [*self._unknown_references(), *self._layout_problems()]
 
     def _unknown_references(self) -> list[str]:
         """Names of pools and teachers that are used but not defined."""
