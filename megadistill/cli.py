@@ -289,29 +289,61 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _takes_config(_verb(verbs, "train", train))
     _takes_config(_verb(verbs, "node", node))
-    command = _verb(verbs, "submit", submit)
+    _add_submit(_verb(verbs, "submit", submit))
+    _add_campaign(_verb(verbs, "campaign", campaign))
+    _takes_config(_verb(verbs, "refine", refine))
+    _add_eval(_verb(verbs, "eval", evaluate))
+    _add_prepare(_verb(verbs, "prepare", prepare))
+    command = _verb(verbs, "shard", shard)
+    command.add_argument("directory", help="the shard's directory, e.g. ROOT/shards/KEY")
+    _add_config_actions(verbs)
+    _add_status(_verb(verbs, "status", status))
+    _takes_runs(_verb(verbs, "report", report))
+    _add_doctor(_verb(verbs, "doctor", doctor))
+    command = _verb(verbs, "probe", probe)
+    command.add_argument("run", help="run directory")
+    command.add_argument("--samples", type=int, default=32, help="most samples of a branch")
+    _verb(verbs, "prepare-model", prepare_model)
+    _add_convert(_verb(verbs, "convert", convert))
+    return parser
+
+
+def _add_submit(command: argparse.ArgumentParser) -> None:
     command.add_argument("job", choices=("train",), help="verb to run as a job")
     command.add_argument(
         "--dry-run", action="store_true", help="print the job script and the layout"
     )
     _takes_config(command)
-    command = _verb(verbs, "campaign", campaign)
+
+
+def _add_campaign(command: argparse.ArgumentParser) -> None:
+    command.usage = (
+        f"{command.prog} [--local] CONFIG [KEY=VALUE ...]\n"
+        f"       {command.prog} status|cancel|resume DIR"
+    )
     command.add_argument(
         "words",
         nargs="+",
-        metavar="CONFIG | status DIR | cancel DIR | resume DIR",
-        help="a file, see configs/campaign/, and settings to change; or RUNS/NAME of a campaign",
+        metavar="CONFIG",
+        help="a file, see configs/campaign/, and settings to change; or what to do with a "
+        "campaign and its directory, RUNS/NAME",
     )
     command.add_argument(
         "--local", action="store_true", help="run the stages here, also where there is Slurm"
     )
-    _takes_config(_verb(verbs, "refine", refine))
-    command = _verb(verbs, "eval", evaluate)
+
+
+def _add_eval(command: argparse.ArgumentParser) -> None:
+    command.usage = (
+        f"{command.prog} CONFIG [KEY=VALUE ...]\n       {command.prog} --compare "
+        "[--output DIR] [--confidence C] [NAME=]DIR[,DIR...] ..."
+    )
     command.add_argument(
         "words",
         nargs="+",
-        metavar="CONFIG [KEY=VALUE ...] | --compare [NAME=]DIR[,DIR...] ...",
-        help="a file, see configs/eval/; or RUN/results/SYSTEM of each system, the baseline first",
+        metavar="CONFIG",
+        help="a file, see configs/eval/, and settings to change; or RUN/results/SYSTEM of each "
+        "system, the baseline first",
     )
     command.add_argument(
         "--compare", action="store_true", help="tables of systems that have results"
@@ -319,18 +351,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--output", default="report", metavar="DIR", help="where tables go (report)"
     )
-    command.add_argument("--confidence", type=float, default=0.95, help="of the intervals (0.95)")
-    command = _verb(verbs, "prepare", prepare)
+    command.add_argument(
+        "--confidence", type=float, default=0.95, metavar="C", help="of the intervals (0.95)"
+    )
+
+
+def _add_prepare(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--download-only",
         action="store_true",
         help="copy what the hub has into the mirror, no more",
     )
     _takes_config(command)
-    command = _verb(verbs, "shard", shard)
-    command.add_argument("directory", help="the shard's directory, e.g. ROOT/shards/KEY")
-    _add_config_actions(verbs)
-    command = _verb(verbs, "status", status)
+
+
+def _add_status(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", help="run directory, e.g. runs/camopd_medical")
     command.add_argument(
         "--watch", action="store_true", help="follow until the run is done, from before it starts"
@@ -338,8 +373,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--give-up", type=float, default=1800, metavar="S", help="end after S silent seconds"
     )
-    _takes_runs(_verb(verbs, "report", report))
-    command = _verb(verbs, "doctor", doctor)
+
+
+def _add_doctor(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", metavar="FILE", help="a run whose `cluster` section to check")
     command.add_argument(
         "--cluster",
@@ -349,12 +385,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--shared", default="runs", metavar="DIR", help="directory that all nodes see (runs)"
     )
-    command = _verb(verbs, "probe", probe)
-    command.add_argument("run", help="run directory")
-    command.add_argument("--samples", type=int, default=32, help="most samples of a branch")
-    _verb(verbs, "prepare-model", prepare_model)
-    _add_convert(_verb(verbs, "convert", convert))
-    return parser
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:

@@ -13,12 +13,11 @@ if [[ -f $project/slurm/site.sh ]]; then
   source "$project/slurm/site.sh"
 fi
 
-run_nodes() { # default config, then the job script's arguments: [CONFIG] [key=value ...]
-  local config=$project/$1 python=${MEGADISTILL_PYTHON:-$project/.venv/bin/python} options=()
-  shift
-  if (($#)) && [[ $1 != *=* ]]; then
-    config=$1
-    shift
+choose() { # default config, then the job script's arguments: [CONFIG] [key=value ...]
+  python=${MEGADISTILL_PYTHON:-$project/.venv/bin/python}
+  config=$project/$1 overrides=("${@:2}")
+  if (($# > 1)) && [[ $2 != *=* ]]; then
+    config=$2 overrides=("${@:3}")
     [[ -e $config || ! -e $project/$config ]] || config=$project/$config
   fi
   if [[ ! -e $config ]]; then
@@ -29,6 +28,16 @@ run_nodes() { # default config, then the job script's arguments: [CONFIG] [key=v
     echo "$0: found no $python; make it with tools/setup_env.sh, or set MEGADISTILL_PYTHON" >&2
     exit 2
   fi
+}
+
+run_eval() { # as choose
+  choose "$@"
+  exec "$python" -u -m megadistill eval "$config" ${overrides[@]+"${overrides[@]}"}
+}
+
+run_nodes() { # as choose
+  local options=()
+  choose "$@"
   read -r -a options <<<"${MEGADISTILL_SRUN_OPTIONS:-}"
   MEGADISTILL_LAUNCH=$(date +%s%N) # tells this start of the job from every other
   export MEGADISTILL_LAUNCH
@@ -43,7 +52,7 @@ run_nodes() { # default config, then the job script's arguments: [CONFIG] [key=v
   # when one node fails or ends, the others do not go on without it.
   local command=(srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=120 --cpu-bind=none
     --input=none ${options[@]+"${options[@]}"} "${start[@]}" "$python" -u
-    -m megadistill node "$config" "$@")
+    -m megadistill node "$config" ${overrides[@]+"${overrides[@]}"})
   [[ ${MEGADISTILL_SRUN_OPTIONS:-} == *--container* ]] || exec "${command[@]}"
   run_in_container "${command[@]}"
 }

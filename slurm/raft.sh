@@ -19,21 +19,12 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
+: "${SLURM_JOB_ID:?is not set; this is a job script: sbatch slurm/raft.sh [CONFIG] [key=value ...]}"
 
-name=raft.sh
-if [[ -z ${SLURM_JOB_ID:-} ]]; then
-  echo "$name is a job script: sbatch slurm/$name [CONFIG] [key=value ...]" >&2
-  exit 2
-fi
-
-# Slurm runs a copy of this script from its spool directory; find the checkout it came from.
-command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
-for project in "${MEGADISTILL_PROJECT:-}" "${command%%/slurm/"$name"*}" "$SLURM_SUBMIT_DIR"; do
-  if [[ -n $project && -f $project/slurm/env.sh ]]; then
-    # shellcheck source=slurm/env.sh
-    source "$project/slurm/env.sh"
-    run_nodes configs/raft/llama32_3b.yaml "$@"
-  fi
-done
-echo "$name: found no checkout with slurm/env.sh; set MEGADISTILL_PROJECT to it" >&2
-exit 2
+# Slurm runs a copy of this script from its spool directory; the checkout it came from is
+# MEGADISTILL_PROJECT, or where the submitted file lies, or the directory of submission.
+found=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/raft.sh.*|\1|p')
+project=${MEGADISTILL_PROJECT:-${found%%$'\n'*}}
+# shellcheck source=slurm/env.sh
+source "${project:-$SLURM_SUBMIT_DIR}/slurm/env.sh"
+run_nodes configs/raft/llama32_3b.yaml "$@"

@@ -25,19 +25,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megadistill.rundir import RunDir
 from tests.e2e.faults import (
     FAULTS,
     Disturbed,
     Outcome,
+    let_finish,
+    run_undisturbed,
+    same_rows,
     same_weights,
     small_disk,
     suffer,
 )
 from tests.e2e.local_slurm import local_cluster
-from tests.e2e.small_run import finish, losses, make_models, start, train_command, write_run
-
-MANY_STEPS = 100_000
+from tests.e2e.small_run import losses, make_models
 
 
 def main() -> int:
@@ -62,13 +62,7 @@ def soak(folder: Path, seed: int, num_faults: int, minutes: float) -> dict[str, 
     make_models(folder)
     dice = random.Random(seed)
     with small_disk(folder / "disk") as disk, local_cluster(MEGADISTILL_PYTHON=sys.executable) as c:
-        run = Disturbed(
-            cluster=c,
-            run=RunDir(folder / "disk" / "chaos"),
-            config=write(folder, "chaos", MANY_STEPS, "disk"),
-            log=folder / "job.log",
-            dice=dice,
-        )
+        run = Disturbed(cluster=c, folder=folder, dice=dice)
         faults = [fault for fault in FAULTS if disk or fault != "disk full"]
         try:
             run.submit()
@@ -76,12 +70,12 @@ def soak(folder: Path, seed: int, num_faults: int, minutes: float) -> dict[str, 
             begun = time.monotonic()
             outcomes = disturb(run, faults, num_faults, minutes * 60)
             seconds = time.monotonic() - begun
-            steps = let_finish(run, folder)
+            steps = let_finish(run)
         finally:
             c.call("scancel", "--quiet", run.job)
-        reference = undisturbed(folder, steps)
-        found, expected = run.rows(), losses(reference)
-        kept = [row for row in expected if row[0] not in run.lost_lines]
+        reference = run_undisturbed(folder, steps)
+        equal_losses = same_rows(run, losses(reference))
+        equal_weights = same_weights(run.run, reference)
         return {
             "command": f"python tools/chaos.py --seed {seed} --faults {num_faults} "
             f"--minutes {minutes:g}",
@@ -95,23 +89,10 @@ def soak(folder: Path, seed: int, num_faults: int, minutes: float) -> dict[str, 
             "seconds": round(seconds, 1),
             "starts": run.attempts,
             "lines_destroyed_by_a_fault": sorted(run.lost_lines),
-            "equal_losses": found == kept,
-            "equal_weights": same_weights(run.run, reference),
-            "equal": found == kept and same_weights(run.run, reference),
+            "equal_losses": equal_losses,
+            "equal_weights": equal_weights,
+            "equal": equal_losses and equal_weights,
         }
-
-
-def write(folder: Path, name: str, steps: int, runs: str = "runs") -> Path:
-    """The configuration of the tiny run."""
-    return write_run(
-        folder,
-        name,
-        steps=steps,
-        runs_dir=str(folder / runs),
-        parallel={"dp": 2},
-        evaluate={"every": 0},
-        cluster={"nodes": 2, "cpus_per_node": 1, "max_attempts": 1000},
-    )
 
 
 def disturb(run: Disturbed, faults: list[str], count: int, seconds: float) -> list[Outcome]:
@@ -124,24 +105,6 @@ def disturb(run: Disturbed, faults: list[str], count: int, seconds: float) -> li
         outcomes.append(outcome)
         print(f"{outcome.fault}: at step {outcome.step}, {outcome.seconds:.0f} s", flush=True)
     return outcomes
-
-
-def let_finish(run: Disturbed, folder: Path) -> int:
-    """Give the run its last step, a little ahead of where it stands; returns that."""
-    run.cluster.call("scontrol", "requeuehold", run.job)
-    run.wait(lambda: not run.roles())
-    run.cluster.call("scancel", run.job)
-    steps = run.step + 3
-    run.config = write(folder, "chaos", steps, "disk")
-    run.submit()
-    run.wait(lambda: run.state() == "COMPLETED")
-    return steps
-
-
-def undisturbed(folder: Path, steps: int) -> RunDir:
-    """The same run with nobody in its way."""
-    finish(start(train_command(write(folder, "undisturbed", steps))), timeout_s=3600)
-    return RunDir(folder / "runs" / "undisturbed")
 
 
 def page(result: dict[str, Any]) -> str:

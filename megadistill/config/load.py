@@ -185,6 +185,8 @@ def _describe(problem: Any) -> list[str]:
     key, found = _dotted(problem["loc"]), problem.get("input")
     if problem["type"] == "unexpected_keyword_argument":
         message = "expected nothing, there is no such setting; `megadistill config schema` has all"
+    if problem["type"] == "union_tag_not_found":
+        message = f"{problem['ctx']['discriminator']} is missing, which says what this is"
     if isinstance(found, dict | list) or problem["type"] == "missing":
         return [f"{key}: {message}"]
     return [f"{key}: found {json.dumps(found, default=str)}: {message}"]

@@ -1,13 +1,14 @@
 """What an evaluation needs before any work: files, judges, code of the benchmarks' own, a sandbox."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from megadistill.config import resolve_path
+from megadistill.config import ConfigError, resolve_path
 from megadistill.config.evaluate import BenchmarkConfig, EvaluateConfig
 from megadistill.evaluate import external, sandbox
-from megadistill.evaluate.benchmarks import get_benchmark, recorded
+from megadistill.evaluate.benchmarks import BENCHMARKS, get_benchmark, recorded
 from megadistill.evaluate.protocol import Benchmark, benchmark_file
 from megadistill.launch.shards import fingerprint
 
@@ -15,8 +16,13 @@ log = logging.getLogger(__name__)
 
 
 def benchmark_of(config: EvaluateConfig, name: str) -> Benchmark:
-    """The protocol of one of `benchmarks`."""
-    return get_benchmark(config.benchmarks[name].kind or name)
+    """The protocol of one of `benchmarks`. Raises `ConfigError` when there is none by its name."""
+    kind = config.benchmarks[name].kind
+    if (found := kind or name) not in BENCHMARKS:
+        key = f"benchmarks.{name}.kind" if kind else f"benchmarks.{name}"
+        known = ", ".join(BENCHMARKS)
+        raise ConfigError(f"{key}: found {found!r}, expected one of {known}, or one as its `kind`")
+    return get_benchmark(found)
 
 
 def checkout_of(config: EvaluateConfig, name: str) -> Path | None:
@@ -46,54 +52,69 @@ def without_missing(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def check(config: EvaluateConfig) -> dict[str, Path]:
-    """The files of all benchmarks. Raises `ValueError` saying what is missing, and how to get it."""
-    for judged in config.recorded.values():
-        for name, file in judged.items():
-            recorded.read_recorded(name, Path(resolve_path(file)))
-    for tool, settings in config.external.items():
-        for wanted in (Path(settings.checkout) / external.COMMAND, Path(settings.python)):
-            if not wanted.is_file():
-                raise ValueError(
-                    f"external.{tool}: no file {wanted}; expected a checkout of "
-                    "github.com/LiveBench/LiveBench, and an interpreter with its packages"
-                )
+    """The files of all benchmarks. Raises `ConfigError` with all that is missing, and how to get it."""
+    problems = [*_recorded_problems(config), *_external_problems(config)]
     files = {}
     for name, chosen in config.benchmarks.items():
         benchmark = benchmark_of(config, name)
-        _check_judges(name, benchmark, chosen)
-        _check_tools(config, name, benchmark)
+        problems += [
+            *_judge_problems(name, benchmark, chosen),
+            *_tool_problems(config, name, benchmark),
+        ]
         files[name] = benchmark_file(benchmark, chosen.path)
         if not files[name].is_file():
-            raise ValueError(
+            problems.append(
                 f"benchmarks.{name}.path: no file {files[name]}. {benchmark.title}: "
                 f"{benchmark.hint}"
             )
+    if problems:
+        raise ConfigError.listing(config.name, problems)
     return files
 
 
-def _check_judges(name: str, benchmark: Benchmark, chosen: BenchmarkConfig) -> None:
-    key = f"benchmarks.{name}.judge"
+def _recorded_problems(config: EvaluateConfig) -> Iterator[str]:
+    for system, judged in config.recorded.items():
+        for name, file in judged.items():
+            try:
+                recorded.read_recorded(name, Path(resolve_path(file)))
+            except ValueError as error:
+                yield f"recorded.{system}.{name}: {error}"
+
+
+def _external_problems(config: EvaluateConfig) -> Iterator[str]:
+    for tool, settings in config.external.items():
+        for wanted in (Path(settings.checkout) / external.COMMAND, Path(settings.python)):
+            if not wanted.is_file():
+                yield (
+                    f"external.{tool}: no file {wanted}; expected a checkout of "
+                    "github.com/LiveBench/LiveBench, and an interpreter with its packages"
+                )
+
+
+def _judge_problems(name: str, benchmark: Benchmark, chosen: BenchmarkConfig) -> Iterator[str]:
+    key, title, judged = f"benchmarks.{name}.judge", benchmark.title, benchmark.judged
     if benchmark.score is None and benchmark.run is None and not chosen.judges:
-        if benchmark.judged is None:
-            raise ValueError(
-                f"benchmarks.{name}: {benchmark.title} is judged by its own command; use `external` "
+        if judged is None:
+            yield (
+                f"benchmarks.{name}: {title} is judged by its own command; use `external` "
                 "or `recorded`"
             )
-        raise ValueError(f"{key}: {benchmark.title} needs a judge")
-    if chosen.judges and benchmark.judged is None:
-        raise ValueError(f"{key}: {benchmark.title} takes none")
-    if len(chosen.judges) > 1 and not (benchmark.judged and benchmark.judged.votes):
-        raise ValueError(f"{key}: {benchmark.title} takes one")
+        else:
+            yield f"{key}: {title} needs a judge"
+    if chosen.judges and judged is None:
+        yield f"{key}: {title} takes none"
+    if len(chosen.judges) > 1 and not (judged and judged.votes):
+        yield f"{key}: {title} takes one"
 
 
-def _check_tools(config: EvaluateConfig, name: str, benchmark: Benchmark) -> None:
+def _tool_problems(config: EvaluateConfig, name: str, benchmark: Benchmark) -> Iterator[str]:
     if benchmark.needs is None:
         return
     checkout = checkout_of(config, name)
     if checkout is None or not (checkout / benchmark.needs).is_file():
-        raise ValueError(
+        yield (
             f"benchmarks.{name}.checkout: found {str(checkout)!r}, expected a directory with "
             f"{benchmark.needs}. {benchmark.title}: {benchmark.hint}"
         )
     if config.sandbox == "namespaces" and (problem := sandbox.missing()):
-        raise ValueError(f"sandbox: {problem}")
+        yield f"sandbox: {problem}"

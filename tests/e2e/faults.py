@@ -1,7 +1,9 @@
 """What can happen to a run on a cluster: each fault is done to a real job of a local Slurm.
 
 The faults hit one job after another, each while the run takes its steps; what counts is that every
-later step is that of a run which nothing disturbed. `tools/chaos.py` draws from the same table.
+later step is that of a run which nothing disturbed. How many steps that will be depends on the
+machine, so the run has no last step until all faults are done, and the undisturbed one comes after it.
+`tools/chaos.py` draws from the same table.
 """
 
 import errno
@@ -23,11 +25,13 @@ from safetensors.numpy import load_file
 from megadistill.metrics import read_metrics
 from megadistill.rundir import RunDir, is_whole
 from tests.e2e.local_slurm import ASK_EVERY_S, LOCAL_CLUSTER, Cluster, wait_until
+from tests.e2e.small_run import finish, start, train_command, write_run
 
 PATIENCE_S = 420.0
 HANG_TIMEOUT_S = 30
 """`rollout.timeout_s` of the disturbed run: how long an engine may be silent."""
 DISK_MIB = 64
+MANY_STEPS = 100_000
 Row = tuple[int, float, float]  # step, loss, gradient norm
 
 
@@ -36,9 +40,8 @@ class Disturbed:
     """A run of two trainers and an engine as a job of two nodes, and what has been done to it."""
 
     cluster: Cluster
-    run: RunDir
-    config: Path
-    log: Path
+    folder: Path
+    """Holds the models, and the mount `disk` with the run directory."""
     job: str = ""
     lost_lines: set[int] = field(default_factory=set)
     """Steps whose line of metrics a fault destroyed."""
@@ -46,11 +49,19 @@ class Disturbed:
     """When Slurm was last asked whether the job lives, by the monotonic clock."""
     dice: random.Random = field(default_factory=lambda: random.Random(0))
 
-    def submit(self, *overrides: str) -> None:
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.folder / "disk" / "disturbed")
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "job.log"
+
+    def submit(self, steps: int = MANY_STEPS) -> None:
+        config = write_config(self.folder, "disturbed", steps, runs="disk")
         self.job = self.cluster.call(
             *("sbatch", "--parsable", "--nodes=2", f"--output={self.log}"),
-            *("slurm/camopd_medical.sh", str(self.config), f"rollout.timeout_s={HANG_TIMEOUT_S}"),
-            *overrides,
+            *("slurm/camopd_medical.sh", str(config), f"rollout.timeout_s={HANG_TIMEOUT_S}"),
         )
 
     @property
@@ -274,13 +285,40 @@ def suffer(run: Disturbed, fault: str) -> Outcome:
     return Outcome(fault=fault, step=step, seconds=seconds, attempts=run.attempts - attempts)
 
 
-def check_rows(run: Disturbed, expected: list[Row]) -> None:
-    """Each step so far is exactly the undisturbed one, none is missing and none is there twice."""
-    found = run.rows()
-    steps = [step for step in range(1, found[-1][0] + 1) if step not in run.lost_lines]
-    assert [step for step, _, _ in found] == steps
-    known = {row[0]: row for row in expected}
-    assert found == [known[step] for step in steps]
+def let_finish(run: Disturbed) -> int:
+    """Give the run its last step, a little ahead of where it stands; returns that."""
+    run.cluster.call("scontrol", "requeuehold", run.job)
+    run.wait(lambda: not run.roles())
+    run.cluster.call("scancel", run.job)
+    steps = run.step + 2
+    run.submit(steps)
+    run.wait(lambda: run.state() == "COMPLETED")
+    return steps
+
+
+def run_undisturbed(folder: Path, steps: int) -> RunDir:
+    """The same run through `megadistill train`, with nobody in its way."""
+    config = write_config(folder, "undisturbed", steps)
+    finish(start(train_command(config)), timeout_s=3600)
+    return RunDir(folder / "runs" / "undisturbed")
+
+
+def write_config(folder: Path, name: str, steps: int, runs: str = "runs") -> Path:
+    """A tiny run of two trainers and an engine on two nodes, which saves every step."""
+    return write_run(
+        folder,
+        name,
+        steps=steps,
+        runs_dir=str(folder / runs),
+        parallel={"dp": 2},
+        evaluate={"every": 0},
+        cluster={"nodes": 2, "cpus_per_node": 1, "max_attempts": 1000, "time_minutes": 60},
+    )
+
+
+def same_rows(run: Disturbed, expected: list[Row]) -> bool:
+    """Whether every step is exactly the undisturbed one, none missing and none there twice."""
+    return run.rows() == [row for row in expected if row[0] not in run.lost_lines]
 
 
 def same_weights(one: RunDir, other: RunDir) -> bool:

@@ -20,18 +20,23 @@ BENCHMARKS = {
     "livebench": "recorded:LIVEBENCH",
     "livecodebench_v5": "livecodebench:V5",
     "livecodebench_v6": "livecodebench:V6",
+}
+"""Name -> `module:NAME` of this package."""
+
+SIGNALS = {
     "forward_kl": "signals:FORWARD_KL",
     "reverse_kl": "signals:REVERSE_KL",
     "nll": "signals:NLL",
 }
-"""Name -> `module:NAME` of this package."""
+"""What `signals` measures; its numbers are compared as a benchmark's are."""
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """Raises `ValueError` for a name that is not in the table."""
-    if name not in BENCHMARKS:
-        raise ValueError(f"found benchmark {name!r}, expected one of {', '.join(BENCHMARKS)}")
-    module, _, constant = BENCHMARKS[name].partition(":")
+    """A benchmark or signal. Raises `ValueError` for a name that is neither."""
+    known = BENCHMARKS | SIGNALS
+    if name not in known:
+        raise ValueError(f"found benchmark {name!r}, expected one of {', '.join(known)}")
+    module, _, constant = known[name].partition(":")
     benchmark: Benchmark = getattr(importlib.import_module(f"{__name__}.{module}"), constant)
     return benchmark
 

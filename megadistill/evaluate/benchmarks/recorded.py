@@ -63,9 +63,9 @@ def scored(item: str, value: float, group: str, sample: int = 0) -> dict[str, An
 def read_recorded(kind: str, file: Path) -> list[dict[str, Any]]:
     """The rows of an official evaluator's file. Raises `ValueError` when it is none."""
     if kind != "livebench" and kind not in WINDOWS:
-        raise ValueError(f"recorded: found {kind!r}, expected livebench, {', '.join(WINDOWS)}")
+        raise ValueError(f"found {kind!r}, expected livebench, {', '.join(WINDOWS)}")
     if not file.is_file():
-        raise ValueError(f"recorded: no file {file}. {_HINTS[kind]}")
+        raise ValueError(f"no file {file}. {_HINTS[kind]}")
     rows = livebench_rows(file) if kind == "livebench" else livecodebench_rows(file, kind)
     found = list(rows)
     if not found:
