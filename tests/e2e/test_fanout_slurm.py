@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megadistill.config.cluster import ClusterConfig
 from megadistill.launch import fanout, slurm
 from megadistill.launch.fanout import Limits, run_fanout, submit_fanout
+from megadistill.launch.shards import Shard
 from tests.e2e.local_slurm import ROOT, Cluster, local_cluster, wait_until
 from tests.launch.test_fanout import items_shard, ledger
+from tests.refine import serving_shard
+from tests.tiny import write_model_config
 
 pytestmark = pytest.mark.slurm
 
@@ -79,3 +83,20 @@ def test_a_cancelled_array_stays_cancelled_and_can_be_run_again(
     assert cluster.state(job) == "CANCELLED"
     run_fanout(tmp_path / "fanout", shards, cluster=SHARED).check()
     assert ledger(tmp_path) == {f"0 {item}": 1 for item in range(4)}
+
+
+def test_each_model_a_shard_serves_is_a_step_that_ends_with_it(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    model = write_model_config(tmp_path / "model")
+    shard = Shard(
+        entry=f"{serving_shard.__name__}:serve_two", arguments={"model": str(model)}, label="serve"
+    )
+    result = run_fanout(tmp_path / "fanout", [shard], cluster=SHARED)
+    result.check()
+    [folder] = result.directories
+    seen = [(folder / name).read_text().split() for name in ("fusion.0", "judge.0", "fusion.1")]
+    steps = [int(step) for _, step in seen]
+    assert len(set(steps)) == 3
+    assert min(steps) > 0  # the task's own is step 0
+    wait_until(lambda: not any(psutil.pid_exists(int(pid)) for pid, _ in seen))

@@ -126,29 +126,6 @@ def test_a_warning_signal_saves_and_requeues_until_max_attempts(job: Job) -> Non
     job.check_steps()
 
 
-def test_an_operators_requeue_resumes_the_run(job: Job) -> None:
-    job.play("trainer-0", "work 1000")
-    job.sbatch()
-    job.reach(2)
-    job.cluster.call("scontrol", "requeue", job.id)
-    wait_until(lambda: job.cluster.state(job.id) == "PENDING")
-    job.let_end("COMPLETED")
-    assert "attempt 1" in job.log
-
-
-def test_a_lost_node_requeues_the_run(job: Job) -> None:
-    job.play("trainer-0", "work 1000")
-    job.sbatch()
-    job.reach(2)
-    job.cluster.power("kill", 2)
-    # Slurm would notice by itself after its SlurmdTimeout and more; an operator is faster.
-    job.cluster.call("scontrol", "update", "nodename=node2", "state=down", "reason=test")
-    wait_until(lambda: job.cluster.state(job.id) == "PENDING")
-    job.cluster.power("node", 2)  # a booted node is taken back once it reports
-    job.let_end("COMPLETED")
-    assert "attempt 1" in job.log
-
-
 def test_the_same_crash_at_the_same_step_ends_the_job_with_its_last_words(job: Job) -> None:
     job.play("trainer-0", "serve")  # takes no step
     job.play("engine-0", "crash 0.1 trainer-0")
@@ -158,17 +135,6 @@ def test_the_same_crash_at_the_same_step_ends_the_job_with_its_last_words(job: J
     assert "NoLuckError" in job.log
     assert "the same error at step 0 as in attempt 0; the run stops here" in job.log
     assert "attempt 2" not in job.log
-
-
-def test_a_crash_is_requeued_and_the_run_goes_on(job: Job) -> None:
-    job.play("trainer-0", "work 1000")
-    job.play("engine-0", "stumble 1.0 trainer-0")
-    job.sbatch()
-    job.reach(2)
-    wait_until(lambda: "is requeued" in job.log)
-    job.let_end("COMPLETED")
-    assert "NoLuckError" in job.log
-    job.check_steps()
 
 
 def test_a_cancelled_job_stays_cancelled(job: Job) -> None:
