@@ -62,9 +62,13 @@ def wait_until(
 
 
 def free_port_range() -> int:
-    """First of 400 ports, those of the daemons known to be free, for a cluster of our own."""
+    """First of 400 ports, those of the daemons known to be free, for a cluster of our own.
+
+    Test processes side by side draw from different ones: what one has found is not yet taken.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
-        first = random.randrange(10000, 17000, 400)
+        first = random.randrange(10000 + 400 * (worker % 2), 17000, 800)
         with socket.socket() as control, socket.socket() as node:
             try:
                 control.bind(("127.0.0.1", first))
