@@ -11,6 +11,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megadistill import takes
 from megadistill.config import RunConfig, config_schema
 
 if TYPE_CHECKING:
@@ -287,121 +288,31 @@ def _parser() -> argparse.ArgumentParser:
         prog="megadistill", description="On-policy distillation on Slurm."
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    _takes_config(_verb(verbs, "train", train))
-    _takes_config(_verb(verbs, "node", node))
-    _add_submit(_verb(verbs, "submit", submit))
-    _add_campaign(_verb(verbs, "campaign", campaign))
-    _takes_config(_verb(verbs, "refine", refine))
-    _add_eval(_verb(verbs, "eval", evaluate))
-    _add_prepare(_verb(verbs, "prepare", prepare))
+    takes.config(_verb(verbs, "train", train))
+    takes.config(_verb(verbs, "node", node))
+    takes.submit(_verb(verbs, "submit", submit))
+    takes.campaign(_verb(verbs, "campaign", campaign))
+    takes.config(_verb(verbs, "refine", refine))
+    takes.eval(_verb(verbs, "eval", evaluate))
+    takes.prepare(_verb(verbs, "prepare", prepare))
     command = _verb(verbs, "shard", shard)
     command.add_argument("directory", help="the shard's directory, e.g. ROOT/shards/KEY")
     _add_config_actions(verbs)
-    _add_status(_verb(verbs, "status", status))
-    _takes_runs(_verb(verbs, "report", report))
-    _add_doctor(_verb(verbs, "doctor", doctor))
+    takes.status(_verb(verbs, "status", status))
+    takes.runs(_verb(verbs, "report", report))
+    takes.doctor(_verb(verbs, "doctor", doctor))
     command = _verb(verbs, "probe", probe)
     command.add_argument("run", help="run directory")
     command.add_argument("--samples", type=int, default=32, help="most samples of a branch")
     _verb(verbs, "prepare-model", prepare_model)
-    _add_convert(_verb(verbs, "convert", convert))
+    takes.convert(_verb(verbs, "convert", convert))
     return parser
-
-
-def _add_submit(command: argparse.ArgumentParser) -> None:
-    command.add_argument("job", choices=("train",), help="verb to run as a job")
-    command.add_argument(
-        "--dry-run", action="store_true", help="print the job script and the layout"
-    )
-    _takes_config(command)
-
-
-def _add_campaign(command: argparse.ArgumentParser) -> None:
-    command.usage = (
-        f"{command.prog} [--local] CONFIG [KEY=VALUE ...]\n"
-        f"       {command.prog} status|cancel|resume DIR"
-    )
-    command.add_argument(
-        "words",
-        nargs="+",
-        metavar="CONFIG",
-        help="a file, see configs/campaign/, and settings to change; or what to do with a "
-        "campaign and its directory, RUNS/NAME",
-    )
-    command.add_argument(
-        "--local", action="store_true", help="run the stages here, also where there is Slurm"
-    )
-
-
-def _add_eval(command: argparse.ArgumentParser) -> None:
-    command.usage = (
-        f"{command.prog} CONFIG [KEY=VALUE ...]\n       {command.prog} --compare "
-        "[--output DIR] [--confidence C] [NAME=]DIR[,DIR...] ..."
-    )
-    command.add_argument(
-        "words",
-        nargs="+",
-        metavar="CONFIG",
-        help="a file, see configs/eval/, and settings to change; or RUN/results/SYSTEM of each "
-        "system, the baseline first",
-    )
-    command.add_argument(
-        "--compare", action="store_true", help="tables of systems that have results"
-    )
-    command.add_argument(
-        "--output", default="report", metavar="DIR", help="where tables go (report)"
-    )
-    command.add_argument(
-        "--confidence", type=float, default=0.95, metavar="C", help="of the intervals (0.95)"
-    )
-
-
-def _add_prepare(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--download-only",
-        action="store_true",
-        help="copy what the hub has into the mirror, no more",
-    )
-    _takes_config(command)
-
-
-def _add_status(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run", help="run directory, e.g. runs/camopd_medical")
-    command.add_argument(
-        "--watch", action="store_true", help="follow until the run is done, from before it starts"
-    )
-    command.add_argument(
-        "--give-up", type=float, default=1800, metavar="S", help="end after S silent seconds"
-    )
-
-
-def _add_doctor(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", metavar="FILE", help="a run whose `cluster` section to check")
-    command.add_argument(
-        "--cluster",
-        metavar="FILE",
-        help="a site profile, see configs/clusters/; wins over --config",
-    )
-    command.add_argument(
-        "--shared", default="runs", metavar="DIR", help="directory that all nodes see (runs)"
-    )
-
-
-def _add_convert(command: argparse.ArgumentParser) -> None:
-    command.add_argument("to", choices=("megatron", "hf", "fapm"), help="what TARGET becomes")
-    command.add_argument("source", help="Hugging Face directory, or Megatron checkpoint")
-    command.add_argument("target", help="directory to write; must not exist")
-    command.add_argument(
-        "--model", help="to hf: has configuration and tokenizer; to fapm: the model before tuning"
-    )
-    command.add_argument("--keep", type=float, default=0.1, help="to fapm: share of changes (0.1)")
-    command.add_argument("--max-file-gb", type=float, default=5, help="size of one file, in GB")
 
 
 def _add_config_actions(verbs: "Subparsers") -> None:
     command = verbs.add_parser("config", help="show, check, or describe configurations")
     actions = command.add_subparsers(metavar="ACTION", required=True)
-    _takes_config(_verb(actions, "show", config_show))
+    takes.config(_verb(actions, "show", config_show))
     command = _verb(actions, "check", config_check)
     command.add_argument("configs", nargs="+", metavar="CONFIG")
     command.add_argument("--models", action="store_true", help="also check the models they name")
@@ -413,18 +324,3 @@ def _verb(verbs: "Subparsers", name: str, verb: Verb) -> argparse.ArgumentParser
     command: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
     command.set_defaults(verb=verb)
     return command
-
-
-def _takes_runs(command: argparse.ArgumentParser) -> None:
-    command.add_argument("runs", nargs="+", metavar="RUN", help="run directory; several to compare")
-    command.add_argument(
-        "--picture", metavar="FILE", help="PNG (default: in the run; of several, none)"
-    )
-    command.add_argument("--page", metavar="FILE", help="HTML to write (default: in the first run)")
-
-
-def _takes_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
-    command.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, e.g. batch.size=64"
-    )
