@@ -184,7 +184,7 @@ def _describe(problem: Any) -> list[str]:
         return message.split("; ")
     key, found = _dotted(problem["loc"]), problem.get("input")
     if problem["type"] == "unexpected_keyword_argument":
-        message = "expected nothing, there is no such setting; `megadistill config schema` has all"
+        message = "expected nothing, there is no such setting"
     if problem["type"] == "union_tag_not_found":
         message = f"{problem['ctx']['discriminator']} is missing, which says what this is"
     if isinstance(found, dict | list) or problem["type"] == "missing":

@@ -106,6 +106,8 @@ def serve_environment(
     """The server's variables: its token, its GPUs or its threads."""
     environment = {**os.environ, **vllm_environment(config.engine.threads, gpu=gpu)}
     environment |= {"VLLM_API_KEY": token, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    for name in ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"):
+        environment.pop(name, None)  # srun takes no --mem beside them
     # The front and the engine in one process would answer no request while the engine steps.
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
     if gpu:
