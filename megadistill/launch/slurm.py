@@ -215,7 +215,7 @@ def in_queue(job_id: str) -> bool:
 def live_jobs(patience_s: float = SQUEUE_PATIENCE_S) -> dict[str, str]:
     """Job number -> state of our jobs in the queue; an array has its number once, whatever is left.
 
-    Patient with a controller that does not answer.
+    Patient with a controller that does not answer. Raises `ValueError` in the end.
     """
     command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A %F %T"]
     deadline = time.monotonic() + patience_s
@@ -223,9 +223,13 @@ def live_jobs(patience_s: float = SQUEUE_PATIENCE_S) -> dict[str, str]:
         try:
             answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
             break
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"squeue has failed for {patience_s:.0f} s") from error
+        except (subprocess.SubprocessError, FileNotFoundError) as error:
+            if time.monotonic() > deadline or isinstance(error, FileNotFoundError):
+                said = str(getattr(error, "stderr", None) or error).strip()
+                raise ValueError(
+                    f"squeue has failed for {patience_s:.0f} s: {said}\n"
+                    "  expected a machine of the cluster, or SLURM_CONF to name its file"
+                ) from error
             time.sleep(min(WAIT_POLL_S, 1.0))
     found: dict[str, str] = {}
     for line in answer.stdout.splitlines():
