@@ -32,6 +32,9 @@ def resolved(path: str, overrides: Sequence[str]) -> str:
     return dump_config(load_config(path, overrides))
 
 
+LAYOUT = ("cluster", "device", "parallel", "rollout")
+"""Sections that say who runs where."""
+
 Check = Callable[[RunConfig], object]
 """Raises `ValueError` when something is wrong."""
 
@@ -55,37 +58,39 @@ def check_run(
     reading = read_settings(read_tree(file, overrides))
     problems = reading.problems
     if reading.config is not None:
+        checks: list[Check] = [check_run_roots, *([also] if also else [])]
+        if not any(key.split(".")[0] in LAYOUT for key in reading.at_fault):
+            checks.append(lambda config: check_layout(config, place))
+        further = list(_raised(checks, reading.config))
+        if models:
+            further += machine_problems(reading.config)
         # What follows from the default that took the place of a wrong setting is no news.
-        wrong = re.compile("|".join(rf"(?<![\w.]){re.escape(key)}\b" for key in reading.at_fault))
-        further = _run_problems(reading.config, place, [also] if also else [], models)
-        problems += [text for text in further if not (reading.at_fault and wrong.search(text))]
+        wrong = [re.compile(rf"(?<![\w.]){re.escape(key)}\b") for key in reading.at_fault]
+        problems += [text for text in further if not any(key.search(text) for key in wrong)]
     if problems:
         raise ConfigError.listing(source, problems)
 
 
-def _run_problems(
-    config: RunConfig, place: Place | None, also: Sequence[Check], models: bool
-) -> Iterator[str]:
+def check_layout(config: RunConfig, place: Place | None) -> None:
+    """Raise `ValueError` unless the roles fit on the nodes of `place`, or those `cluster` asks for."""
     nodes, second = config.cluster.nodes, 0
     if place is not None:
         nodes, second = place.num_nodes, place.second_component
+    layout(config, nodes, gpus_per_node(config), second_component=second)
 
-    def has_room(config: RunConfig) -> object:
-        return layout(config, nodes, gpus_per_node(config), second_component=second)
 
-    for check in (has_room, check_run_roots, *also):
+def _raised(checks: Sequence[Check], config: RunConfig) -> Iterator[str]:
+    for check in checks:
         try:
             check(config)
         except ValueError as error:
             yield str(error)
-    if models:
-        yield from machine_problems(config)
 
 
 def problem_of(path: str, *, with_models: bool) -> str | None:
     """Every problem of the file; `with_models` asks what is on this machine, too."""
     try:
-        if (kind := _kind_of(path)) is not None:
+        if not Path(path).is_dir() and (kind := _kind_of(path)) is not None:
             kind[0](path)
         else:
             check_run(path, models=with_models)

@@ -25,6 +25,8 @@ set -euo pipefail
 # MEGADISTILL_PROJECT, or where the submitted file lies, or the directory of submission.
 found=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/camopd_roleplay.sh.*|\1|p')
 project=${MEGADISTILL_PROJECT:-${found%%$'\n'*}}
+[[ -f $project/slurm/env.sh ]] || project=$SLURM_SUBMIT_DIR
+[[ -f $project/slurm/env.sh ]] || echo "set MEGADISTILL_PROJECT to the checkout of megadistill" >&2
 # shellcheck source=slurm/env.sh
-source "${project:-$SLURM_SUBMIT_DIR}/slurm/env.sh"
+source "$project/slurm/env.sh"
 run_nodes configs/camopd/roleplay.yaml "$@"

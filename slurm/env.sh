@@ -24,7 +24,7 @@ choose() { # default config, then the job script's arguments: [CONFIG] [key=valu
     echo "$0: found no $config, expected a configuration or a run directory" >&2
     exit 2
   fi
-  if [[ ! -x $python ]]; then
+  if ! command -v "$python" >/dev/null; then
     echo "$0: found no $python; make it with tools/setup_env.sh, or set MEGADISTILL_PYTHON" >&2
     exit 2
   fi

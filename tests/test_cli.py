@@ -212,14 +212,40 @@ def test_one_report_has_every_kind_of_problem(
             ["data.pools.a.sources.0.path"],
         ),
         ({"algorithm": {"kind": "magic"}, "sed": 1}, ["algorithm", "sed"]),
+        # What would be wrong with the defaults that take the place of wrong values.
+        ({"teachers": {"domain": 5}}, ["teachers.domain"]),
+        ({"rollout": 5}, ["rollout"]),
     ],
 )
-def test_what_has_no_default_is_reported_once(
+def test_what_follows_from_a_wrong_setting_is_not_reported(
     changes: Tree, keys: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(camopd_tree(**changes)))
     assert run_cli("train", str(file)) == 2
+    _, *lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0].strip() for line in lines] == keys
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"checkpoint": {"every": "x", "export_every": 15}}, ["checkpoint.every"]),
+        ({"parallel": {"tp": "two", "sequence_parallel": True}}, ["parallel.tp"]),
+        ({"cluster": {"nodes": "four", "rollout_nodes": 2}}, ["cluster.nodes"]),
+        # An unknown key hides nothing.
+        (
+            {"parallel": {"tp": 1, "dp": 9}, "dp": 1, "cluster": {"gpus_per_node": 8}},
+            ["dp", "parallel.dp"],
+        ),
+    ],
+)
+def test_config_check_reports_causes_and_all_of_them(
+    changes: Tree, keys: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(camopd_tree(**{"device": "auto"} | changes)))
+    assert run_cli("config", "check", str(file)) == 1
     _, *lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[0].strip() for line in lines] == keys
 

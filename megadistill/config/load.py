@@ -16,7 +16,10 @@ from megadistill.config.schema import RunConfig
 Config = TypeVar("Config")
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 _STAND_INS = {"name": "unnamed", "steps": 1}
-_KINDS = ("sft", "mopd", "camopd", "raft", "packaged", "reasoning_gym", "file")
+_KINDS = ("sft", "mopd", "camopd", "raft", "packaged", "reasoning_gym", "file", "endpoint", "serve")
+_NO_SECTION = ("dataclass_type", "dict_type", "list_type")
+Keys = tuple[str | int, ...]
+"""Where a setting lies in the tree."""
 
 
 class ConfigError(ValueError):
@@ -37,7 +40,7 @@ class Reading:
     config: RunConfig | None
     """It without the settings at fault; None where one is missing that has no default."""
     at_fault: tuple[str, ...] = ()
-    """Dotted keys of what was left out."""
+    """Dotted keys of the wrong values that were left out; unknown keys are not among them."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -63,22 +66,27 @@ def read_settings(tree: Mapping[str, Any]) -> Reading:
     So that what can only be asked of a whole configuration, e.g. whether its models are there, does
     not have to wait until every key is right.
     """
-    rest = copy.deepcopy(dict(tree))
+    rest = _unshared(dict(tree))
     problems: list[str] = []
-    at_fault: dict[str, None] = {}
+    at_fault: dict[Keys, None] = {}
     while True:
         try:
             config = _ADAPTER.validate_python(rest)
         except ValidationError as error:
-            for problem in error.errors():
-                if _dotted(problem["loc"]) not in at_fault:
+            found = [(_keys(problem["loc"]), problem) for problem in error.errors()]
+            for keys, problem in found:
+                # What a section lacks, or says against itself, without the setting we took is no news.
+                if not any(known[: len(keys)] == keys for known in at_fault):
                     problems += _describe(problem)
-            new = dict.fromkeys(_dotted(problem["loc"]) for problem in error.errors())
-            at_fault |= new
-            if not all(_leave_out(rest, key) for key in new):
+            for keys, problem in found:
+                if problem["type"] != "unexpected_keyword_argument":
+                    at_fault[keys] = None
+            sections = any(problem["type"] in _NO_SECTION for _, problem in found)
+            if sections or not all(_leave_out(rest, keys) for keys, _ in found):
                 return Reading(problems, None)
         else:
-            return Reading([*problems, *config.contradictions()], config, tuple(at_fault))
+            dotted = tuple(".".join(map(str, keys)) for keys in at_fault)
+            return Reading([*problems, *config.contradictions()], config, dotted)
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -137,11 +145,22 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found {type(tree).__name__}, expected a mapping of settings")
+    tree = _unshared(tree)
     includes = tree.pop("include", [])
+    names = [includes] if isinstance(includes, str) else includes
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: include: found {includes!r}, expected a file or a list of them")
     merged: dict[str, Any] = {}
-    for name in [includes] if isinstance(includes, str) else includes:
+    for name in names:
         merged = _merge(merged, _read_tree(path.parent / name, (*seen, path.resolve())))
     return _merge(merged, tree)
+
+
+def _unshared(tree: Any) -> Any:
+    """A copy in which what YAML's aliases share is there twice, so that one can change alone."""
+    if isinstance(tree, dict):
+        return {key: _unshared(value) for key, value in tree.items()}
+    return [_unshared(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +181,7 @@ def _same_kind(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key:
+    if not separator or not all(key.split(".")):
         raise ConfigError(f"override {override!r}: expected key.path=value, or a .yaml file")
     node = tree
     *parents, leaf = key.split(".")
@@ -182,7 +201,7 @@ def _describe(problem: Any) -> list[str]:
     message: str = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:  # a check of the whole tree, which names its keys itself
         return message.split("; ")
-    key, found = _dotted(problem["loc"]), problem.get("input")
+    key, found = ".".join(map(str, _keys(problem["loc"]))), problem.get("input")
     if problem["type"] == "unexpected_keyword_argument":
         message = "expected nothing, there is no such setting"
     if problem["type"] == "union_tag_not_found":
@@ -192,15 +211,15 @@ def _describe(problem: Any) -> list[str]:
     return [f"{key}: found {json.dumps(found, default=str)}: {message}"]
 
 
-def _leave_out(tree: Any, key: str) -> bool:
+def _leave_out(tree: Any, keys: Keys) -> bool:
     """Whether the settings (mappings, lists) can do without this one; it is removed from them.
 
     A run's name and length, which any value would do for here, are replaced.
     """
-    if key in _STAND_INS:
-        tree[key] = _STAND_INS[key]
+    *parents, leaf = keys
+    if not parents and leaf in _STAND_INS:
+        tree[leaf] = _STAND_INS[str(leaf)]
         return True
-    *parents, leaf = key.split(".")
     for name in parents:
         tree = tree[int(name)] if isinstance(tree, list) else tree.get(name)
         if not isinstance(tree, dict | list):
@@ -211,11 +230,12 @@ def _leave_out(tree: Any, key: str) -> bool:
     return True
 
 
-def _dotted(location: Sequence[str | int]) -> str:
-    """The key as a user writes it: without the `kind` that pydantic puts behind a tagged union."""
-    parts = [
-        str(part)
-        for before, part in zip(("", *location), location, strict=False)
-        if not (part in _KINDS and (before == "algorithm" or isinstance(before, int)))
-    ]
-    return ".".join(parts)
+def _keys(location: Sequence[str | int]) -> Keys:
+    """As a user writes them: without the `kind` that pydantic puts behind a tagged union."""
+
+    def is_kind(index: int) -> bool:
+        before, two_before = (None, None, *location)[index + 1], (None, None, *location)[index]
+        tagged = before == "algorithm" or isinstance(before, int)
+        return location[index] in _KINDS and (tagged or two_before in ("systems", "models"))
+
+    return tuple(part for index, part in enumerate(location) if not is_kind(index))

@@ -16,13 +16,8 @@ log = logging.getLogger(__name__)
 
 
 def benchmark_of(config: EvaluateConfig, name: str) -> Benchmark:
-    """The protocol of one of `benchmarks`. Raises `ConfigError` when there is none by its name."""
-    kind = config.benchmarks[name].kind
-    if (found := kind or name) not in BENCHMARKS:
-        key = f"benchmarks.{name}.kind" if kind else f"benchmarks.{name}"
-        known = ", ".join(BENCHMARKS)
-        raise ConfigError(f"{key}: found {found!r}, expected one of {known}, or one as its `kind`")
-    return get_benchmark(found)
+    """The protocol of one of `benchmarks`."""
+    return get_benchmark(config.benchmarks[name].kind or name)
 
 
 def checkout_of(config: EvaluateConfig, name: str) -> Path | None:
@@ -38,7 +33,12 @@ def tools_identity(config: EvaluateConfig, name: str) -> dict[str, str]:
 
 
 def without_missing(config: EvaluateConfig) -> EvaluateConfig:
-    """The configuration without the optional benchmarks whose files are not here."""
+    """The configuration without the optional benchmarks whose files are not here.
+
+    Raises `ConfigError` when benchmarks are unknown.
+    """
+    if unknown := list(_unknown_benchmarks(config)):
+        raise ConfigError.listing(config.name, unknown)
     missing = {
         name: file
         for name, chosen in config.benchmarks.items()
@@ -70,6 +70,15 @@ def check(config: EvaluateConfig) -> dict[str, Path]:
     if problems:
         raise ConfigError.listing(config.name, problems)
     return files
+
+
+def _unknown_benchmarks(config: EvaluateConfig) -> Iterator[str]:
+    known = ", ".join(BENCHMARKS)
+    for name, chosen in config.benchmarks.items():
+        if chosen.kind is None and name not in BENCHMARKS:
+            yield f"benchmarks.{name}: expected one of {known}, or another name and one as its `kind`"
+        elif chosen.kind is not None and chosen.kind not in BENCHMARKS:
+            yield f"benchmarks.{name}.kind: found {chosen.kind!r}, expected one of {known}"
 
 
 def _recorded_problems(config: EvaluateConfig) -> Iterator[str]:

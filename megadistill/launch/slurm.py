@@ -223,8 +223,10 @@ def live_jobs(patience_s: float = SQUEUE_PATIENCE_S) -> dict[str, str]:
         try:
             answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
             break
-        except (subprocess.SubprocessError, FileNotFoundError) as error:
-            if time.monotonic() > deadline or isinstance(error, FileNotFoundError):
+        except FileNotFoundError:
+            raise ValueError("squeue: no such program, expected a machine of the cluster") from None
+        except subprocess.SubprocessError as error:
+            if time.monotonic() > deadline:
                 said = str(getattr(error, "stderr", None) or error).strip()
                 raise ValueError(
                     f"squeue has failed for {patience_s:.0f} s: {said}\n"

@@ -85,15 +85,17 @@ def serve_command(config: ServedConfig, name: str, port: int, *, gpu: bool) -> l
 
 
 def step_command(command: Sequence[str], name: str, gpus: str | None) -> list[str]:
-    """In a task of a Slurm job: the command as a step of its own; elsewhere as it is.
+    """In a task of a Slurm job: the command as a step of its own; elsewhere, or in a container, as it is.
 
     Slurm shows and accounts for each model, and none outlives the job. The steps overlap the task's,
     which holds the GPUs; `gpus` names the model's among them, since srun would say all.
     """
-    if "SLURM_STEP_ID" not in os.environ or shutil.which("srun") is None:
+    in_container = "MEGADISTILL_HOSTS" in os.environ  # where a step would begin outside of it
+    if "SLURM_STEP_ID" not in os.environ or in_container or shutil.which("srun") is None:
         return list(command)
     step = ["srun", f"--job-name=serve-{name}", f"--nodelist={os.environ['SLURMD_NODENAME']}"]
     step += ["--overlap", "--mem=0", "--nodes=1", "--ntasks=1", "--cpu-bind=none", "--input=none"]
+    step.append("--export=ALL")  # whatever sbatch was told: the token goes by the environment
     # The warning that asks the shard to stop goes to every step; the model serves until it has.
     step += ["--quit-on-interrupt", "bash", "-c", 'trap "" USR1 USR2; exec "$@"', name]
     step += ["env", f"MEGADISTILL_ASKED_BY={os.getpid()}"]

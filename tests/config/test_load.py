@@ -352,3 +352,25 @@ def test_paths_are_expanded_and_hub_names_are_not(
 
 
 SCHEDULE = {"schedule": {"general": 5, "domain": 1}}
+
+
+def test_an_override_of_one_alias_leaves_the_other(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("one: &shared {path: a}\ntwo: *shared\n")
+    assert read_tree(file, ["one.path=b"]) == {"one": {"path": "b"}, "two": {"path": "a"}}
+
+
+@pytest.mark.parametrize("include", ["", "3", "[1]"])
+def test_an_include_that_names_no_file_is_refused(include: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"include: {include}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: include: found .*, expected a file"):
+        read_tree(file)
+
+
+@pytest.mark.parametrize("override", [".batch=3", "batch..size=3", "=3"])
+def test_an_override_without_a_key_is_refused(override: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("batch: {size: 1}\n")
+    with pytest.raises(ConfigError, match=r"expected key\.path=value"):
+        read_tree(file, [override])
