@@ -235,7 +235,8 @@ class Worker:
         taken = {slot for _, slot in self._running.values()}
         slot = next(slot for slot in range(self.slots) if slot not in taken)
         name = folder.read().name
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        # Shards share cores: threads that spin while they wait would slow each other down.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
         if self.gpus:
             own = tuple(range(slot * self.gpus, (slot + 1) * self.gpus))
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus(own, os.environ))

@@ -27,6 +27,9 @@ class VllmBatch:
         self._settings = settings
         self._stop_ids = eos_token_ids(settings.model)
         arguments = engine_arguments(settings)
+        if not settings.gpu:
+            # OMP_NUM_THREADS may have come too late: whoever imported torch first has set the number.
+            torch.set_num_threads(settings.threads)
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
 
     def generate(

@@ -16,9 +16,8 @@ PROMPTS = [list(range(5, 9 + number)) for number in range(12)]
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from megadistill.refine.entries import vllm_environment
-import os
-os.environ.update(vllm_environment(1, gpu=False))
+import torch  # before the engine's variables are set, as a tokenizer does
+torch.set_num_threads(2)
 from megadistill.rollout.batch import BatchRequest, BatchSettings, Sampling, start_batch_engine
 prompts = json.loads(sys.argv[2])
 settings = BatchSettings(
@@ -30,7 +29,7 @@ sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=12)
 answers = {r.key: [list(r.token_ids), r.finish_reason] for r in engine.generate(requests, sampling)}
 nll = engine.mean_nll([(ids, 3) for ids in prompts])
 engine.close()
-print(json.dumps({"answers": answers, "nll": nll}))
+print(json.dumps({"answers": answers, "nll": nll, "threads": torch.get_num_threads()}))
 """
 
 
@@ -41,6 +40,7 @@ def test_answers_and_likelihoods_match_transformers(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["threads"] == 1
     assert sorted(map(int, found["answers"])) == list(range(len(PROMPTS)))
     for number, prompt in enumerate(PROMPTS):
         ids, reason = found["answers"][str(number)]
