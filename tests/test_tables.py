@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megadistill.algorithms.mopd import SCORES
-from megadistill.config import algorithm, load, schema
+from megadistill.config import ConfigError, algorithm, evaluate, load, prepare, refine, schema
 from megadistill.data import sources
 from tests.tiny import Tree, camopd_tree, decisions, raft_tree, sft_tree
 
@@ -59,7 +59,20 @@ def test_every_branch_of_an_algorithm_has_a_score() -> None:
 
 
 def test_error_messages_know_every_kind() -> None:
-    assert set(load._KINDS) == kinds(algorithm.AlgorithmConfig) | kinds(schema.Source)
+    known = (algorithm.AlgorithmConfig, schema.Source, prepare.RecipeConfig, refine.ModelConfig)
+    assert set(load._KINDS) == set.union(*map(kinds, known))
+
+
+@pytest.mark.parametrize(
+    ("tree", "key"),
+    [
+        ({"systems": {"a": {"kind": "serve", "pth": "x"}}}, "systems.a.pth"),
+        ({"models": {"judge": {"kind": "endpoint", "model": 5}}}, "models.judge.model"),
+    ],
+)
+def test_an_error_in_a_model_has_the_key_that_its_user_wrote(tree: Tree, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"\n  {key}: found "):
+        evaluate.parse_evaluate(tree)
 
 
 def test_every_kind_is_used_by_a_shipped_configuration_or_is_a_users_own() -> None:

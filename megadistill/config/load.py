@@ -16,7 +16,10 @@ from megadistill.config.schema import RunConfig
 Config = TypeVar("Config")
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 _STAND_INS = {"name": "unnamed", "steps": 1}
-_KINDS = ("sft", "mopd", "camopd", "raft", "packaged", "reasoning_gym", "file", "endpoint", "serve")
+_KINDS = (
+    *("sft", "mopd", "camopd", "raft", "packaged", "reasoning_gym", "file"),
+    *("endpoint", "serve", "mixture", "conversations"),
+)
 _NO_SECTION = ("dataclass_type", "dict_type", "list_type")
 Keys = tuple[str | int, ...]
 """Where a setting lies in the tree."""
@@ -235,7 +238,7 @@ def _keys(location: Sequence[str | int]) -> Keys:
 
     def is_kind(index: int) -> bool:
         before, two_before = (None, None, *location)[index + 1], (None, None, *location)[index]
-        tagged = before == "algorithm" or isinstance(before, int)
+        tagged = before in ("algorithm", "recipe") or isinstance(before, int)
         return location[index] in _KINDS and (tagged or two_before in ("systems", "models"))
 
     return tuple(part for index, part in enumerate(location) if not is_kind(index))
