@@ -73,12 +73,6 @@ class Job:
             lambda: self.cluster.call("squeue", "--states=all", "--long"),
         )
 
-    def let_end(self, state: str) -> None:
-        """Have rank 0 end three steps from here, and wait for the job to be in `state`."""
-        self.play("trainer-0", f"work {self.run.read_progress().get('step', 0) + 3}")
-        self.cluster.wait_for_state(self.id, "COMPLETED", "FAILED", "CANCELLED")
-        assert self.cluster.state(self.id) == state, self.log
-
     def check_steps(self) -> None:
         """No step was taken twice, none left out, over all attempts."""
         logs = sorted((self.run.path / "logs").glob("trainer-0.*.log"))

@@ -5,7 +5,6 @@ python fake_role.py RUN_DIR ROLE; the part is in RUN_DIR/parts/ROLE, one word an
     work STEPS      (a trainer's default) count steps in state/progress.json, heed the stop file
     serve           (an engine's default) announce itself and wait to be ended
     crash SECONDS   print a traceback-like line and end with 3
-    stumble SECONDS the same in the first attempt; afterwards the default
     die SECONDS     kill itself with SIGKILL
     stubborn        ignore SIGINT, with a child that does too
 
@@ -47,8 +46,6 @@ def main() -> int:
     others = [run / "logs" / f"seen-{role}.{attempt}.json" for role in arguments[1:]]
     while not all(file.exists() for file in others):
         time.sleep(0.02)
-    if verb == "stumble" and attempt != "0":
-        verb, *arguments = default.split()
     if verb == "work":
         return work(run, name, int(arguments[0]))
     if verb == "stubborn":
