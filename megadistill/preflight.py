@@ -9,7 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from megadistill.config import RunConfig, resolve_path
 from megadistill.config.algorithm import RaftConfig, SftConfig
-from megadistill.config.schema import FileSource
+from megadistill.config.schema import DatasetSource, FileSource
 from megadistill.convert.families import ModelSpec, read_spec
 from megadistill.rundir import RunDir
 
@@ -35,6 +35,7 @@ def machine_problems(config: RunConfig) -> list[str]:
         *problems,
         *_data_problems(config),
         *_length_problems(specs, config),
+        *_answer_problems(specs, config),
         *_overlap_problems(config),
         *_heldout_problems(specs, config),
         *_disk_problems(specs, config),
@@ -82,13 +83,26 @@ def _is_hub_name(path: str) -> bool:
 
 
 def _data_problems(config: RunConfig) -> list[str]:
-    """Files of prompts that are not there."""
-    return [
-        f"data.pools.{name}.sources[{index}].path: found {source.path!r}, which does not exist; "
-        "`megadistill prepare` makes the papers' sets, see configs/prepare/"
+    """Files of prompts, and directories of data sets, that are not there."""
+    sources = {
+        f"data.pools.{name}.sources[{index}].path": source
         for name in set(used_pools(config)) & config.data.pools.keys()
         for index, source in enumerate(config.data.pools[name].sources)
-        if isinstance(source, FileSource) and not Path(resolve_path(source.path)).is_file()
+    }
+    files = [(k, s.path) for k, s in sources.items() if isinstance(s, FileSource)]
+    sets = [(k, s.path) for k, s in sources.items() if isinstance(s, DatasetSource)]
+    return [
+        *(
+            f"{key}: found {path!r}, which does not exist; "
+            "`megadistill prepare` makes the papers' sets, see configs/prepare/"
+            for key, path in files
+            if not Path(resolve_path(path)).is_file()
+        ),
+        *(
+            f"{key}: found {path!r}, expected a directory or `org/name` of the hub"
+            for key, path in sets
+            if not _is_hub_name(path) and not Path(resolve_path(path)).is_dir()
+        ),
     ]
 
 
@@ -121,6 +135,23 @@ def _length_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> list[
     if room < needed:
         problems.append(f"rollout.max_model_len: found {room}, expected at least {needed}")
     return problems
+
+
+def _answer_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> list[str]:
+    """Prompt and answer must fit the student; RAFT's teacher reads a response behind them."""
+    algorithm = config.algorithm
+    if not isinstance(algorithm, SftConfig | RaftConfig):
+        return []
+    behind = {"student": 0}
+    if isinstance(algorithm, RaftConfig) and config.rollout is not None:
+        behind[f"teachers.{algorithm.teacher}"] = config.rollout.max_tokens
+    return [
+        f"algorithm.max_tokens: found {algorithm.max_tokens}, expected at most "
+        f"{specs[key].max_positions - tokens}, for the context of {key}"
+        + (" less rollout.max_tokens" if tokens else "")
+        for key, tokens in behind.items()
+        if key in specs and algorithm.max_tokens + tokens > specs[key].max_positions
+    ]
 
 
 def _overlap_problems(config: RunConfig) -> list[str]:

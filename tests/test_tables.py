@@ -78,7 +78,7 @@ def test_an_error_in_a_model_has_the_key_that_its_user_wrote(tree: Tree, key: st
 def test_every_kind_is_used_by_a_shipped_configuration_or_is_a_users_own() -> None:
     configs = Path(__file__).parents[1] / "configs"
     used = {found for path in configs.rglob("*.yaml") for found in kinds_in(path)}
-    users_own = {"reasoning_gym", "file"}
+    users_own = {"reasoning_gym", "file", "dataset"}
     assert used | users_own >= kinds(algorithm.AlgorithmConfig) | kinds(schema.Source)
 
 

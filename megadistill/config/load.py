@@ -17,7 +17,7 @@ Config = TypeVar("Config")
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 _STAND_INS = {"name": "unnamed", "steps": 1}
 _KINDS = (
-    *("sft", "mopd", "camopd", "raft", "packaged", "reasoning_gym", "file"),
+    *("sft", "mopd", "camopd", "raft", "packaged", "reasoning_gym", "file", "dataset"),
     *("endpoint", "serve", "mixture", "conversations"),
 )
 _NO_SECTION = ("dataclass_type", "dict_type", "list_type")

@@ -132,22 +132,45 @@ class ReasoningGymSource:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class FileSource:
-    """Prompts from a user's JSONL or Parquet file."""
+class RowsSource:
+    """Which fields of a row hold what."""
 
-    kind: Literal["file"] = "file"
-    path: str
     prompt: str = "prompt"
     """Field with the user's text, or with chat messages ([{role, content}, ...])."""
     answer: str | None = None
-    """Field with the reference answer; absent: prompts only."""
+    """Field with the reference answer; absent: the last turn of chat messages, if the assistant's."""
     options: str | None = None
     """Field with answer options, a mapping letter -> text, for the medical template."""
     limit: PositiveInt | None = None
     """Use only the first `limit` records."""
 
 
-Source = Annotated[PackagedSource | ReasoningGymSource | FileSource, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FileSource(RowsSource):
+    """Prompts from a user's file: .jsonl, .json, .parquet or .csv."""
+
+    kind: Literal["file"] = "file"
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DatasetSource(RowsSource):
+    """Prompts from a data set as the `datasets` library reads it."""
+
+    kind: Literal["dataset"] = "dataset"
+    path: str
+    """`org/name` on the Hugging Face hub, a directory of data files, or one of `save_to_disk`."""
+    subset: str | None = None
+    """Its configuration, where it has several."""
+    split: str = "train"
+    """May be a slice, `train[:1000]`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; name a commit where runs shall be repeatable."""
+
+
+Source = Annotated[
+    PackagedSource | ReasoningGymSource | FileSource | DatasetSource, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

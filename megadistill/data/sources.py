@@ -1,4 +1,4 @@
-"""Where prompts come from: packaged sets, procedural tasks, a user's files. One record a prompt."""
+"""Where prompts come from: packaged sets, tasks, files, data sets of the hub. One record a prompt."""
 
 import importlib.resources
 import json
@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.config import resolve_path
-from megadistill.config.schema import FileSource, PackagedSource, PoolConfig, ReasoningGymSource
+from megadistill.config.schema import (
+    DatasetSource,
+    FileSource,
+    PackagedSource,
+    PoolConfig,
+    ReasoningGymSource,
+    RowsSource,
+)
+from megadistill.data.files import SUFFIXES, read_rows
 from megadistill.types import Message
 
 
@@ -116,61 +124,81 @@ def _read_file(source: FileSource) -> Iterator[_Row]:
     path = Path(resolve_path(source.path))
     if not path.is_file():
         raise ValueError(
-            f"{path}: no such file; set the `path` of this source to a .jsonl or .parquet"
+            f"{path}: no such file; set the `path` of this source to one of {', '.join(SUFFIXES)}"
         )
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
-    for number, row in enumerate(islice(rows, source.limit), start=1):
-        yield _file_row(source, path, number, row)
+    for row in islice(read_rows(path), source.limit):
+        yield _to_row(source, row.values, row.place, f"{path.stem}-{row.number}")
 
 
-def _jsonl_rows(path: Path) -> Iterator[Any]:  # whatever JSON a row holds
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: row {number} is not JSON: {error}") from None
+def _read_dataset(source: DatasetSource) -> Iterator[_Row]:
+    rows, name = _load_dataset(source), Path(source.path).name
+    for number, values in enumerate(islice(rows, source.limit), start=1):
+        place = f"{source.path}, {source.split}: row {number}"
+        yield _to_row(source, values, place, f"{name}-{source.split}-{number}")
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet  # noqa: PLC0415 - slow to import, rarely needed
+def _load_dataset(source: DatasetSource) -> Any:  # its rows; `datasets` has no types
+    import datasets  # noqa: PLC0415 - slow to import, rarely needed
 
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
+    directory = Path(resolve_path(source.path))
+    try:
+        if (directory / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(str(directory / source.split))
+        if (directory / "state.json").is_file():
+            return datasets.load_from_disk(str(directory))
+        path = str(directory) if directory.is_dir() else source.path
+        return datasets.load_dataset(
+            path, source.subset, split=source.split, revision=source.revision
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"data set {source.path!r}, split {source.split!r}: cannot be read: {error}; where there "
+            "is no network, a data set of the hub must have been loaded before"
+        ) from error
 
 
-def _file_row(source: FileSource, path: Path, number: int, row: Any) -> _Row:
-    place = f"{path}: row {number}"
-    if not isinstance(row, dict):
-        raise ValueError(f"{place} is a {type(row).__name__}, expected an object with fields")
+def _to_row(source: RowsSource, values: Mapping[str, Any], place: str, default_id: str) -> _Row:
+    """Raises `ValueError` beginning with the row's place."""
     for name in (source.prompt, source.answer, source.options):
-        if name is not None and name not in row:
-            raise ValueError(f"{place} has no field {name!r}; it has {sorted(row)}")
-    answer = row[source.answer] if source.answer else None
-    options = row[source.options] if source.options else None
+        if name is not None and name not in values:
+            raise ValueError(f"{place} has no field {name!r}; it has {sorted(values)}")
+    prompt, answer = _prompt(values[source.prompt], f"{place}: {source.prompt!r}")
+    if source.answer is not None:
+        answer = values[source.answer]
+    options = values[source.options] if source.options else None
     if options is not None and not isinstance(options, dict):
         raise ValueError(f"{place}: {source.options!r} is not a mapping from letter to text")
+    name = values.get("id")
     return _Row(
-        id=str(row.get("id", f"{path.stem}-{number}")),
-        prompt=_file_prompt(row[source.prompt], f"{place}: {source.prompt!r}"),
+        id=default_id if name is None else str(name),
+        prompt=prompt,
         answer=None if answer is None else str(answer),
         options=options,
     )
 
 
-def _file_prompt(prompt: Any, place: str) -> str | tuple[Message, ...]:
-    """The user's text, or chat turns without anything but role and content."""
+def _prompt(prompt: Any, place: str) -> tuple[str | tuple[Message, ...], str | None]:
+    """The user's text, or chat turns without anything but role and content, and the turn that answers.
+
+    What the assistant says last is an answer and never part of the prompt.
+    """
     if isinstance(prompt, str) and prompt.strip():
-        return prompt
+        return prompt, None
     if not isinstance(prompt, list) or not prompt:
         raise ValueError(f"{place} is empty, or neither text nor chat messages")
     if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt):
         raise ValueError(f"{place} has a turn without `role` and `content`")
-    return tuple({"role": turn["role"], "content": turn["content"]} for turn in prompt)
+    turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in prompt)
+    is_answered = turns[-1]["role"] == "assistant"
+    asked = turns[:-1] if is_answered else turns
+    if not any(turn["role"] == "user" for turn in asked):
+        raise ValueError(f"{place} has no turn of the user before the answer")
+    return asked, turns[-1]["content"] if is_answered else None
 
 
 _READERS: Mapping[type, Callable[[Any], Iterator[_Row]]] = {
     PackagedSource: _read_packaged,
     ReasoningGymSource: _read_reasoning_gym,
     FileSource: _read_file,
+    DatasetSource: _read_dataset,
 }

@@ -10,7 +10,13 @@ from pydantic import TypeAdapter
 from megadistill.config import resolve_path
 from megadistill.config.evaluate import EvaluateConfig, SignalConfig
 from megadistill.config.refine import ServedConfig
-from megadistill.config.schema import DataConfig, FileSource, PackagedSource, PoolConfig
+from megadistill.config.schema import (
+    DataConfig,
+    DatasetSource,
+    FileSource,
+    PackagedSource,
+    PoolConfig,
+)
 from megadistill.launch.shards import fingerprint
 from megadistill.refine.pipeline import identity
 
@@ -72,10 +78,13 @@ def title_of(signal: SignalConfig) -> str:
 
 
 def source_files(pool: PoolConfig) -> Iterator[Path]:
-    """The files that a pool is read from."""
+    """What a pool is read from here; a data set of the hub is known by its name and revision."""
     for source in pool.sources:
         if isinstance(source, FileSource):
             yield Path(resolve_path(source.path))
+        elif isinstance(source, DatasetSource):
+            if (directory := Path(resolve_path(source.path))).is_dir():
+                yield directory
         elif isinstance(source, PackagedSource):
             sets = Path(str(importlib.resources.files("megadistill.data") / "sets"))
             yield from sorted(sets.glob(f"{source.name}_*.jsonl"))

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megadistill.config.prepare import PrepareConfig
+from megadistill.data.files import Row
 from megadistill.data.pools import is_heldout
-from megadistill.prepare.files import BadRowError, Row
+from megadistill.prepare.files import BadRowError
 from megadistill.prepare.overlap import BenchmarkItems, NearDuplicates
 from megadistill.prepare.records import Example
 from megadistill.types import Message

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megadistill.config.prepare import ConversationsConfig, PrepareConfig
+from megadistill.data.files import Row, read_rows
 from megadistill.data.pools import stable_hash
 from megadistill.prepare.cleaning import Cleaner
-from megadistill.prepare.files import BadRowError, Row, files_of, read_rows
+from megadistill.prepare.files import BadRowError, files_of
 from megadistill.prepare.records import Example, chat_turns
 from megadistill.types import Message
 

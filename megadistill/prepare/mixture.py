@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megadistill.config.prepare import MixtureConfig, PartConfig, PrepareConfig
+from megadistill.data.files import Row, count_rows, read_rows
 from megadistill.prepare.cleaning import Cleaner
-from megadistill.prepare.files import Row, count_rows, files_of, read_rows
+from megadistill.prepare.files import files_of
 from megadistill.prepare.records import Example, to_example
 from megadistill.prepare.sampling import draw_rows, largest_remainder
 

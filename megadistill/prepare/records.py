@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadistill.config.prepare import RowConfig
+from megadistill.data.files import Row
 from megadistill.data.sources import medical_messages
-from megadistill.prepare.files import BadRowError, Row
+from megadistill.prepare.files import BadRowError
 from megadistill.types import Message
 
 LETTERS = "ABCDEFGHIJ"

@@ -61,14 +61,17 @@ def read_blocks(directories: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def write_rows(file: Path, rows: Sequence[Row], columns: Columns) -> None:
-    """Write a Parquet file so that it is whole or absent."""
+    """Write a Parquet file that `datasets.load_dataset` reads, so that it is whole or absent."""
+    import datasets  # noqa: PLC0415 - slow to import, and a reader does without
+
+    datasets.disable_progress_bars()
     schema = pa.schema(
         [(name, getattr(pa, t)() if isinstance(t, str) else t) for name, t in columns.items()]
     )
+    table = datasets.Dataset(pa.Table.from_pylist([dict(row) for row in rows], schema=schema))
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
     with temporary.open("wb") as stream:
-        pq.write_table(table, stream, compression="zstd")
+        table.to_parquet(stream)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)

@@ -9,8 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 
 from megadistill.config.schema import (
+    DatasetSource,
     FileSource,
     PackagedSource,
     PoolConfig,
@@ -150,23 +152,89 @@ def test_chat_messages_are_taken_as_they_are(tmp_path: Path) -> None:
     assert list(record.messages) == turns
 
 
+def test_what_the_assistant_says_last_is_the_answer(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "u"}]
+    chat = [*asked, {"role": "assistant", "content": "a"}, *asked]
+    answered = {"role": "assistant", "content": "b"}
+    rows = [{"prompt": [*chat, answered], "answer": "other"}, {"prompt": chat, "answer": None}]
+    path = write_rows(tmp_path / "a.jsonl", *rows)
+    first, second = read(FileSource(path=path))
+    assert list(first.messages) == list(second.messages) == chat
+    assert (first.answer, second.answer) == ("b", None)
+    assert read(FileSource(path=path, answer="answer"))[0].answer == "other"
+
+
 def test_the_limit_takes_the_first_records(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", *({"prompt": str(index)} for index in range(5)))
     records = read(FileSource(path=path, limit=2))
     assert [record.messages[0]["content"] for record in records] == ["0", "1"]
 
 
-def test_parquet_files_give_the_same_records_as_jsonl(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": "one", "answer": "1", "options": {"A": "a", "B": "b"}},
-        {"prompt": "two", "answer": None, "options": {"A": "c", "B": "d"}},
+ROWS = [
+    {"prompt": "one", "answer": "1", "options": {"A": "a", "B": "b"}},
+    {"prompt": "two", "answer": None, "options": {"A": "c", "B": "d"}},
+]
+
+
+def test_every_kind_of_file_gives_the_same_records(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", *ROWS)
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1))
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    found = [
+        read(FileSource(path=str(file), answer="answer", options="options"))
+        for file in sorted(tmp_path.iterdir())
     ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    parquet = FileSource(path=str(tmp_path / "a.parquet"), answer="answer", options="options")
-    jsonl = FileSource(
-        path=write_rows(tmp_path / "a.jsonl", *rows), answer="answer", options="options"
-    )
-    assert read(parquet) == read(jsonl)
+    assert len(found) == 3
+    assert found[0] == found[1] == found[2]
+    (tmp_path / "b.json").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    assert [r.id for r in read(FileSource(path=str(tmp_path / "b.json")))] == ["b-1", "b-2"]
+    (tmp_path / "a.csv").write_text('prompt,answer\none,1\n"two\nlines",2\n')
+    records = read(FileSource(path=str(tmp_path / "a.csv"), answer="answer"))
+    assert [(r.messages[0]["content"], r.answer) for r in records] == [
+        ("one", "1"),
+        ("two\nlines", "2"),
+    ]
+
+
+def test_a_data_set_is_read_from_a_directory_as_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folders = {name: tmp_path / name for name in ("files", "one", "splits")}
+    folders["files"].mkdir()
+    made = Dataset.from_list(ROWS)
+    made.to_parquet(folders["files"] / "train-00000.parquet")
+    made.save_to_disk(folders["one"])
+    DatasetDict({"train": made, "test": made.select([0])}).save_to_disk(folders["splits"])
+    expected = read(FileSource(path=write_rows(tmp_path / "a.jsonl", *ROWS), answer="answer"))
+    for name, folder in folders.items():
+        records = read(DatasetSource(path=str(folder), answer="answer"))
+        assert [record.id for record in records] == [f"{name}-train-1", f"{name}-train-2"]
+        assert [(r.messages, r.answer) for r in records] == [
+            (r.messages, r.answer) for r in expected
+        ]
+    assert len(read(DatasetSource(path=str(folders["splits"]), split="test"))) == 1
+    assert len(read(DatasetSource(path=str(folders["files"]), split="train[1:]"))) == 1
+    assert len(read(DatasetSource(path=str(folders["files"]), limit=1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"split": "dev"}, "data set '.*rows', split 'dev': cannot be read: "),
+        ({"path": "org/absent"}, "data set 'org/absent', split 'train': cannot be read: .*network"),
+        ({"prompt": "question"}, "rows, train: row 1 has no field 'question'"),
+    ],
+)
+def test_a_data_set_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    (tmp_path / "rows").mkdir()
+    write_rows(tmp_path / "rows" / "train.jsonl", *ROWS)
+    with pytest.raises(ValueError, match=message):
+        read(DatasetSource(**({"path": str(tmp_path / "rows")} | source)))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +247,10 @@ def test_parquet_files_give_the_same_records_as_jsonl(tmp_path: Path) -> None:
         ({"prompt": [], "a": 1, "o": {}}, "row 2: 'prompt' is empty"),
         ({"prompt": [{"role": "user"}], "a": 1, "o": {}}, "row 2: 'prompt' has a turn without"),
         ({"prompt": ["text"], "a": 1, "o": {}}, "row 2: 'prompt' has a turn without"),
+        (
+            {"prompt": [{"role": "assistant", "content": "x"}], "a": 1, "o": {}},
+            "row 2: .* no turn of",
+        ),
         ({"prompt": "x", "a": 1, "o": ["yes", "no"]}, "row 2: 'o' is not a mapping"),
         (["x"], "row 2 is a list"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from megadistill.cli import main
 from megadistill.config.refine import load_refine
@@ -68,8 +69,11 @@ def test_rewrites_that_pass_become_the_answers(
     assert summary["decisions"] == {"rewrite": 10}
     assert summary["similarity"]["pass_rate"] == 1.0
     assert sum(summary["similarity"]["histogram"]["counts"]) == 10
-    table = pq.read_table(world.root / "refined.parquet").to_pylist()
-    assert table == world.refined()
+    for name in ("refined", "provenance"):
+        file = world.root / f"{name}.parquet"
+        made = Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
+        assert made.to_list() == pq.read_table(file).to_pylist()
+    assert pq.read_table(world.root / "refined.parquet").to_pylist() == world.refined()
 
 
 def test_the_refined_set_is_a_training_pool(

@@ -1,0 +1,155 @@
+"""Rows of data files, one at a time, each with its place."""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+MAX_LINE = 64 << 20
+"""Bytes of the longest line that is read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A row of a file as it is (any: a user's JSON)."""
+
+    file: Path
+    number: int
+    """From 1."""
+    values: dict[str, Any]
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}: row {self.number}"
+
+
+def read_rows(
+    file: Path, max_line: int = MAX_LINE, wanted: set[int] | None = None
+) -> Iterator[Row]:
+    """The rows of a file, or those whose numbers (from 1) are `wanted`; memory does not grow with it.
+
+    Raises `ValueError` naming the row that cannot be read, or a file that is of none of `SUFFIXES`.
+    """
+    if file.suffix not in SUFFIXES:
+        raise ValueError(f"{file}: expected one of {', '.join(SUFFIXES)}")
+    reader = {".parquet": _parquet, ".csv": _csv}.get(file.suffix, _lines)
+    if file.suffix == ".json" and _is_array(file):
+        reader = _array
+    for number, values in reader(file, max_line, wanted):
+        if wanted is not None and number not in wanted:
+            continue
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{file}: row {number} is a {type(values).__name__}, expected an object with fields"
+            )
+        yield Row(file=file, number=number, values=values)
+
+
+def count_rows(file: Path, max_line: int) -> int:
+    """The number of a file's last row; of Parquet its footer says so."""
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq  # noqa: PLC0415 - slow to import
+
+        return int(_opened(file, pq.ParquetFile).metadata.num_rows)
+    if file.suffix == ".jsonl":
+        return max((number for number, _ in _raw_lines(file, max_line)), default=0)
+    return sum(1 for _ in read_rows(file, max_line))
+
+
+def _is_array(file: Path) -> bool:
+    """Whether the file is one JSON array; otherwise every line is a value."""
+    with file.open("rb") as stream:
+        while (byte := stream.read(1)).isspace():
+            pass
+    return byte == b"["
+
+
+def _raw_lines(file: Path, max_line: int) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers, never more than `max_line` bytes of one."""
+    with file.open("rb") as stream:
+        number = 0
+        while line := stream.readline(max_line + 1):
+            number += 1
+            if len(line) > max_line:
+                raise ValueError(
+                    f"{file}: row {number} is longer than {max_line >> 20} MiB (max_line_mib)"
+                )
+            if line.strip():
+                yield number, line
+
+
+def _lines(file: Path, max_line: int, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+    for number, line in _raw_lines(file, max_line):
+        if wanted is not None and number not in wanted:
+            continue
+        try:
+            yield number, json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: row {number} is not UTF-8: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: row {number} is not JSON: {error}") from None
+
+
+def _array(file: Path, _max_line: int, _wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+    """The elements of one JSON array, read piece by piece."""
+    import ijson  # noqa: PLC0415 - rarely needed
+
+    number = 0
+    with file.open("rb") as stream:
+        try:
+            for number, values in enumerate(ijson.items(stream, "item", use_float=True), start=1):
+                yield number, values
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: row {number + 1} is not JSON: {error}") from None
+
+
+def _csv(file: Path, max_line: int, _wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(max_line)
+    number = 0
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        lines = iter(lambda: stream.readline(max_line + 1), "")  # in characters, not bytes
+        try:
+            for number, values in enumerate(csv.DictReader(lines), start=1):
+                yield number, values
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{file}: row {number + 1} cannot be read, or is longer than {max_line >> 20} MiB "
+                f"(max_line_mib): {error}"
+            ) from None
+
+
+def _parquet(file: Path, _max_line: int, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+    """Row by row; row groups without a wanted row are not read."""
+    import pyarrow as pa  # noqa: PLC0415 - slow to import
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    opened = _opened(file, pq.ParquetFile)
+    first = 1
+    for group in range(opened.metadata.num_row_groups):
+        size = opened.metadata.row_group(group).num_rows
+        numbers = range(first, first + size)
+        first += size
+        if wanted is not None and wanted.isdisjoint(numbers):
+            continue
+        number = numbers.start
+        try:
+            for batch in opened.iter_batches(batch_size=256, row_groups=[group]):
+                for at in range(batch.num_rows):
+                    if wanted is None or number in wanted:
+                        yield number, batch.slice(at, 1).to_pylist()[0]
+                    number += 1
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            raise ValueError(f"{file}: row {number} cannot be read: {error}") from None
+
+
+def _opened(file: Path, opener: Any) -> Any:  # pyarrow has no types
+    import pyarrow as pa  # noqa: PLC0415 - slow to import
+
+    try:
+        return opener(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: no Parquet file: {error}") from None
