@@ -89,7 +89,7 @@ def trade_table(runs: Sequence[RunDir]) -> Table:
         "KL",
         "at gain",
         "KL there",
-        "less",
+        "less the first's",
     ):
         table.add_column(heading)
     for one in trades(runs):

@@ -1,5 +1,6 @@
 """`megadistill report RUN ...`: what it prints and which files it writes."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from megadistill.report.page import write_page
 from megadistill.report.tradeoff import trade_picture, trade_table
 from megadistill.rundir import RunDir
 
+FILE_WIDTH = 160
+"""Columns of a table in a job's log, where no terminal says how many there are."""
+
 
 def write_report(runs: Sequence[RunDir], picture: str | None, page: str | None) -> None:
     """The table of every run; of one its picture and page, of several the page that compares them,
     and a picture where one is asked for."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     first = runs[0]
     for run in runs:
         run.report.mkdir(mode=0o700, exist_ok=True)
