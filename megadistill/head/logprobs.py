@@ -18,9 +18,6 @@ from megadistill.head.rows import RowStatistics, place
 from megadistill.head.score import sweep_statistics
 from megadistill.head.vocabulary import VocabularyHead
 
-# Rows times K squared that are compared at one time.
-MOST_ID_PAIRS = 2**24
-
 
 def logprobs(
     head: VocabularyHead, hidden_TD: Tensor, ids_TK: Tensor, *, temperature: float = 1.0
@@ -85,13 +82,17 @@ def _sweep(ctx: Any, slopes_TK: Tensor, sums: GradientSums) -> None:
 def _entries(ids_TK: Tensor, slopes_TK: Tensor, logprobs_TK: Tensor) -> Tensor:
     """The gradient on the logits at the ids: own - p (own + others) = -own expm1(log p) - p others.
 
-    An id's own slope sums over its repeats in the row; nothing cancels where p is close to one.
+    Own is the id's slope, summed over its repeats in the row; nothing cancels where p is close to one.
     """
-    own_TK = torch.empty_like(slopes_TK)
-    step = max(1, MOST_ID_PAIRS // max(ids_TK.shape[1], 1) ** 2)
-    for start in range(0, len(ids_TK), step):
-        rows = slice(start, start + step)
-        same_CKK = ids_TK[rows, :, None] == ids_TK[rows, None, :]
-        own_TK[rows] = (same_CKK * slopes_TK[rows, None, :]).sum(-1)
+    own_TK = _summed_over_repeats(ids_TK, slopes_TK)
     others_TK = slopes_TK.sum(-1, keepdim=True) - own_TK
     return -own_TK * logprobs_TK.expm1() - logprobs_TK.exp() * others_TK
+
+
+def _summed_over_repeats(ids_TK: Tensor, slopes_TK: Tensor) -> Tensor:
+    """For every id of a row the sum of the slopes at that id, by sorting the row."""
+    sorted_TK, order_TK = ids_TK.sort(-1)
+    runs_TK = (sorted_TK.diff(prepend=sorted_TK[:, :1]) != 0).cumsum(-1)
+    sums_TK = torch.zeros_like(slopes_TK)
+    sums_TK.scatter_add_(1, runs_TK, slopes_TK.gather(1, order_TK))
+    return torch.empty_like(slopes_TK).scatter_(1, order_TK, sums_TK.gather(1, runs_TK))
