@@ -60,6 +60,8 @@ GOALS = (
     Goal("gap: student fwd+bwd + teacher / 4", ("one-pass", "score"), FOUR, {"cpu fp32": 1.25, "cuda bf16": 1.2}),
     Goal("reverse KL / 4", ("reverse KL",), FOUR, {"cpu fp32": 1.4, "cuda bf16": 1.25}),
     Goal("JSD / 4", ("JSD",), FOUR, {"cpu fp32": 1.4, "cuda bf16": 1.25}),
+    Goal("RAFT's top-512 KL / 4", ("top-512 KL",), FOUR, {}),
+    Goal("faster than naive top-512 KL", ("naive top-512 KL",), ("top-512 KL",), {}, True),
     Goal("faster than naive autograd", ("naive",), ("one-pass",), {"cpu fp32": 1.4}, True),
     Goal("faster than chunk-recompute", ("chunk-recompute",), ("one-pass",), {"cpu fp32": 1.7}, True),
     Goal("faster than Liger scaled CE", ("Liger scaled CE",), ("one-pass",), {"cuda bf16": 1.25}, True),

@@ -6,6 +6,7 @@ SM90 kernel on Hopper, and elsewhere a torch path after verl's; on a GPU that pa
 """
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -16,10 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megadistill.head import VocabularyHead, jsd, logprobs, reverse_kl, score, weighted_nll
+from megadistill.losses import TeacherTopK, teacher_top_k, topk_temperature_kl
 
 PRODUCTS = ("product: logits", "product: dh", "product: dW")
 RECOMPUTE_CHUNK = 256
 TRL_VOCABULARY_CHUNK = 32768
+TOP_K, TEMPERATURE = 512, 1.5
+"""RAFT's."""
 SCALED = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
 
 
@@ -45,6 +49,12 @@ class Problem:
         self.teacher = VocabularyHead(
             weight_VD=normal(vocab_size, hidden, scale=spread), vocab_size=vocab_size
         )
+
+    @cached_property
+    def top_k(self) -> TeacherTopK:
+        """What RAFT's loss needs of the teacher."""
+        size = min(TOP_K, self.head.vocab_size)
+        return teacher_top_k(self.teacher, self.teacher_TD, size, temperature=TEMPERATURE)
 
     def clear(self) -> None:
         self.hidden_TD.grad = self.weight_VD.grad = None
@@ -78,6 +88,9 @@ class Problem:
             "score top-64": lambda: score(teacher, self.teacher_TD, ids_T1, top_k=64),
             "reverse KL": lambda: backward(reverse_kl(*pair)[0]),
             "JSD": lambda: backward(jsd(*pair)[0]),
+            "top-512 KL": lambda: backward(
+                topk_temperature_kl(head, self.hidden_TD, self.top_k, self.weights_T)[0]
+            ),
         }
 
     def products(self) -> dict[str, Callable[[], object]]:
@@ -139,6 +152,15 @@ def library(module: str, name: str) -> Any:  # whatever the library defines ther
 def naive(p: Problem) -> None:
     """`log_softmax().gather()` on all logits."""
     _dense(p, slice(0, len(p.targets_T))).backward()
+
+
+def naive_top_k(p: Problem) -> None:
+    """RAFT's KL from all logits: a soft-max over those at the teacher's ids."""
+    logits = (p.hidden_TD @ p.weight_VD.t()).float() / TEMPERATURE
+    student_TK = torch.log_softmax(logits.gather(1, p.top_k.ids_WK), -1)
+    teacher_TK = torch.log_softmax(p.top_k.logprobs_WK, -1)
+    kl_T = (teacher_TK.exp() * (teacher_TK - student_TK)).sum(-1)
+    (TEMPERATURE**2 * p.weights_T * kl_T).sum().backward()
 
 
 def chunk_recompute(p: Problem) -> None:
@@ -203,6 +225,7 @@ def trl_divergence(p: Problem, beta: float) -> None:
 
 RIVALS: Mapping[str, Callable[[Problem], None]] = {
     "naive": naive,
+    "naive top-512 KL": naive_top_k,
     "chunk-recompute": chunk_recompute,
     "Liger scaled CE": liger_scaled_ce,
     "Liger torch path (verl)": liger_torch_path,
