@@ -11,6 +11,7 @@ from megadistill.algorithms import Algorithm, Sft, make_algorithm
 from megadistill.collect import AnswerCollector, Collector, OnPolicyCollector, Sampler
 from megadistill.config import RunConfig, resolve_path
 from megadistill.config.algorithm import RaftConfig, SftConfig
+from megadistill.convert.families import read_spec
 from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import PromptPool, make_pools
 from megadistill.evaluate.heldout import HeldoutAnswers, HeldoutKl, Measurement
@@ -23,6 +24,9 @@ from megadistill.rollout.seeds import seed_for
 from megadistill.rundir import RunDir
 from megadistill.state import RunState, restore, restore_ahead
 from megadistill.types import Prompt, Rollout
+
+TEACHER_WORDS = 64
+"""Tokens, at most, that RAFT's teacher reads around question and answer."""
 
 TEACHER_VERSION = 1_000_000
 """Weights versions from here on are teachers', in the engines only to sample held-out texts."""
@@ -98,10 +102,27 @@ def publish_student(parts: Parts, version: int) -> None:
 
 def _read_pools(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, PromptPool]:
     """The pools that the run reads; where answers are trained on, those that fit with theirs."""
+    names, longest = used_pools(config), longest_answered(config)
+    return make_pools(config.data, tokenizer, config.seed, names, max_answered=longest)
+
+
+def longest_answered(config: RunConfig) -> int | None:
+    """Tokens of the longest prompt with its answer that is trained on; None without answers.
+
+    The student reads both; RAFT's teacher reads both, a few words, and a response.
+    """
     algorithm = config.algorithm
-    answered = algorithm.max_tokens if isinstance(algorithm, SftConfig | RaftConfig) else None
-    names = used_pools(config)
-    return make_pools(config.data, tokenizer, config.seed, names, max_answered=answered)
+    if not isinstance(algorithm, SftConfig | RaftConfig):
+        return None
+    room = [_context(config.student.path)]
+    if isinstance(algorithm, RaftConfig) and config.rollout is not None:
+        behind = TEACHER_WORDS + config.rollout.max_tokens
+        room.append(_context(config.teachers[algorithm.teacher].path) - behind)
+    return min(algorithm.max_tokens, *room)
+
+
+def _context(path: str) -> int:
+    return read_spec(resolve_model(path)).max_positions
 
 
 def _connect(run: RunDir, config: RunConfig) -> Sampler:

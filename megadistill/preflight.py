@@ -35,7 +35,6 @@ def machine_problems(config: RunConfig) -> list[str]:
         *problems,
         *_data_problems(config),
         *_length_problems(specs, config),
-        *_answer_problems(specs, config),
         *_overlap_problems(config),
         *_heldout_problems(specs, config),
         *_disk_problems(specs, config),
@@ -135,23 +134,6 @@ def _length_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> list[
     if room < needed:
         problems.append(f"rollout.max_model_len: found {room}, expected at least {needed}")
     return problems
-
-
-def _answer_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> list[str]:
-    """Prompt and answer must fit the student; RAFT's teacher reads a response behind them."""
-    algorithm = config.algorithm
-    if not isinstance(algorithm, SftConfig | RaftConfig):
-        return []
-    behind = {"student": 0}
-    if isinstance(algorithm, RaftConfig) and config.rollout is not None:
-        behind[f"teachers.{algorithm.teacher}"] = config.rollout.max_tokens
-    return [
-        f"algorithm.max_tokens: found {algorithm.max_tokens}, expected at most "
-        f"{specs[key].max_positions - tokens}, for the context of {key}"
-        + (" less rollout.max_tokens" if tokens else "")
-        for key, tokens in behind.items()
-        if key in specs and algorithm.max_tokens + tokens > specs[key].max_positions
-    ]
 
 
 def _overlap_problems(config: RunConfig) -> list[str]:

@@ -35,7 +35,6 @@ from tests.tiny import (
     make_config,
     make_prompt,
     make_tokenizer,
-    raft_tree,
     write_model_config,
 )
 
@@ -161,26 +160,6 @@ def test_prompts_and_responses_must_fit_the_models(models: Path) -> None:
     assert line.startswith("teachers.general: its context is 79 tokens, expected at least 80")
     write_model_config(models / "general", max_position_embeddings=80)
     assert not problems(tree_on(models))
-
-
-def test_answers_must_fit_the_student_and_with_a_response_the_teacher(models: Path) -> None:
-    one = {"path": str(models / "general")}
-
-    def raft(max_tokens: int) -> Tree:
-        tree = raft_tree(student=one, teachers={"general": one})
-        tree["algorithm"] |= {"max_tokens": max_tokens}
-        return tree
-
-    write_model_config(models / "general", max_position_embeddings=100)
-    assert not problems(raft(84))
-    assert problems(raft(85)) == [
-        "algorithm.max_tokens: found 85, expected at most 84, for the context of teachers.general "
-        "less rollout.max_tokens"
-    ]
-    student, _ = problems(raft(101))
-    assert student == (
-        "algorithm.max_tokens: found 101, expected at most 100, for the context of student"
-    )
 
 
 def test_prompts_and_responses_must_fit_the_engines(models: Path) -> None:

@@ -53,7 +53,8 @@ class SftConfig:
     pool: str
     """Name of the pool in `data.pools`; its records must have answers."""
     max_tokens: PositiveInt = 8192
-    """Longest prompt and answer together; records beyond are dropped and counted."""
+    """Longest prompt and answer together, at most what the context holds; records beyond are dropped
+    and counted."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -89,7 +90,8 @@ class RaftConfig:
     teacher: str
     """Name of the teacher in `teachers`: the original model, frozen."""
     max_tokens: PositiveInt = 8192
-    """Longest prompt and answer together; records beyond are dropped and counted."""
+    """Longest prompt and answer together, at most what the context holds beside a response; records
+    beyond are dropped and counted."""
     sft: bool = True
     """Whether the answers themselves are trained on, too."""
     context: Literal["answer", "none", "other"] = "answer"
