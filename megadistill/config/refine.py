@@ -33,7 +33,7 @@ class InputConfig:
     """Questions with raw answers, and which fields hold them."""
 
     path: str
-    """A .jsonl, .parquet or .csv file, or `packaged:NAME` of `megadistill/data/sets`."""
+    """A .jsonl, .json, .parquet or .csv file, or `packaged:NAME` of `megadistill/data/sets`."""
     format: Literal["auto", "pairs", "messages", "instruction"] = "auto"
     """`messages`: a chat whose last assistant turn is the answer; `instruction`: instruction, input,
     output; `auto`: for each record whichever of these its fields allow."""

@@ -37,7 +37,7 @@ def read_rows(
     if file.suffix not in SUFFIXES:
         raise ValueError(f"{file}: expected one of {', '.join(SUFFIXES)}")
     reader = {".parquet": _parquet, ".csv": _csv}.get(file.suffix, _lines)
-    if file.suffix == ".json" and _is_array(file):
+    if file.suffix == ".json" and is_array(file):
         reader = _array
     for number, values in reader(file, max_line, wanted):
         if wanted is not None and number not in wanted:
@@ -60,12 +60,29 @@ def count_rows(file: Path, max_line: int) -> int:
     return sum(1 for _ in read_rows(file, max_line))
 
 
-def _is_array(file: Path) -> bool:
+def is_array(file: Path) -> bool:
     """Whether the file is one JSON array; otherwise every line is a value."""
     with file.open("rb") as stream:
         while (byte := stream.read(1)).isspace():
             pass
     return byte == b"["
+
+
+def array_values(file: Path) -> Iterator[Any]:  # whatever JSON they are
+    """The elements of one JSON array, read piece by piece.
+
+    Raises `ValueError` naming the first that cannot be read.
+    """
+    import ijson  # noqa: PLC0415 - rarely needed
+
+    number = 1
+    with file.open("rb") as stream:
+        try:
+            for values in ijson.items(stream, "item", use_float=True):
+                yield values
+                number += 1
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: row {number} is not JSON: {error}") from None
 
 
 def _raw_lines(file: Path, max_line: int) -> Iterator[tuple[int, bytes]]:
@@ -95,16 +112,7 @@ def _lines(file: Path, max_line: int, wanted: set[int] | None) -> Iterator[tuple
 
 
 def _array(file: Path, _max_line: int, _wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
-    """The elements of one JSON array, read piece by piece."""
-    import ijson  # noqa: PLC0415 - rarely needed
-
-    number = 0
-    with file.open("rb") as stream:
-        try:
-            for number, values in enumerate(ijson.items(stream, "item", use_float=True), start=1):
-                yield number, values
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: row {number + 1} is not JSON: {error}") from None
+    return enumerate(array_values(file), start=1)
 
 
 def _csv(file: Path, max_line: int, _wanted: set[int] | None) -> Iterator[tuple[int, Any]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from megadistill.config import resolve_path
 from megadistill.config.refine import InputConfig
+from megadistill.data.files import SUFFIXES, array_values, is_array
 from megadistill.types import Message
 
 PACKAGED = "packaged:"
@@ -107,10 +108,13 @@ def read_rows(file: Path) -> Iterator[Any]:  # whatever JSON a row holds
         yield from _parquet_rows(file)
     elif file.suffix == ".csv":
         yield from _csv_rows(file)
-    elif file.suffix in (".jsonl", ".json"):
+    elif file.suffix == ".json" and is_array(file):
+        yield from array_values(file)
+    elif file.suffix in SUFFIXES:
         yield from _jsonl_rows(file)
     else:
-        raise ValueError(f"input.path: found {file.name!r}, expected .jsonl, .parquet or .csv")
+        known = ", ".join(SUFFIXES)
+        raise ValueError(f"input.path: found {file.name!r}, expected one of {known}")
 
 
 def _jsonl_rows(file: Path) -> Iterator[Any]:

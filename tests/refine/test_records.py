@@ -41,12 +41,14 @@ def write(file: Path, rows: list[dict[str, Any]]) -> InputConfig:
                 {k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()}
                 for row in rows
             )
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows))
     else:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return InputConfig(path=str(file))
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
 def test_every_format_is_read_from_every_file(tmp_path: Path, suffix: str) -> None:
     for number, row in enumerate(ROWS):
         config = write(tmp_path / f"rows{number}.{suffix}", [row])
@@ -109,7 +111,7 @@ def test_an_input_without_records_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no usable record among 1 rows"):
         read_records(config)
     (tmp_path / "rows.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"expected \.jsonl, \.parquet or \.csv"):
+    with pytest.raises(ValueError, match=r"expected one of \.jsonl, \.json, \.parquet, \.csv"):
         read_records(InputConfig(path=str(tmp_path / "rows.txt")))
 
 
