@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megadistill import startup
 from megadistill.algorithms import Algorithm, Sft, make_algorithm
+from megadistill.algorithms.raft import TEACHER_WORDS
 from megadistill.collect import AnswerCollector, Collector, OnPolicyCollector, Sampler
-from megadistill.config import RunConfig, resolve_path
+from megadistill.config import ConfigError, RunConfig, resolve_path
 from megadistill.config.algorithm import RaftConfig, SftConfig
 from megadistill.convert.families import read_spec
 from megadistill.convert.hf_files import resolve_model
@@ -24,9 +25,6 @@ from megadistill.rollout.seeds import seed_for
 from megadistill.rundir import RunDir
 from megadistill.state import RunState, restore, restore_ahead
 from megadistill.types import Prompt, Rollout
-
-TEACHER_WORDS = 64
-"""Tokens, at most, that RAFT's teacher reads around question and answer."""
 
 TEACHER_VERSION = 1_000_000
 """Weights versions from here on are teachers', in the engines only to sample held-out texts."""
@@ -109,16 +107,24 @@ def _read_pools(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[s
 def longest_answered(config: RunConfig) -> int | None:
     """Tokens of the longest prompt with its answer that is trained on; None without answers.
 
-    The student reads both; RAFT's teacher reads both, a few words, and a response.
+    The student reads both. RAFT's teacher reads the prompt, its own or another's answer, a few words
+    around them, and a response. Raises `ConfigError` when responses leave no room for that.
     """
     algorithm = config.algorithm
     if not isinstance(algorithm, SftConfig | RaftConfig):
         return None
-    room = [_context(config.student.path)]
-    if isinstance(algorithm, RaftConfig) and config.rollout is not None:
-        behind = TEACHER_WORDS + config.rollout.max_tokens
-        room.append(_context(config.teachers[algorithm.teacher].path) - behind)
-    return min(algorithm.max_tokens, *room)
+    longest = min(algorithm.max_tokens, _context(config.student.path))
+    if isinstance(algorithm, SftConfig) or algorithm.context == "none":
+        return longest
+    assert config.rollout is not None
+    context = _context(config.teachers[algorithm.teacher].path)
+    room = context - config.rollout.max_tokens - TEACHER_WORDS
+    if room <= 0:
+        raise ConfigError(
+            f"rollout.max_tokens: found {config.rollout.max_tokens}, which leaves no room for prompt "
+            f"and answer in the context of teachers.{algorithm.teacher}, {context}"
+        )
+    return min(longest, room // 2 if algorithm.context == "other" else room)
 
 
 def _context(path: str) -> int:

@@ -11,6 +11,7 @@ from megadistill.config import RunConfig, resolve_path
 from megadistill.config.algorithm import RaftConfig, SftConfig
 from megadistill.config.schema import DatasetSource, FileSource
 from megadistill.convert.families import ModelSpec, read_spec
+from megadistill.data.files import SUFFIXES, resolve_dataset
 from megadistill.rundir import RunDir
 
 CHECKPOINT_BYTES = 14
@@ -82,27 +83,31 @@ def _is_hub_name(path: str) -> bool:
 
 
 def _data_problems(config: RunConfig) -> list[str]:
-    """Files of prompts, and directories of data sets, that are not there."""
+    """Files of prompts and data sets that are not on this machine, or that nobody can read."""
     sources = {
-        f"data.pools.{name}.sources[{index}].path": source
+        f"data.pools.{name}.sources[{index}]": source
         for name in set(used_pools(config)) & config.data.pools.keys()
         for index, source in enumerate(config.data.pools[name].sources)
     }
-    files = [(k, s.path) for k, s in sources.items() if isinstance(s, FileSource)]
-    sets = [(k, s.path) for k, s in sources.items() if isinstance(s, DatasetSource)]
-    return [
-        *(
-            f"{key}: found {path!r}, which does not exist; "
-            "`megadistill prepare` makes the papers' sets, see configs/prepare/"
-            for key, path in files
-            if not Path(resolve_path(path)).is_file()
-        ),
-        *(
-            f"{key}: found {path!r}, expected a directory or `org/name` of the hub"
-            for key, path in sets
-            if not _is_hub_name(path) and not Path(resolve_path(path)).is_dir()
-        ),
-    ]
+    problems: list[str] = []
+    for key, source in sources.items():
+        if isinstance(source, FileSource):
+            path = Path(resolve_path(source.path))
+            if not path.is_file():
+                problems.append(
+                    f"{key}.path: found {source.path!r}, which does not exist; "
+                    "`megadistill prepare` makes the papers' sets, see configs/prepare/"
+                )
+            elif path.suffix not in SUFFIXES:
+                problems.append(
+                    f"{key}.path: found {source.path!r}, expected one of {', '.join(SUFFIXES)}"
+                )
+        elif isinstance(source, DatasetSource):
+            try:
+                resolve_dataset(source.path, source.revision, download=False)
+            except ValueError as error:
+                problems.append(f"{key}.{error}")
+    return problems
 
 
 def _parallel_problems(key: str, spec: ModelSpec, config: RunConfig) -> list[str]:

@@ -97,15 +97,18 @@ def test_files_of_prompts_that_do_not_exist_are_named(models: Path) -> None:
     assert "megadistill prepare" in line
 
 
-def test_directories_of_data_sets_that_do_not_exist_are_named(models: Path) -> None:
+def test_data_sets_that_are_not_here_are_named(models: Path) -> None:
     tree = tree_on(models)
-    paths = ("org/name", str(models), "./gone")
-    sources = [{"kind": "dataset", "path": path} for path in paths]
+    (models / "here.txt").touch()
+    sources = [{"kind": "dataset", "path": path} for path in ("org/name", str(models), "./gone")]
+    sources.append({"kind": "file", "path": str(models / "here.txt")})
     tree["data"]["pools"]["general"] = {"sources": sources}
-    assert problems(tree) == [
-        "data.pools.general.sources[2].path: found './gone', expected a directory or `org/name` of "
-        "the hub"
-    ]
+    absent, invalid, unreadable = problems(tree)
+    assert absent.startswith("data.pools.general.sources[0].path: found 'org/name', which is")
+    assert "hf download --repo-type dataset org/name" in absent
+    assert invalid.startswith("data.pools.general.sources[2].path: found './gone', expected a dir")
+    assert unreadable.startswith("data.pools.general.sources[3].path: found")
+    assert unreadable.endswith("expected one of .jsonl, .json, .parquet, .csv")
 
 
 @pytest.mark.parametrize("path", ["cache:gone", "/nowhere/model", "~/gone", "a/b/c", "gone"])

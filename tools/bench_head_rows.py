@@ -71,7 +71,7 @@ class Problem:
         teacher = VocabularyHead(
             weight_VD=self.teacher.weight_VD, vocab_size=head.vocab_size, group=group
         )
-        ids_T1 = self.targets_T[:, None]
+        ids_T1, top_k = self.targets_T[:, None], self.top_k
         pair = head, self.hidden_TD, teacher, self.teacher_TD, self.weights_T
 
         def backward(loss: Tensor) -> None:
@@ -89,7 +89,7 @@ class Problem:
             "reverse KL": lambda: backward(reverse_kl(*pair)[0]),
             "JSD": lambda: backward(jsd(*pair)[0]),
             "top-512 KL": lambda: backward(
-                topk_temperature_kl(head, self.hidden_TD, self.top_k, self.weights_T)[0]
+                topk_temperature_kl(head, self.hidden_TD, top_k, self.weights_T)[0]
             ),
         }
 

@@ -27,6 +27,9 @@ from megadistill.types import Prompt, Rollout, Sample, Scored, StepResult, Token
 
 BRANCH = "domain"
 
+TEACHER_WORDS = 64
+"""Tokens, at most, that the teacher reads around question and answer."""
+
 TINY = 1e-8
 """Keeps lambda finite, Eq. (12)."""
 

@@ -161,9 +161,9 @@ class DatasetSource(RowsSource):
     path: str
     """`org/name` on the Hugging Face hub, a directory of data files, or one of `save_to_disk`."""
     subset: str | None = None
-    """Its configuration, where it has several."""
-    split: str = "train"
-    """May be a slice, `train[:1000]`."""
+    """Which of its configurations, where it has several."""
+    split: Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")] = "train"
+    """Name of a split, not a slice: `limit` takes the first rows."""
     revision: str | None = None
     """Branch, tag or commit on the hub; name a commit where runs shall be repeatable."""
 

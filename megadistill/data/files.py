@@ -1,16 +1,30 @@
-"""Rows of data files, one at a time, each with its place."""
+"""Rows of data files, one at a time, each with its place; data sets of the hub, as directories."""
 
 import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from megadistill.config import resolve_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
-MAX_LINE = 64 << 20
-"""Bytes of the longest line that is read."""
+
+class Longest(NamedTuple):
+    """The longest line that is read, so that memory is bounded."""
+
+    size: int = 64 << 20
+    """In bytes."""
+    key: str = ""
+    """What a user changes to read longer ones."""
+
+    def __str__(self) -> str:
+        return f"{self.size >> 20} MiB" + (f" ({self.key})" if self.key else "")
+
+
+DEFAULT = Longest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +42,7 @@ class Row:
 
 
 def read_rows(
-    file: Path, max_line: int = MAX_LINE, wanted: set[int] | None = None
+    file: Path, longest: Longest = DEFAULT, wanted: set[int] | None = None
 ) -> Iterator[Row]:
     """The rows of a file, or those whose numbers (from 1) are `wanted`; memory does not grow with it.
 
@@ -39,7 +53,7 @@ def read_rows(
     reader = {".parquet": _parquet, ".csv": _csv}.get(file.suffix, _lines)
     if file.suffix == ".json" and is_array(file):
         reader = _array
-    for number, values in reader(file, max_line, wanted):
+    for number, values in reader(file, longest, wanted):
         if wanted is not None and number not in wanted:
             continue
         if not isinstance(values, dict):
@@ -49,15 +63,15 @@ def read_rows(
         yield Row(file=file, number=number, values=values)
 
 
-def count_rows(file: Path, max_line: int) -> int:
+def count_rows(file: Path, longest: Longest = DEFAULT) -> int:
     """The number of a file's last row; of Parquet its footer says so."""
     if file.suffix == ".parquet":
         import pyarrow.parquet as pq  # noqa: PLC0415 - slow to import
 
         return int(_opened(file, pq.ParquetFile).metadata.num_rows)
-    if file.suffix == ".jsonl":
-        return max((number for number, _ in _raw_lines(file, max_line)), default=0)
-    return sum(1 for _ in read_rows(file, max_line))
+    if file.suffix == ".jsonl" or (file.suffix == ".json" and not is_array(file)):
+        return max((number for number, _ in _raw_lines(file, longest)), default=0)
+    return sum(1 for _ in read_rows(file, longest))
 
 
 def is_array(file: Path) -> bool:
@@ -85,22 +99,20 @@ def array_values(file: Path) -> Iterator[Any]:  # whatever JSON they are
             raise ValueError(f"{file}: row {number} is not JSON: {error}") from None
 
 
-def _raw_lines(file: Path, max_line: int) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers, never more than `max_line` bytes of one."""
+def _raw_lines(file: Path, longest: Longest) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers, never more of one than is allowed."""
     with file.open("rb") as stream:
         number = 0
-        while line := stream.readline(max_line + 1):
+        while line := stream.readline(longest.size + 1):
             number += 1
-            if len(line) > max_line:
-                raise ValueError(
-                    f"{file}: row {number} is longer than {max_line >> 20} MiB (max_line_mib)"
-                )
+            if len(line) > longest.size:
+                raise ValueError(f"{file}: row {number} is longer than {longest}")
             if line.strip():
                 yield number, line
 
 
-def _lines(file: Path, max_line: int, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
-    for number, line in _raw_lines(file, max_line):
+def _lines(file: Path, longest: Longest, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+    for number, line in _raw_lines(file, longest):
         if wanted is not None and number not in wanted:
             continue
         try:
@@ -111,26 +123,27 @@ def _lines(file: Path, max_line: int, wanted: set[int] | None) -> Iterator[tuple
             raise ValueError(f"{file}: row {number} is not JSON: {error}") from None
 
 
-def _array(file: Path, _max_line: int, _wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+def _array(file: Path, _longest: Longest, _wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
     return enumerate(array_values(file), start=1)
 
 
-def _csv(file: Path, max_line: int, _wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(max_line)
+def _csv(file: Path, longest: Longest, _wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(longest.size)
     number = 0
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        lines = iter(lambda: stream.readline(max_line + 1), "")  # in characters, not bytes
+        lines = iter(lambda: stream.readline(longest.size + 1), "")  # in characters, not bytes
         try:
             for number, values in enumerate(csv.DictReader(lines), start=1):
+                if None in values:
+                    raise ValueError(f"{file}: row {number} has more cells than the first line")
                 yield number, values
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{file}: row {number + 1} cannot be read, or is longer than {max_line >> 20} MiB "
-                f"(max_line_mib): {error}"
+                f"{file}: row {number + 1} cannot be read, or is longer than {longest}: {error}"
             ) from None
 
 
-def _parquet(file: Path, _max_line: int, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+def _parquet(file: Path, _longest: Longest, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
     """Row by row; row groups without a wanted row are not read."""
     import pyarrow as pa  # noqa: PLC0415 - slow to import
     import pyarrow.parquet as pq  # noqa: PLC0415
@@ -161,3 +174,35 @@ def _opened(file: Path, opener: Any) -> Any:  # pyarrow has no types
         return opener(file)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file}: no Parquet file: {error}") from None
+
+
+def resolve_dataset(path: str, revision: str | None = None, *, download: bool = True) -> Path:
+    """The directory of a data set: a path as in a configuration, or a copy of the hub's.
+
+    With `HF_HUB_OFFLINE=1`, or without `download`, only the cache is asked. Raises `ValueError`
+    saying what to run.
+    """
+    directory = Path(resolve_path(path))
+    if directory.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision: found {revision!r}, expected none for a directory, {path}")
+        return directory
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow, rarely needed
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415
+
+    try:
+        found = snapshot_download(
+            path, repo_type="dataset", revision=revision, local_files_only=not download
+        )
+    except HFValidationError:
+        raise ValueError(
+            f"path: found {path!r}, expected a directory or `org/name` of the hub"
+        ) from None
+    except (OSError, HfHubHTTPError) as error:  # LocalEntryNotFoundError is an OSError
+        pinned = f" --revision {revision}" if revision else ""
+        raise ValueError(
+            f"path: found {path!r}, which is neither a directory nor in the Hugging Face cache, and "
+            f"not downloadable here ({type(error).__name__}); run "
+            f"`hf download --repo-type dataset {path}{pinned}` where there is a network"
+        ) from error
+    return Path(found)

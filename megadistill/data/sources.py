@@ -17,7 +17,7 @@ from megadistill.config.schema import (
     ReasoningGymSource,
     RowsSource,
 )
-from megadistill.data.files import SUFFIXES, read_rows
+from megadistill.data.files import SUFFIXES, read_rows, resolve_dataset
 from megadistill.types import Message
 
 
@@ -131,30 +131,32 @@ def _read_file(source: FileSource) -> Iterator[_Row]:
 
 
 def _read_dataset(source: DatasetSource) -> Iterator[_Row]:
-    rows, name = _load_dataset(source), Path(source.path).name
+    rows = _load_dataset(source)
+    name = "/".join(word for word in (source.path, source.subset, source.split) if word)
     for number, values in enumerate(islice(rows, source.limit), start=1):
-        place = f"{source.path}, {source.split}: row {number}"
-        yield _to_row(source, values, place, f"{name}-{source.split}-{number}")
+        yield _to_row(source, values, f"data set {name}: row {number}", f"{name}-{number}")
 
 
 def _load_dataset(source: DatasetSource) -> Any:  # its rows; `datasets` has no types
     import datasets  # noqa: PLC0415 - slow to import, rarely needed
 
-    directory = Path(resolve_path(source.path))
+    directory = resolve_dataset(source.path, source.revision)
+    is_saved = any((directory / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
-        if (directory / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(str(directory / source.split))
-        if (directory / "state.json").is_file():
-            return datasets.load_from_disk(str(directory))
-        path = str(directory) if directory.is_dir() else source.path
-        return datasets.load_dataset(
-            path, source.subset, split=source.split, revision=source.revision
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if not is_saved:
+            return datasets.load_dataset(str(directory), source.subset, split=source.split)
+        found = datasets.load_from_disk(str(directory))
+    # RuntimeError: a data set that is a script, which is not run.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        cause = f": {error.__cause__}" if error.__cause__ else ""
+        raise ValueError(f"data set {source.path}: cannot be read: {error}{cause}") from error
+    splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
+    if source.subset is not None or source.split not in splits:
         raise ValueError(
-            f"data set {source.path!r}, split {source.split!r}: cannot be read: {error}; where there "
-            "is no network, a data set of the hub must have been loaded before"
-        ) from error
+            f"data set {source.path}: found subset {source.subset} and split {source.split!r}, "
+            f"expected no subset and one of {sorted(splits)}"
+        )
+    return splits[source.split]
 
 
 def _to_row(source: RowsSource, values: Mapping[str, Any], place: str, default_id: str) -> _Row:
@@ -172,8 +174,10 @@ def _to_row(source: RowsSource, values: Mapping[str, Any], place: str, default_i
     return _Row(
         id=default_id if name is None else str(name),
         prompt=prompt,
-        answer=None if answer is None else str(answer),
-        options=options,
+        # An empty cell of a CSV file is no answer.
+        answer=None if answer is None or not str(answer).strip() else str(answer),
+        # Parquet gives every row the letters of all rows.
+        options=options and {key: text for key, text in options.items() if text is not None},
     )
 
 
@@ -188,11 +192,13 @@ def _prompt(prompt: Any, place: str) -> tuple[str | tuple[Message, ...], str | N
         raise ValueError(f"{place} is empty, or neither text nor chat messages")
     if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt):
         raise ValueError(f"{place} has a turn without `role` and `content`")
+    if not all(isinstance(turn["content"], str) for turn in prompt):
+        raise ValueError(f"{place} has a turn whose `content` is no text")
     turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in prompt)
     is_answered = turns[-1]["role"] == "assistant"
     asked = turns[:-1] if is_answered else turns
     if not any(turn["role"] == "user" for turn in asked):
-        raise ValueError(f"{place} has no turn of the user before the answer")
+        raise ValueError(f"{place} has no turn of the user to answer")
     return asked, turns[-1]["content"] if is_answered else None
 
 

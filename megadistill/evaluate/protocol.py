@@ -2,21 +2,20 @@
 
 import heapq
 import importlib.util
-import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megadistill.config import resolve_path
+from megadistill.data.files import Longest, read_rows
 from megadistill.data.pools import stable_hash
 from megadistill.evaluate.sandbox import Mode
-from megadistill.refine.records import read_rows
 from megadistill.types import Message
 
 PACKAGED = "packaged"
-MOST_BYTES = 512 << 20
-"""Of a line; LiveCodeBench's hidden tests are large."""
+LONGEST = Longest(512 << 20)
+"""LiveCodeBench's hidden tests are large."""
 DRAW_SEED = 42
 """RAFT names no seed; ALGORITHMS 2.5 chooses this one."""
 Block = Literal["general", "domain", "heldout"]
@@ -165,48 +164,21 @@ def _place(item_id: str) -> int:
 
 def _items(benchmark: Benchmark, file: Path) -> Iterator[Item]:
     seen: dict[str, int] = {}
-    for number, row in enumerate(_rows(file), start=1):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{file}: row {number} is not a JSON object")
+    for row in read_rows(file, LONGEST):
         try:
-            item = benchmark.rows({"row": number, **row})
+            item = benchmark.rows({"row": row.number, **row.values})
         except KeyError as error:
             raise ValueError(
-                f"{file}: row {number} has no field {error}; it has {sorted(map(str, row))}"
+                f"{row.place} has no field {error}; it has {sorted(row.values)}"
             ) from None
         except ValueError as error:
-            raise ValueError(f"{file}: row {number}: {error}") from None
+            raise ValueError(f"{row.place}: {error}") from None
         if item is None:
             continue
         if item.id in seen:
-            raise ValueError(f"{file}: row {number} has the id {item.id!r} of row {seen[item.id]}")
-        seen[item.id] = number
+            raise ValueError(f"{row.place} has the id {item.id!r} of row {seen[item.id]}")
+        seen[item.id] = row.number
         yield item
-
-
-def _rows(file: Path) -> Iterator[Any]:  # whatever JSON a row holds
-    """The rows of a file; a .json file may be one list of them."""
-    if file.suffix == ".json":
-        try:
-            rows = json.loads(file.read_bytes())
-        except ValueError:  # one object a line, or no JSON at all
-            rows = None
-        if isinstance(rows, list):
-            return iter(rows)
-    return _lines(file) if file.suffix in (".json", ".jsonl") else read_rows(file)
-
-
-def _lines(file: Path) -> Iterator[Any]:  # whatever JSON a line holds
-    with file.open("rb") as stream:
-        number = 0
-        while line := stream.readline(MOST_BYTES + 1):
-            number += 1
-            if len(line) > MOST_BYTES:
-                raise ValueError(f"{file}: row {number} is longer than {MOST_BYTES >> 20} MiB")
-            try:
-                yield json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}: row {number} is not JSON in UTF-8: {error}") from None
 
 
 def user(text: str) -> tuple[Message, ...]:

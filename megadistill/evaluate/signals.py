@@ -17,6 +17,7 @@ from megadistill.config.schema import (
     PackagedSource,
     PoolConfig,
 )
+from megadistill.data.files import resolve_dataset
 from megadistill.launch.shards import fingerprint
 from megadistill.refine.pipeline import identity
 
@@ -78,13 +79,12 @@ def title_of(signal: SignalConfig) -> str:
 
 
 def source_files(pool: PoolConfig) -> Iterator[Path]:
-    """What a pool is read from here; a data set of the hub is known by its name and revision."""
+    """The files and directories that a pool is read from."""
     for source in pool.sources:
         if isinstance(source, FileSource):
             yield Path(resolve_path(source.path))
         elif isinstance(source, DatasetSource):
-            if (directory := Path(resolve_path(source.path))).is_dir():
-                yield directory
+            yield resolve_dataset(source.path, source.revision)
         elif isinstance(source, PackagedSource):
             sets = Path(str(importlib.resources.files("megadistill.data") / "sets"))
             yield from sorted(sets.glob(f"{source.name}_*.jsonl"))

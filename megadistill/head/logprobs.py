@@ -70,29 +70,29 @@ def _sweep(ctx: Any, slopes_TK: Tensor, sums: GradientSums) -> None:
     logits = hidden_TD.new_empty(chunks[0].stop, head.num_true_rows, dtype=head.compute_dtype)
     tiles = backend.make_tile(logits, head.weight_VD.dtype)
     slope_T = slopes_TK.sum(-1)
-    entries_TK = _entries(ids_TK, slopes_TK, logprobs_TK)
     for rows in chunks:
         z_CV, tile_CV = logits[: rows.stop - rows.start], tiles[: rows.stop - rows.start]
         project(hidden_TD[rows], head.true_weight, ctx.temperature, z_CV)
         backend.softmax_tile(z_CV, tile_CV, total.rows(rows), -slope_T[rows])
-        place(head, tile_CV, ids_TK[rows], entries_TK[rows])
+        entries_CK = _entries(ids_TK[rows], slopes_TK[rows], logprobs_TK[rows])
+        place(head, tile_CV, ids_TK[rows], entries_CK)
         sums.add(head, hidden_TD, rows, tile_CV)
 
 
-def _entries(ids_TK: Tensor, slopes_TK: Tensor, logprobs_TK: Tensor) -> Tensor:
+def _entries(ids_CK: Tensor, slopes_CK: Tensor, logprobs_CK: Tensor) -> Tensor:
     """The gradient on the logits at the ids: own - p (own + others) = -own expm1(log p) - p others.
 
     Own is the id's slope, summed over its repeats in the row; nothing cancels where p is close to one.
     """
-    own_TK = _summed_over_repeats(ids_TK, slopes_TK)
-    others_TK = slopes_TK.sum(-1, keepdim=True) - own_TK
-    return -own_TK * logprobs_TK.expm1() - logprobs_TK.exp() * others_TK
+    own_CK = _summed_over_repeats(ids_CK, slopes_CK)
+    others_CK = slopes_CK.sum(-1, keepdim=True) - own_CK
+    return -own_CK * logprobs_CK.expm1() - logprobs_CK.exp() * others_CK
 
 
-def _summed_over_repeats(ids_TK: Tensor, slopes_TK: Tensor) -> Tensor:
+def _summed_over_repeats(ids_CK: Tensor, slopes_CK: Tensor) -> Tensor:
     """For every id of a row the sum of the slopes at that id, by sorting the row."""
-    sorted_TK, order_TK = ids_TK.sort(-1)
-    runs_TK = (sorted_TK.diff(prepend=sorted_TK[:, :1]) != 0).cumsum(-1)
-    sums_TK = torch.zeros_like(slopes_TK)
-    sums_TK.scatter_add_(1, runs_TK, slopes_TK.gather(1, order_TK))
-    return torch.empty_like(slopes_TK).scatter_(1, order_TK, sums_TK.gather(1, runs_TK))
+    sorted_CK, order_CK = ids_CK.sort(-1)
+    runs_CK = (sorted_CK.diff(prepend=sorted_CK[:, :1]) != 0).cumsum(-1)
+    sums_CK = torch.zeros_like(slopes_CK)
+    sums_CK.scatter_add_(1, runs_CK, slopes_CK.gather(1, order_CK))
+    return torch.empty_like(slopes_CK).scatter_(1, order_CK, sums_CK.gather(1, runs_CK))

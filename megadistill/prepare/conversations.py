@@ -8,7 +8,7 @@ from megadistill.config.prepare import ConversationsConfig, PrepareConfig
 from megadistill.data.files import Row, read_rows
 from megadistill.data.pools import stable_hash
 from megadistill.prepare.cleaning import Cleaner
-from megadistill.prepare.files import BadRowError, files_of
+from megadistill.prepare.files import BadRowError, files_of, longest_of
 from megadistill.prepare.records import Example, chat_turns
 from megadistill.types import Message
 
@@ -102,4 +102,4 @@ def _turns_or_none(row: Row, recipe: ConversationsConfig) -> list[Message] | Non
 
 def _rows(config: PrepareConfig, files: Sequence[Path]) -> Iterator[Row]:
     for file in files:
-        yield from read_rows(file, config.max_line_mib << 20)
+        yield from read_rows(file, longest_of(config))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megadistill.config import resolve_path
 from megadistill.config.prepare import DataFilesConfig, PrepareConfig
-from megadistill.data.files import SUFFIXES
+from megadistill.data.files import SUFFIXES, Longest
 
 
 class BadRowError(ValueError):
@@ -75,6 +75,11 @@ def files_of(config: PrepareConfig, source: DataFilesConfig) -> list[Path]:
         if file.suffix not in SUFFIXES:
             raise ValueError(f"{file}: expected one of {', '.join(SUFFIXES)}")
     return found
+
+
+def longest_of(config: PrepareConfig) -> Longest:
+    """The longest line that may be in an input file."""
+    return Longest(config.max_line_mib << 20, "max_line_mib")
 
 
 def hash_file(file: Path) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from megadistill.config.prepare import MixtureConfig, PartConfig, PrepareConfig
 from megadistill.data.files import Row, count_rows, read_rows
 from megadistill.prepare.cleaning import Cleaner
-from megadistill.prepare.files import files_of
+from megadistill.prepare.files import files_of, longest_of
 from megadistill.prepare.records import Example, to_example
 from megadistill.prepare.sampling import draw_rows, largest_remainder
 
@@ -37,7 +37,7 @@ def _read_all(
     config: PrepareConfig, files: Sequence[Path], name: str, part: PartConfig, cleaner: Cleaner
 ) -> Iterator[Example]:
     for file in files:
-        for row in read_rows(file, config.max_line_mib << 20):
+        for row in read_rows(file, longest_of(config)):
             example = cleaner.read(row, name, lambda found: to_example(found, part.row, name))
             if example is not None:
                 yield example
@@ -51,7 +51,7 @@ def _draw(
 ) -> Iterator[Example]:
     """`quota` clean records; more rows are drawn as long as too few of those drawn are clean."""
     name, part, quota = share
-    sizes = [count_rows(file, config.max_line_mib << 20) for file in files]
+    sizes = [count_rows(file, longest_of(config)) for file in files]
     kept = 0
     seen = 0
     wanted = int(quota * SPARE) + 16
@@ -82,6 +82,6 @@ def _rows_at(
     for index, file in enumerate(files):
         wanted = {number for at, number in places if at == index}
         if wanted:
-            for row in read_rows(file, config.max_line_mib << 20, wanted):
+            for row in read_rows(file, longest_of(config), wanted):
                 found[index, row.number] = row
     return found

@@ -103,7 +103,10 @@ def _fields(record: QaRecord) -> dict[str, Any]:  # its fields have several type
 
 
 def read_rows(file: Path) -> Iterator[Any]:  # whatever JSON a row holds
-    """The rows of a file as they are; a line that is no JSON comes as `bytes`."""
+    """The rows of a file as they are; a line that is no JSON comes as `bytes`.
+
+    Raises `ValueError` where a JSON array is none from some element on.
+    """
     if file.suffix == ".parquet":
         yield from _parquet_rows(file)
     elif file.suffix == ".csv":

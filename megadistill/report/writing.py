@@ -1,5 +1,6 @@
 """`megadistill report RUN ...`: what it prints and which files it writes."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ FILE_WIDTH = 160
 def write_report(runs: Sequence[RunDir], picture: str | None, page: str | None) -> None:
     """The table of every run; of one its picture and page, of several the page that compares them,
     and a picture where one is asked for."""
-    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    is_known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if is_known else FILE_WIDTH)
     first = runs[0]
     for run in runs:
         run.report.mkdir(mode=0o700, exist_ok=True)

@@ -10,7 +10,7 @@ import pytest
 
 from megadistill.algorithms import Raft, make_algorithm
 from megadistill.algorithms.protocol import Loss, response_span
-from megadistill.algorithms.raft import Moments
+from megadistill.algorithms.raft import TEACHER_WORDS, Moments
 from megadistill.config import ConfigError
 from megadistill.types import Prompt, Rollout, Scored, StepResult, TopK
 from tests.tiny import Tree, float32, make_config, make_rollout, make_tokenizer, raft_tree
@@ -77,6 +77,13 @@ def test_the_teacher_scores_the_very_tokens_that_the_student_wrote(
         scored = span.token_ids_N[-span.num_scored :]
         assert scored.tolist() == rollout.response_ids_R.tolist()
         assert (len(span.token_ids_N) == len(own.token_ids_N)) == (context == "none")
+
+
+@pytest.mark.parametrize("style", ["chat", "raw"])
+def test_few_words_stand_around_question_and_answer(style: str) -> None:
+    span = make_raft(teacher_prompt_style=style).teacher_spans([respond(QUESTIONS[1])])[0]
+    added = len(span.token_ids_N) - span.num_scored - len(QUESTIONS[1].token_ids)
+    assert 0 < added < TEACHER_WORDS / 2  # other tokenizers make more of a word than one token
 
 
 def teacher_prompt(rollouts: list[Rollout], **settings: Any) -> str:

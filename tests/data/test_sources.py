@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from datasets import Dataset, DatasetDict
 
 from megadistill.config.schema import (
@@ -196,45 +197,116 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path) -> None:
     ]
 
 
-def test_a_data_set_is_read_from_a_directory_as_from_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    folders = {name: tmp_path / name for name in ("files", "one", "splits")}
-    folders["files"].mkdir()
+def test_an_empty_cell_is_no_answer_and_one_too_many_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("prompt,answer\none,\n")
+    assert read(FileSource(path=str(file), answer="answer"))[0].answer is None
+    file.write_text("prompt,answer\none,1\nhello, world,1\n")
+    with pytest.raises(ValueError, match=r"a\.csv: row 2 has more cells than the first line"):
+        read(FileSource(path=str(file), answer="answer"))
+
+
+def test_rows_of_one_parquet_file_may_have_other_options(tmp_path: Path) -> None:
+    options = [{"A": "a", "B": "b"}, {"A": "c", "B": "d", "C": "e"}]
+    rows = [{"prompt": "x?", "options": some} for some in options]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    first, second = read(FileSource(path=str(tmp_path / "a.parquet"), options="options"))
+    assert first.messages[0]["content"] == "x?\nA. a\nB. b"
+    assert second.messages[0]["content"] == "x?\nA. c\nB. d\nC. e"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the hub with two commits of `org/name`; there is no network."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "hub" / "datasets--org--name"
+    for commit, prompt in (("a" * 40, "old"), ("b" * 40, "new")):
+        snapshot = folder / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        write_rows(snapshot / "train.jsonl", {"prompt": prompt}, *ROWS)
+        write_rows(snapshot / "test.jsonl", *ROWS)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("b" * 40)
+    return tmp_path
+
+
+def test_a_data_set_of_the_hub_is_read_at_its_revision(hub: Path) -> None:
+    records = read(DatasetSource(path="org/name", answer=None))
+    assert [record.messages[0]["content"] for record in records] == ["new", "one", "two"]
+    assert records[0].id == "org/name/train-1"
+    (old,) = read(DatasetSource(path="org/name", revision="a" * 40, limit=1))
+    assert old.messages[0]["content"] == "old"
+    with pytest.raises(ValueError, match="`hf download --repo-type dataset org/name --revision c"):
+        read(DatasetSource(path="org/name", revision="c" * 40))
+
+
+def test_a_data_set_in_a_directory_has_subsets_and_splits(hub: Path) -> None:
+    folder = hub / "mine"
+    folder.mkdir()
+    for name in ("easy", "hard"):
+        write_rows(folder / f"{name}.jsonl", {"prompt": name}, *ROWS)
+    configs = [
+        {"config_name": name, "data_files": [{"split": "dev", "path": f"{name}.jsonl"}]}
+        for name in ("easy", "hard")
+    ]
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    sources = [DatasetSource(path=str(folder), subset=n, split="dev") for n in ("easy", "hard")]
+    records = read(*sources)
+    assert [records[0].messages[0]["content"], records[3].messages[0]["content"]] == [
+        "easy",
+        "hard",
+    ]
+    assert len({record.id for record in records}) == 6
+
+
+def test_a_data_set_that_was_saved_is_read_as_a_file_is(hub: Path) -> None:
     made = Dataset.from_list(ROWS)
-    made.to_parquet(folders["files"] / "train-00000.parquet")
-    made.save_to_disk(folders["one"])
-    DatasetDict({"train": made, "test": made.select([0])}).save_to_disk(folders["splits"])
-    expected = read(FileSource(path=write_rows(tmp_path / "a.jsonl", *ROWS), answer="answer"))
-    for name, folder in folders.items():
-        records = read(DatasetSource(path=str(folder), answer="answer"))
-        assert [record.id for record in records] == [f"{name}-train-1", f"{name}-train-2"]
+    made.save_to_disk(hub / "one")
+    DatasetDict({"train": made, "test": made.select([1])}).save_to_disk(hub / "splits")
+    expected = read(FileSource(path=write_rows(hub / "a.jsonl", *ROWS), answer="answer"))
+    for name in ("one", "splits"):
+        records = read(DatasetSource(path=str(hub / name), answer="answer"))
+        assert [record.id for record in records] == [f"{hub / name}/train-{n}" for n in (1, 2)]
         assert [(r.messages, r.answer) for r in records] == [
             (r.messages, r.answer) for r in expected
         ]
-    assert len(read(DatasetSource(path=str(folders["splits"]), split="test"))) == 1
-    assert len(read(DatasetSource(path=str(folders["files"]), split="train[1:]"))) == 1
-    assert len(read(DatasetSource(path=str(folders["files"]), limit=1))) == 1
+    (record,) = read(DatasetSource(path=str(hub / "splits"), split="test"))
+    assert record.messages[0]["content"] == "two"
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"split": "dev"}, "data set '.*rows', split 'dev': cannot be read: "),
-        ({"path": "org/absent"}, "data set 'org/absent', split 'train': cannot be read: .*network"),
-        ({"prompt": "question"}, "rows, train: row 1 has no field 'question'"),
+        ({"split": "dev"}, 'data set .*rows: cannot be read: Unknown split "dev"'),
+        ({"subset": "hard"}, "data set .*rows: cannot be read: BuilderConfig 'hard' not found"),
+        ({"revision": "main"}, "revision: found 'main', expected none for a directory"),
+        ({"path": "org/absent"}, "path: found 'org/absent', .*hf download --repo-type dataset"),
+        ({"path": "./gone"}, "path: found './gone', expected a directory or `org/name`"),
+        ({"prompt": "question"}, "data set .*rows/train: row 1 has no field 'question'; it has"),
+        ({"path": "SAVED", "split": "dev"}, r"subset None and split 'dev', .* one of \['train'\]"),
+        ({"path": "SAVED", "subset": "a"}, "found subset a and split 'train', expected no subset"),
+        ({"path": "BAD"}, "data set .*bad: cannot be read: .*: .*JSON"),
     ],
 )
 def test_a_data_set_that_cannot_be_read_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: dict[str, Any], message: str
+    hub: Path, source: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    (tmp_path / "rows").mkdir()
-    write_rows(tmp_path / "rows" / "train.jsonl", *ROWS)
+    for name in ("rows", "bad"):
+        (hub / name).mkdir()
+    write_rows(hub / "rows" / "train.jsonl", *ROWS)
+    (hub / "bad" / "train.jsonl").write_text('{"prompt": \n')
+    Dataset.from_list(ROWS).save_to_disk(hub / "saved")
+    paths = {"SAVED": str(hub / "saved"), "BAD": str(hub / "bad"), None: str(hub / "rows")}
+    path = source.get("path")
     with pytest.raises(ValueError, match=message):
-        read(DatasetSource(**({"path": str(tmp_path / "rows")} | source)))
+        read(DatasetSource(**(source | {"path": paths.get(path, path)})))
+
+
+def test_a_slice_is_no_split() -> None:
+    with pytest.raises(ValueError, match="split"):
+        DatasetSource(path="org/name", split="train[:10]")
 
 
 @pytest.mark.parametrize(
@@ -247,6 +319,10 @@ def test_a_data_set_that_cannot_be_read_is_named(
         ({"prompt": [], "a": 1, "o": {}}, "row 2: 'prompt' is empty"),
         ({"prompt": [{"role": "user"}], "a": 1, "o": {}}, "row 2: 'prompt' has a turn without"),
         ({"prompt": ["text"], "a": 1, "o": {}}, "row 2: 'prompt' has a turn without"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text"}]}], "a": 1, "o": {}},
+            "row 2: 'prompt' has a turn whose `content` is no text",
+        ),
         (
             {"prompt": [{"role": "assistant", "content": "x"}], "a": 1, "o": {}},
             "row 2: .* no turn of",

@@ -13,6 +13,7 @@ import pytest
 
 from megadistill.cli import main
 from megadistill.config.evaluate import parse_evaluate
+from megadistill.data.files import Longest
 from megadistill.evaluate import chats, generating, protocol
 from megadistill.evaluate.benchmarks import read_items
 from megadistill.evaluate.pipeline import Evaluation
@@ -278,9 +279,9 @@ def test_what_an_official_evaluator_judged_stands_in_the_same_table(world: World
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"question": "\xff"}', "row 2 is not JSON in UTF-8"),
+        (b'{"question": "\xff"}', "row 2 is not UTF-8"),
         (b'{"question', "row 2 is not JSON"),
-        (b'["q"]', "row 2 is not a JSON object"),
+        (b'["q"]', "row 2 is a list, expected an object"),
         (b'{"question": "' + b"x" * 9000 + b'"}', "row 2 is longer than"),
         (json.dumps(medqa_row(0)).encode(), "row 2 has the id 'q0' of row 1"),
         (json.dumps(medqa_row(1) | {"answer_idx": "E"}).encode(), "row 2: the answer is 'E'"),
@@ -289,7 +290,7 @@ def test_what_an_official_evaluator_judged_stands_in_the_same_table(world: World
 def test_a_bad_row_of_a_benchmark_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, message: str
 ) -> None:
-    monkeypatch.setattr(protocol, "MOST_BYTES", 8192)
+    monkeypatch.setattr(protocol, "LONGEST", Longest(8192))
     file = tmp_path / "medqa.jsonl"
     file.write_bytes(json.dumps(medqa_row(0)).encode() + b"\n" + line + b"\n")
     with pytest.raises(ValueError, match=message):
