@@ -10,24 +10,23 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from megadistill.data.files import read_rows
 from megadistill.evaluate.benchmarks.livecodebench import WINDOWS
 from megadistill.evaluate.protocol import Benchmark, Draw, Item, user
-from megadistill.refine.records import read_rows
 
 
 def livebench_rows(file: Path) -> Iterator[dict[str, Any]]:
     """Rows of `ground_truth_judgment.jsonl` files put together: a score of 0 to 1 a question."""
-    for number, row in enumerate(read_rows(file), start=1):
+    for row in read_rows(file):
+        values = row.values
         try:
-            score = float(row["score"])
-            group = f"{row['category']}/{row['task']}"
-            question = str(row["question_id"])
+            score = float(values["score"])
+            group = f"{values['category']}/{values['task']}"
+            question = str(values["question_id"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{file}: row {number} is no judgment of LiveBench: {error!r}"
-            ) from None
+            raise ValueError(f"{row.place} is no judgment of LiveBench: {error!r}") from None
         if not 0 <= score <= 1:
-            raise ValueError(f"{file}: row {number} has the score {score}, expected 0 to 1")
+            raise ValueError(f"{row.place} has the score {score}, expected 0 to 1")
         yield scored(question, score, group)
 
 
