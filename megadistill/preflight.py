@@ -96,7 +96,8 @@ def _data_problems(config: RunConfig) -> list[str]:
             if not path.is_file():
                 problems.append(
                     f"{key}.path: found {source.path!r}, which does not exist; "
-                    "`megadistill prepare` makes the papers' sets, see configs/prepare/"
+                    "`megadistill prepare` makes the papers' sets (configs/prepare/), "
+                    "`megadistill refine` refined answers (configs/refine/)"
                 )
             elif path.suffix not in SUFFIXES:
                 problems.append(

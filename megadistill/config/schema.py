@@ -162,10 +162,17 @@ class DatasetSource(RowsSource):
     """`org/name` on the Hugging Face hub, a directory of data files, or one of `save_to_disk`."""
     subset: str | None = None
     """Which of its configurations, where it has several."""
-    split: Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")] = "train"
+    split: str = "train"
     """Name of a split, not a slice: `limit` takes the first rows."""
     revision: str | None = None
     """Branch, tag or commit on the hub; name a commit where runs shall be repeatable."""
+
+    def __post_init__(self) -> None:
+        if "[" in self.split or "+" in self.split:
+            raise ValueError(
+                f"split: found {self.split!r}, expected the name of one split; `limit` takes the "
+                "first rows"
+            )
 
 
 Source = Annotated[

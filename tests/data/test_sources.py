@@ -20,6 +20,7 @@ from megadistill.config.schema import (
     ReasoningGymSource,
     Source,
 )
+from megadistill.data.files import count_rows, read_rows
 from megadistill.data.sources import Record, medical_messages, read_pool
 
 
@@ -305,8 +306,18 @@ def test_a_data_set_that_cannot_be_read_is_named(
 
 
 def test_a_slice_is_no_split() -> None:
-    with pytest.raises(ValueError, match="split"):
+    with pytest.raises(ValueError, match=r"split: found 'train\[:10\]', .*`limit` takes the first"):
         DatasetSource(path="org/name", split="train[:10]")
+
+
+def test_rows_are_counted_to_the_last_of_them(tmp_path: Path) -> None:
+    blank_between = "".join(f"{json.dumps(row)}\n\n" for row in ROWS)
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_text(blank_between)
+        assert count_rows(tmp_path / name) == 3
+        assert [row.number for row in read_rows(tmp_path / name)] == [1, 3]
+    (tmp_path / "b.json").write_text(json.dumps(ROWS))
+    assert count_rows(tmp_path / "b.json") == 2
 
 
 @pytest.mark.parametrize(
