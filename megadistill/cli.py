@@ -5,6 +5,7 @@ import argparse
 import io
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"megadistill: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("megadistill: interrupted; the same command goes on from here", file=sys.stderr)
+        code = 128 + signal.SIGINT
     sys.exit(code)
 
 

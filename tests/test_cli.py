@@ -300,3 +300,18 @@ def test_report_writes_the_picture_where_it_is_told(
     assert run_cli("report", str(run.path), "--picture", str(tmp_path / "mine.png")) == 0
     assert (tmp_path / "mine.png").exists()
     assert "held out, nats per token" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_a_command_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megadistill.configfiles.check_run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["config", "check", "configs/embedded/sft_medical.yaml"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == (
+        "megadistill: interrupted; the same command goes on from here\n"
+    )
