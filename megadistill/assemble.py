@@ -64,7 +64,7 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
     if engine.is_writer and config.rollout is not None:
         parts.sampler = _connect(run, config)
         if ahead := restore_ahead(run, state):
-            parts.sampler.put_back(state.step, ahead)
+            parts.sampler.restore_pending(state.step, ahead)
     if isinstance(algorithm, Sft):
         assert isinstance(config.algorithm, SftConfig)
         pool = pools[config.algorithm.pool]
@@ -92,7 +92,7 @@ def publish_student(parts: Parts, version: int) -> None:
         for _ in tensors:
             raise AssertionError("only rank 0 receives tensors")
     else:
-        parts.sampler.settle()
+        parts.sampler.wait_pending()
         parts.sampler.publish(version, publish_files(tensors, parts.run.weights, version))
     parts.published = version
     parts.engine.barrier()

@@ -17,7 +17,7 @@ from megadistill.config import RunConfig, config_schema
 
 if TYPE_CHECKING:
     from megadistill.launch.campaign import Campaign
-    from megadistill.launch.place import Place
+    from megadistill.launch.node_context import NodeContext
     from megadistill.rundir import RunDir
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -43,18 +43,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(arguments: argparse.Namespace) -> int:
     """Run here, all roles on this machine."""
     from megadistill.launch.node import run_here
-    from megadistill.launch.place import local_place
+    from megadistill.launch.node_context import local_context
 
-    _check(arguments, local_place())
+    _check(arguments, local_context())
     return run_here(arguments.config, arguments.overrides)
 
 
 def node(arguments: argparse.Namespace) -> int:
     """This node's part of a Slurm job."""
     from megadistill.launch.node import run_under_slurm
-    from megadistill.launch.place import slurm_place
+    from megadistill.launch.node_context import slurm_context
 
-    _check(arguments, slurm_place())
+    _check(arguments, slurm_context())
     return run_under_slurm(arguments.config, arguments.overrides)
 
 
@@ -184,11 +184,11 @@ def _check_words(key: str, words: Sequence[str]) -> None:
         raise ValueError(f"{key}: {said.getvalue().splitlines()[-1]}") from None
 
 
-def _check(arguments: argparse.Namespace, place: "Place | None" = None) -> None:
+def _check(arguments: argparse.Namespace, context: "NodeContext | None" = None) -> None:
     """Complain of all that is wrong before anything is allocated."""
     from megadistill.configfiles import check_run
 
-    check_run(arguments.config, arguments.overrides, place, also=_check_on_export)
+    check_run(arguments.config, arguments.overrides, context, also=_check_on_export)
 
 
 def _check_on_export(config: RunConfig) -> None:

@@ -136,9 +136,9 @@ class OnPolicyCollector:
         """Rank 0's rollouts; nothing on the other ranks."""
         if self._sampler is None:
             return []
-        rollouts = self._sampler.take(step, _flat(drawn))
+        rollouts = self._sampler.get(step, _flat(drawn))
         if self._sampler.look_ahead:
-            self._sampler.begin(step + 1, _flat(self._draw(step + 1, self.cursors)))
+            self._sampler.prefetch(step + 1, _flat(self._draw(step + 1, self.cursors)))
         return rollouts
 
     def _score(self, rollouts: Sequence[Rollout], branch_of: Sequence[str]) -> list[Scored]:
@@ -191,7 +191,7 @@ class Sampler:
         self.version = 0
         """Weights version that the engines hold."""
         self.hidden_s = 0.0
-        """Seconds of the last `take`'s sampling that nobody waited for."""
+        """Seconds of the last `get`'s sampling that nobody waited for."""
         self._sampling_s: dict[int, float] = {}
         self._engines = engines
         self._seed = seed
@@ -202,10 +202,10 @@ class Sampler:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
         self._pending: dict[int, Future[list[Rollout]]] = {}
 
-    def take(self, step: int, prompts: Sequence[Prompt]) -> list[Rollout]:
+    def get(self, step: int, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The rollouts of `step`, from the look-ahead if it is under way."""
         start = time.perf_counter()
-        self.begin(step, prompts)
+        self.prefetch(step, prompts)
         rollouts = self._pending.pop(step).result()
         waited_s = time.perf_counter() - start
         self.hidden_s = max(self._sampling_s.pop(step, 0.0) - waited_s, 0.0)
@@ -226,18 +226,18 @@ class Sampler:
             self._engines.publish(version, published.files, published.checksum)
         self.version = version
 
-    def begin(self, step: int, prompts: Sequence[Prompt]) -> None:
+    def prefetch(self, step: int, prompts: Sequence[Prompt]) -> None:
         """Start sampling `step` in the background, once, unless the run ends before it."""
         if step not in self._pending and step < self._num_steps:
             version = self.version
             self._pending[step] = self._thread.submit(self._generate, step, prompts, version)
 
-    def settle(self) -> list[Rollout]:
+    def wait_pending(self) -> list[Rollout]:
         """Wait for what is under way, without taking it: the rollouts of the next step, if any."""
         return [rollout for future in self._pending.values() for rollout in future.result()]
 
-    def put_back(self, step: int, rollouts: list[Rollout]) -> None:
-        """Let `take` give these for `step`: what `settle` returned when the run was saved."""
+    def restore_pending(self, step: int, rollouts: list[Rollout]) -> None:
+        """Let `get` give these for `step`: what `wait_pending` returned when the run was saved."""
         self._pending[step] = Future()
         self._pending[step].set_result(rollouts)
 

@@ -16,10 +16,10 @@ from megadistill.config import (
     refine,
 )
 from megadistill.config.load import read_settings, read_tree
+from megadistill.launch.allowed_paths import check_run_roots
 from megadistill.launch.layout import layout
 from megadistill.launch.node import gpus_per_node
-from megadistill.launch.place import Place
-from megadistill.launch.roots import check_run_roots
+from megadistill.launch.node_context import NodeContext
 from megadistill.preflight import machine_problems
 from megadistill.rundir import RunDir
 
@@ -42,14 +42,14 @@ Check = Callable[[RunConfig], object]
 def check_run(
     source: str,
     overrides: Sequence[str] = (),
-    place: Place | None = None,
+    context: NodeContext | None = None,
     *,
     models: bool = True,
     also: Check | None = None,
 ) -> None:
     """One report of all that keeps a run from starting: keys, layout, and what is on this machine.
 
-    `source` is a configuration or a run directory; `place` is where it would run, by default on the
+    `source` is a configuration or a run directory; `context` is where it would run, by default on the
     nodes that its `cluster` asks for. Without `models` nothing is asked of models, data and disk.
     Raises `ConfigError`.
     """
@@ -60,7 +60,7 @@ def check_run(
     if reading.config is not None:
         checks: list[Check] = [check_run_roots, *([also] if also else [])]
         if not any(key.split(".")[0] in LAYOUT for key in reading.at_fault):
-            checks.append(lambda config: check_layout(config, place))
+            checks.append(lambda config: check_layout(config, context))
         further = list(_raised(checks, reading.config))
         if models:
             further += machine_problems(reading.config)
@@ -71,11 +71,11 @@ def check_run(
         raise ConfigError.listing(source, problems)
 
 
-def check_layout(config: RunConfig, place: Place | None) -> None:
-    """Raise `ValueError` unless the roles fit on the nodes of `place`, or those `cluster` asks for."""
+def check_layout(config: RunConfig, context: NodeContext | None) -> None:
+    """Raise `ValueError` unless the roles fit on the nodes of `context`, or those `cluster` asks for."""
     nodes, second = config.cluster.nodes, 0
-    if place is not None:
-        nodes, second = place.num_nodes, place.second_component
+    if context is not None:
+        nodes, second = context.num_nodes, context.second_component
     layout(config, nodes, gpus_per_node(config), second_component=second)
 
 

@@ -42,7 +42,7 @@ def train(parts: Parts, state: RunState) -> None:
         log_step(parts, state.step, batch, result, measured)
         stopping = parts.engine.broadcast(parts.run.stop_file.exists())
         if stopping or state.step % config.checkpoint.every == 0 or state.step == config.steps:
-            ahead = parts.sampler.settle() if parts.sampler else []
+            ahead = parts.sampler.wait_pending() if parts.sampler else []
             save(parts.run, parts.engine, state, config.checkpoint.keep, ahead)
         if stopping:
             return

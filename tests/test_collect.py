@@ -49,7 +49,7 @@ def prompt_ids(batch: Batch) -> list[str]:
 
 def publish(sampler: Sampler, version: int) -> None:
     """As the training loop does: first let rollouts end that are under way."""
-    sampler.settle()
+    sampler.wait_pending()
     sampler.publish(version, Published(files=(), checksum="0"))
 
 
@@ -228,7 +228,7 @@ def test_look_ahead_ends_with_the_last_step() -> None:
     collector = make_collector(sampler=sampler)
     for step in range(NUM_STEPS):
         collector.collect(step)
-    sampler.settle()
+    sampler.wait_pending()
     assert len(engines.asked) == NUM_STEPS
 
 

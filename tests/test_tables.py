@@ -59,7 +59,7 @@ def test_every_branch_of_an_algorithm_has_a_score() -> None:
 
 
 def test_error_messages_know_every_kind() -> None:
-    known = (algorithm.AlgorithmConfig, schema.Source, prepare.RecipeConfig, refine.ModelConfig)
+    known = (algorithm.AlgorithmConfig, schema.Source, prepare.RecipeConfig, refine.ChatModelConfig)
     assert set(load._KINDS) == set.union(*map(kinds, known))
 
 

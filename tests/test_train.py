@@ -165,7 +165,7 @@ def attempt(folder: Path, **changes: Any) -> Stage:
     sampler = Sampler(engines, seed=config.seed, num_steps=config.steps, look_ahead=look_ahead)
     sampler.version = state.step
     if ahead := restore_ahead(run, state):
-        sampler.put_back(state.step, ahead)
+        sampler.restore_pending(state.step, ahead)
     algorithm = make_algorithm(config, make_tokenizer([]), state.algorithm)
     assert isinstance(algorithm, Camopd)
     parts = Parts(run=run, config=config, engine=cast(Engine, trainer))

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from megadistill.config.cluster import ClusterConfig
 from megadistill.config.fields import STRICT, Fraction, NaturalInt, PositiveInt
 from megadistill.config.load import read_tree, validate
-from megadistill.config.refine import ModelConfig, Name, ServedConfig
+from megadistill.config.refine import ChatModelConfig, Name, ServedConfig
 from megadistill.config.schema import DataConfig
 
 Temperature = Annotated[float, Field(ge=0)]
@@ -120,7 +120,7 @@ class EvaluateConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: GPUs where `cluster.gpus_per_node` > 0, or, without `cluster`, where torch sees some."""
-    systems: dict[Name, ModelConfig]
+    systems: dict[Name, ChatModelConfig]
     """The models that answer, by the name they have in tables. `serve` runs vLLM in the shard;
     `extra_body.chat_template_kwargs.enable_thinking` sets their thinking mode."""
     benchmarks: dict[Name, BenchmarkConfig]
@@ -134,7 +134,7 @@ class EvaluateConfig:
     external: dict[Literal["livebench"], ExternalConfig] = field(default_factory=dict)
     """Benchmarks that their own commands run here. LiveBench's runs programs that models wrote
     outside of any sandbox, so it wants `sandbox: none`."""
-    models: dict[str, ModelConfig] = field(default_factory=dict)
+    models: dict[str, ChatModelConfig] = field(default_factory=dict)
     """Judges and verifiers, by name."""
     shards: EvaluateShardsConfig = field(default_factory=EvaluateShardsConfig)
     sandbox: Literal["namespaces", "none"] = "namespaces"

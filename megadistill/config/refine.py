@@ -171,7 +171,7 @@ class ServedConfig:
     extra_body: dict[str, Any] = field(default_factory=dict)
 
 
-ModelConfig = Annotated[EndpointConfig | ServedConfig, Field(discriminator="kind")]
+ChatModelConfig = Annotated[EndpointConfig | ServedConfig, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -228,7 +228,7 @@ class RefineConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The rewriting engine of each shard."""
     filter: FilterConfig = field(default_factory=FilterConfig)
-    models: dict[str, ModelConfig] = field(default_factory=dict)
+    models: dict[str, ChatModelConfig] = field(default_factory=dict)
     """What fuses and judges, by name."""
     fusion: FusionConfig | None = None
     """Absent: a rewrite that passes the filter is the refined answer."""

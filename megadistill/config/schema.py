@@ -227,7 +227,7 @@ class AnswersConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class EvaluateConfig:
+class HeldoutEvalConfig:
     """What is measured on held-out prompts, and when."""
 
     every: NaturalInt = 10
@@ -314,7 +314,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig | None = None
     """Required but for sft, which has use for one only where `evaluate.heldout` needs it."""
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluate: HeldoutEvalConfig = field(default_factory=HeldoutEvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     checks: ChecksConfig = field(default_factory=ChecksConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from megadistill.config.refine import ModelConfig
+from megadistill.config.refine import ChatModelConfig
 from megadistill.evaluate.chats import opened
 from megadistill.refine.stages import Stage
 from megadistill.rundir import write_atomic
@@ -23,7 +23,7 @@ COMMAND = Path("livebench/run_livebench.py")
 JUDGMENTS = "ground_truth_judgment.jsonl"
 KEY = "MEGADISTILL_SYSTEM_KEY"
 """Environment variable with the system's key, by which LiveBench is told it."""
-_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+_MODEL: TypeAdapter[ChatModelConfig] = TypeAdapter(ChatModelConfig)
 
 
 def run(directory: Path, arguments: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from megadistill.config.refine import EndpointConfig, ModelConfig, ServedConfig
+from megadistill.config.refine import ChatModelConfig, EndpointConfig, ServedConfig
 from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import render_ids
 from megadistill.evaluate.benchmarks import get_benchmark, read_items
@@ -27,7 +27,7 @@ from megadistill.rollout.batch import BatchRequest, BatchSettings, Sampling, sta
 
 log = logging.getLogger(__name__)
 
-_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+_MODEL: TypeAdapter[ChatModelConfig] = TypeAdapter(ChatModelConfig)
 _DRAW: TypeAdapter[Draw] = TypeAdapter(Draw)
 Add = Callable[[int, Mapping[str, Any]], bool]
 

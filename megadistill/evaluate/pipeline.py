@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from megadistill.config import resolve_path
 from megadistill.config.evaluate import EvaluateConfig, ExternalConfig, dump_evaluate
-from megadistill.config.refine import ModelConfig, ServedConfig
+from megadistill.config.refine import ChatModelConfig, ServedConfig
 from megadistill.evaluate import compare, external, requirements, results, signals
 from megadistill.evaluate.benchmarks import get_benchmark, recorded
 from megadistill.evaluate.protocol import Benchmark, Draw, benchmark_file
@@ -248,7 +248,7 @@ class Evaluation:
 
     def runtime(self) -> dict[str, Any]:
         """What shards need beside what their results depend on (any: JSON)."""
-        adapter: TypeAdapter[dict[str, ModelConfig]] = TypeAdapter(dict[str, ModelConfig])
+        adapter: TypeAdapter[dict[str, ChatModelConfig]] = TypeAdapter(dict[str, ChatModelConfig])
         return {
             "gpu": self.gpu,
             "sandbox": self.config.sandbox,
@@ -289,7 +289,7 @@ def uses_gpu(config: EvaluateConfig) -> bool:
     return bool(torch.cuda.is_available())
 
 
-def external_arguments(system: str, model: ModelConfig, tool: ExternalConfig) -> dict[str, Any]:
+def external_arguments(system: str, model: ChatModelConfig, tool: ExternalConfig) -> dict[str, Any]:
     """Of the shard in which a benchmark's own command asks a system (any: JSON)."""
     return {
         "system": system,
@@ -300,5 +300,5 @@ def external_arguments(system: str, model: ModelConfig, tool: ExternalConfig) ->
     }
 
 
-def _gpus(model: ModelConfig) -> int:
+def _gpus(model: ChatModelConfig) -> int:
     return model.engine.tp if isinstance(model, ServedConfig) else 0

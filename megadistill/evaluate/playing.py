@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from megadistill.config.refine import ModelConfig
+from megadistill.config.refine import ChatModelConfig
 from megadistill.evaluate.chats import opened
 from megadistill.evaluate.protocol import Ask, Chat, Item, Play
 from megadistill.evaluate.questions import Questions, gather_bounded
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 SCENES = 16
 """Played at the same time; each waits for one line at a time."""
-_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+_MODEL: TypeAdapter[ChatModelConfig] = TypeAdapter(ChatModelConfig)
 
 
 def play_all(

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from megadistill.config.refine import ModelConfig
+from megadistill.config.refine import ChatModelConfig
 from megadistill.evaluate.benchmarks import get_benchmark
 from megadistill.evaluate.chats import opened
 from megadistill.evaluate.generating import read_share
@@ -41,7 +41,7 @@ COLUMNS = {
     "finish_reason": "string",
 }
 """A transcript with its score: `details` and the judge's `replies` as JSON."""
-_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+_MODEL: TypeAdapter[ChatModelConfig] = TypeAdapter(ChatModelConfig)
 Row = Mapping[str, Any]
 
 

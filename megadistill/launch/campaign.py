@@ -33,7 +33,7 @@ from megadistill.config.campaign import (
 from megadistill.config.cluster import ClusterConfig
 from megadistill.config.load import read_tree
 from megadistill.config.work import WorkConfig
-from megadistill.launch.board import read_json
+from megadistill.launch.allowed_paths import check_root
 from megadistill.launch.fanout import (
     Limits,
     add_job,
@@ -42,8 +42,8 @@ from megadistill.launch.fanout import (
     run_fanout,
     submit_fanout,
 )
+from megadistill.launch.heartbeats import read_json
 from megadistill.launch.node import open_run
-from megadistill.launch.roots import check_root
 from megadistill.launch.shards import Shard, command_shard, content_hash, fingerprint, say
 from megadistill.launch.slurm import live_jobs, submit_gang
 from megadistill.rundir import RunDir, write_atomic

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megadistill.config.cluster import ClusterConfig
-from megadistill.launch.place import local_place
-from megadistill.launch.probe import ProbeTask, probe_node
+from megadistill.launch.node_checks import ProbeTask, probe_node
+from megadistill.launch.node_context import local_context
 from megadistill.launch.slurm import batch_executor, submit_task, wait_for
 
 Verdict = Literal["pass", "warn", "fail"]
@@ -62,7 +62,7 @@ def examine(cluster: ClusterConfig, shared: Path) -> Iterator[Finding]:
         advice = "install Slurm's commands, or run on one machine with `megadistill train`"
         yield judge("Slurm", False, "no sbatch on PATH", advice, otherwise="warn")
         with tempfile.TemporaryDirectory(dir=shared) as name:
-            probe_node(Path(name), local_place())
+            probe_node(Path(name), local_context())
             yield from check_probes(Path(name), replace(cluster, nodes=1), in_job=False)
         return
     settings = ask(["scontrol", "show", "config"])

@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import asdict, dataclass
 
-from megadistill.launch.board import NO_SPACE, Failure
+from megadistill.launch.heartbeats import NO_SPACE, Failure
 from megadistill.rundir import RunDir
 
 FAILURES = "failures.jsonl"

@@ -27,9 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megadistill.config.cluster import ClusterConfig
-from megadistill.launch.board import read_json
+from megadistill.launch.heartbeats import read_json
 from megadistill.launch.node import DONE, STOPPED, stop_requests
-from megadistill.launch.place import own_job, requeue
+from megadistill.launch.node_context import own_job, requeue
 from megadistill.launch.shards import Shard, ShardFolder, ShardState, Worker, command_shard, say
 from megadistill.launch.slurm import batch_executor, job_environment, live_jobs, make_sacct_usable
 from megadistill.rundir import write_atomic

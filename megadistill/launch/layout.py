@@ -160,8 +160,8 @@ def _deal_engines(
     engines: Engines = [() for _ in range(nodes)]
     for host, block in zip(hosts, _blocks(rollout.engines, len(hosts)), strict=True):
         engines[host] = tuple(
-            Role(kind="engine", index=index, gpus=_engine_gpus(rollout.tp, place, first_gpu=0))
-            for place, index in enumerate(block)
+            Role(kind="engine", index=index, gpus=_engine_gpus(rollout.tp, context, first_gpu=0))
+            for context, index in enumerate(block)
         )
     return engines
 
@@ -186,8 +186,8 @@ def _split_last_node(
     return [*whole, range(first_gpu)], [*([()] * (nodes - 1)), engines]
 
 
-def _engine_gpus(tp: int, place: int, first_gpu: int) -> tuple[int, ...]:
-    first = first_gpu + place * tp
+def _engine_gpus(tp: int, context: int, first_gpu: int) -> tuple[int, ...]:
+    first = first_gpu + context * tp
     return tuple(range(first, first + tp))
 
 
@@ -231,8 +231,8 @@ def _cpu_layout(config: RunConfig, nodes: int, second_component: int) -> Layout:
         roles[node] += [Role(kind="trainer", index=rank) for rank in block]
     num_engines = config.rollout.engines if config.rollout else 0
     hosts = min(num_engines, second_component or nodes - trainer_nodes or nodes)
-    for place, block in enumerate(_blocks(num_engines, hosts)):
-        roles[nodes - hosts + place] += [Role(kind="engine", index=index) for index in block]
+    for context, block in enumerate(_blocks(num_engines, hosts)):
+        roles[nodes - hosts + context] += [Role(kind="engine", index=index) for index in block]
     plans = tuple(NodePlan(node=node, roles=tuple(own)) for node, own in enumerate(roles))
     return Layout(trainer_world=world, nodes=plans)
 

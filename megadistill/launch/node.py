@@ -1,8 +1,8 @@
 """What runs on each node of a job: starts the node's roles, watches them, and ends together.
 
-Node 0 begins the attempt, collects what the other nodes say, and alone gives the verdict: done,
+Node 0 begins the attempt, collects what the other nodes say, and alone decides the outcome: done,
 stopped (asked to save and end; under Slurm it requeues the job), or failed with a culprit. The
-others heed it. Whoever falls silent is given up after a bounded time, so nothing hangs.
+others take it. Whoever falls silent is given up after a bounded time, so nothing hangs.
 """
 
 import errno
@@ -17,23 +17,23 @@ from pathlib import Path
 from types import FrameType
 
 from megadistill.config import RunConfig, load_config
-from megadistill.launch.board import (
-    Board,
-    End,
+from megadistill.launch.allowed_paths import check_run_roots
+from megadistill.launch.exports import ExportWatch, export_watch
+from megadistill.launch.failures import note_failure
+from megadistill.launch.heartbeats import (
+    AttemptOutcome,
     Failure,
+    Heartbeats,
     attempt_directory,
     await_launch,
     begin_launch,
     sole_owner,
 )
-from megadistill.launch.exports import ExportWatch, export_watch
-from megadistill.launch.failures import note_failure
 from megadistill.launch.layout import Layout, NodePlan, describe, layout
-from megadistill.launch.place import Place, local_place, requeue, slurm_place
+from megadistill.launch.node_context import NodeContext, local_context, requeue, slurm_context
 from megadistill.launch.processes import Exit, LogFollower, Processes
 from megadistill.launch.roles import Launch, RoleCommand, role_command, role_environment
-from megadistill.launch.roots import check_run_roots
-from megadistill.launch.verdict import Decider, Member, Referee, Waits
+from megadistill.launch.supervisor import Follower, Leader, Supervisor, Timeouts
 from megadistill.rundir import RunDir
 
 DONE, FAILED, STOPPED = 0, 1, 75
@@ -53,9 +53,9 @@ def run_node(
     source: str | Path,
     overrides: Sequence[str] = (),
     *,
-    place: Place,
+    context: NodeContext,
     command: RoleCommand = role_command,
-    waits: Waits | None = None,
+    timeouts: Timeouts | None = None,
 ) -> int:
     """Run this node's part of a training run to its end.
 
@@ -64,34 +64,40 @@ def run_node(
     then been requeued), 1 when a role failed. Raises `ValueError` for a configuration that cannot
     run here. Only from the main thread, since it handles signals.
     """
-    waits = waits or Waits()
+    timeouts = timeouts or Timeouts()
     config, run = open_run(source, overrides)
     plan = layout(
-        config, place.num_nodes, gpus_per_node(config), second_component=place.second_component
+        config, context.num_nodes, gpus_per_node(config), second_component=context.second_component
     )
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
-        if place.node == 0:
-            check_restarts(config, place)
+        if context.node == 0:
+            check_restarts(config, context)
             run.create(config)
-            stack.enter_context(sole_owner(run, waits.lock_s))
-            launch = begin_launch(run, place)
+            stack.enter_context(sole_owner(run, timeouts.lock_s))
+            launch = begin_launch(run, context)
         else:
-            launch = await_launch(run, place, waits.start_s)
+            launch = await_launch(run, context, timeouts.start_s)
         node = Node(
-            run=run, config=config, plan=plan, place=place, launch=launch, waits=waits, stop=stop
+            run=run,
+            config=config,
+            plan=plan,
+            context=context,
+            launch=launch,
+            timeouts=timeouts,
+            stop=stop,
         )
         return node.work(command)
 
 
 def run_here(source: str | Path, overrides: Sequence[str] = ()) -> int:
     """`megadistill train`: every role on this machine, without Slurm."""
-    return run_node(source, overrides, place=local_place())
+    return run_node(source, overrides, context=local_context())
 
 
 def run_under_slurm(source: str | Path, overrides: Sequence[str] = ()) -> int:
     """`megadistill node`: this node's part, its place taken from the variables of `srun`."""
-    return run_node(source, overrides, place=slurm_place())
+    return run_node(source, overrides, context=slurm_context())
 
 
 def open_run(source: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, RunDir]:
@@ -112,11 +118,11 @@ def gpus_per_node(config: RunConfig) -> int:
     return 0 if config.device == "cpu" else config.cluster.gpus_per_node
 
 
-def check_restarts(config: RunConfig, place: Place) -> None:
+def check_restarts(config: RunConfig, context: NodeContext) -> None:
     """Slurm requeues a job by itself when a node fails; that too has a bound."""
-    if place.restarts > config.cluster.max_attempts:
+    if context.restarts > config.cluster.max_attempts:
         raise ValueError(
-            f"cluster.max_attempts: found restart {place.restarts} of job {place.job_id}, expected "
+            f"cluster.max_attempts: found restart {context.restarts} of job {context.job_id}, expected "
             f"at most {config.cluster.max_attempts}; submit the run again to go on"
         )
 
@@ -154,11 +160,11 @@ class Node:
     run: RunDir
     config: RunConfig
     plan: Layout
-    place: Place
+    context: NodeContext
     launch: Launch
-    waits: Waits
+    timeouts: Timeouts
     stop: StopRequest
-    board: Board = field(init=False)
+    heartbeats: Heartbeats = field(init=False)
     processes: Processes = field(default_factory=Processes)
     follower: LogFollower | None = None
     """Copies rank 0's log to the job's output."""
@@ -167,29 +173,29 @@ class Node:
 
     def __post_init__(self) -> None:
         directory = attempt_directory(self.run, self.launch.attempt)
-        self.board = Board(directory=directory, node=self.place.node)
+        self.heartbeats = Heartbeats(directory=directory, node=self.context.node)
 
     @property
     def own(self) -> NodePlan:
-        return self.plan.nodes[self.place.node]
+        return self.plan.nodes[self.context.node]
 
     def work(self, command: RoleCommand) -> int:
         """Start the roles, stay until the attempt has ended, and leave no process behind."""
         try:
-            self.board.post(self.board.notice, every_s=0)
+            self.heartbeats.post(self.heartbeats.heartbeat, every_s=0)
             self.start_roles(command)
-            end = self.watch(self.decider())
+            end = self.watch(self.supervisor())
         except BaseException as error:
             self.give_up(error)
             raise
         finally:
-            self.processes.end(self.waits.grace_s)
+            self.processes.end(self.timeouts.grace_s)
             self.processes.close()
             self.follow()
         return self.conclude(end)
 
     def start_roles(self, command: RoleCommand) -> None:
-        if self.place.node == 0:
+        if self.context.node == 0:
             self.say(f"{self.run.path}, attempt {self.launch.attempt}\n{describe(self.plan)}")
             self.exports = export_watch(self.run)
         for role in self.own.roles:
@@ -200,38 +206,44 @@ class Node:
                 self.plan,
                 node=self.own,
                 launch=self.launch,
-                host=self.place.host,
+                host=self.context.host,
             )
             self.processes.start(role.name, command(self.run, role), environment, log)
             if role.name == "trainer-0":
                 self.follower = LogFollower(log)
 
-    def decider(self) -> Decider:
-        if self.place.node:
-            return Member(place=self.place, board=self.board, waits=self.waits)
-        return Referee(
-            run=self.run, plan=self.plan, place=self.place, board=self.board, waits=self.waits
+    def supervisor(self) -> Supervisor:
+        if self.context.node:
+            return Follower(
+                context=self.context, heartbeats=self.heartbeats, timeouts=self.timeouts
+            )
+        return Leader(
+            run=self.run,
+            plan=self.plan,
+            context=self.context,
+            heartbeats=self.heartbeats,
+            timeouts=self.timeouts,
         )
 
-    def watch(self, decider: Decider) -> End:
-        """Note what happens here, give a sign of life, and go on until the verdict."""
+    def watch(self, supervisor: Supervisor) -> AttemptOutcome:
+        """Note what happens here, give a sign of life, and go on until the outcome."""
         working = {role.name for role in self.own.trainers}
         while True:
-            exited = self.processes.next_exit(self.waits.poll_s)
+            exited = self.processes.next_exit(self.timeouts.poll_s)
             self.follow()
             if self.exports is not None:
                 self.exports.look()
-            notice = replace(self.board.notice, stop=self.stop.reason)
+            heartbeat = replace(self.heartbeats.heartbeat, stop=self.stop.reason)
             if exited and exited.code == 0 and exited.name in working:
                 working.remove(exited.name)
             elif exited and not self.was_told_to_end(exited):
-                notice = replace(notice, state="failed", failure=self.failure(exited))
-            if not working and self.own.trainers and notice.state == "running":
-                notice = replace(notice, state="done")
-            self.board.post(notice, self.waits.heartbeat_s)
-            if exited and notice.state == "failed":
-                self.processes.end(self.waits.grace_s)
-            if end := decider.verdict(self.board.notice):
+                heartbeat = replace(heartbeat, state="failed", failure=self.failure(exited))
+            if not working and self.own.trainers and heartbeat.state == "running":
+                heartbeat = replace(heartbeat, state="done")
+            self.heartbeats.post(heartbeat, self.timeouts.heartbeat_s)
+            if exited and heartbeat.state == "failed":
+                self.processes.end(self.timeouts.grace_s)
+            if end := supervisor.outcome(self.heartbeats.heartbeat):
                 return end
 
     def was_told_to_end(self, exited: Exit) -> bool:
@@ -240,39 +252,43 @@ class Node:
         return exited.code == 0 and bool(ending)
 
     def failure(self, exited: Exit) -> Failure:
-        what = f"{exited.describe()} on node {self.place.node} ({self.place.host})"
+        what = f"{exited.describe()} on node {self.context.node} ({self.context.host})"
         if not os.statvfs(self.run.path).f_bavail:  # the role could not even log it
             what += f"; {self.run.path}: {os.strerror(errno.ENOSPC)}"
-        failure = Failure(node=self.place.node, what=what, when=time.time(), detail=exited.tail())
+        failure = Failure(node=self.context.node, what=what, when=time.time(), detail=exited.tail())
         self.say(f"{what}; the last lines of {exited.log}:\n{failure.detail}")
         return failure
 
     def give_up(self, error: BaseException) -> None:
         """Tell the other nodes that this one ends because of an error of its own."""
-        what = f"node {self.place.node} ({self.place.host}): {type(error).__name__}: {error}"
-        failure = Failure(node=self.place.node, what=what, when=time.time())
-        if self.place.node == 0:
-            self.board.declare_end(End(status="failed", message=what, failure=failure))
+        what = f"node {self.context.node} ({self.context.host}): {type(error).__name__}: {error}"
+        failure = Failure(node=self.context.node, what=what, when=time.time())
+        if self.context.node == 0:
+            self.heartbeats.declare_outcome(
+                AttemptOutcome(status="failed", message=what, failure=failure)
+            )
         else:
-            self.board.post(replace(self.board.notice, state="failed", failure=failure), every_s=0)
+            self.heartbeats.post(
+                replace(self.heartbeats.heartbeat, state="failed", failure=failure), every_s=0
+            )
 
-    def conclude(self, end: End) -> int:
-        """Node 0 makes the verdict known, after the requeue that ends all nodes; then leave."""
+    def conclude(self, end: AttemptOutcome) -> int:
+        """Node 0 makes the outcome known, after the requeue that ends all nodes; then leave."""
         if self.exports is not None and end.status == "done":
             self.exports.finish(EXPORTS_WAIT_S)
-        if self.place.node == 0:
+        if self.context.node == 0:
             if end.status == "stopped":
                 self.say(f"{end.message}; {self.resume()}")
             elif end.failure is not None:
                 end = self.conclude_failure(end, end.failure)
             else:
                 self.say(f"attempt {self.launch.attempt}: {end.message}")
-            self.board.declare_end(end)
+            self.heartbeats.declare_outcome(end)
         elif end.status == "failed":
             self.say(f"ends: {end.message}")
         return {"done": DONE, "stopped": STOPPED, "failed": FAILED}[end.status]
 
-    def conclude_failure(self, end: End, failure: Failure) -> End:
+    def conclude_failure(self, end: AttemptOutcome, failure: Failure) -> AttemptOutcome:
         """Say what happened, and have the job try again unless that has been of no use before."""
         self.say(f"attempt {self.launch.attempt}: {end.message}")
         if failure.node and failure.detail:
@@ -282,29 +298,29 @@ class Node:
             what = f"the same error at step {before.step} as in attempt {before.attempt}"
             self.say(f"{what}; the run stops here: {before.error}")
             return replace(end, message=f"{end.message} ({what})")
-        if self.place.job_id is None:
+        if self.context.job_id is None:
             return end
         problem = self.ask_for_requeue()
-        self.say(problem or f"job {self.place.job_id} is requeued")
+        self.say(problem or f"job {self.context.job_id} is requeued")
         return end if problem else replace(end, status="stopped")
 
     def resume(self) -> str:
         """Have Slurm start the job again, or say how a person does."""
         problem = self.ask_for_requeue()
         if problem is None:
-            return f"job {self.place.job_id} is requeued"
+            return f"job {self.context.job_id} is requeued"
         by_hand = f"to go on: submit it again, or `megadistill train {self.run.path}`"
         return f"{problem}; {by_hand}" if problem else by_hand
 
     def ask_for_requeue(self) -> str | None:
         """None when Slurm starts the job again, otherwise why it does not (empty: no Slurm)."""
-        if self.place.job_id is None:
+        if self.context.job_id is None:
             return ""
         limit = self.config.cluster.max_attempts
-        if self.place.restarts >= limit:
+        if self.context.restarts >= limit:
             return f"not requeued, cluster.max_attempts {limit} is reached"
-        if problem := requeue(self.place.job_id):
-            return f"Slurm did not requeue job {self.place.job_id} ({problem})"
+        if problem := requeue(self.context.job_id):
+            return f"Slurm did not requeue job {self.context.job_id} ({problem})"
         return None
 
     def follow(self) -> None:
@@ -312,5 +328,5 @@ class Node:
             self.follower.copy()
 
     def say(self, text: str) -> None:
-        sys.stdout.write(f"[node {self.place.node}] {text}\n")
+        sys.stdout.write(f"[node {self.context.node}] {text}\n")
         sys.stdout.flush()

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megadistill.launch import guard
+from megadistill.launch import orphan_killer
 
 SHIELDED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
 TAIL_LINES = 20
@@ -136,7 +136,7 @@ def shielded() -> Iterator[None]:
 
 def start_guard() -> "subprocess.Popen[str]":
     """The process that outlives this one just long enough to kill what it started."""
-    command = [sys.executable, "-I", "-S", guard.__file__]
+    command = [sys.executable, "-I", "-S", orphan_killer.__file__]
     return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from megadistill.launch.board import try_lock
+from megadistill.launch.heartbeats import try_lock
 from megadistill.launch.processes import Exit, Processes
 from megadistill.launch.roles import visible_gpus
 from megadistill.rundir import write_atomic

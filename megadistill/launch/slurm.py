@@ -19,8 +19,8 @@ from megadistill.config import RunConfig
 from megadistill.config.cluster import ClusterConfig
 from megadistill.launch.layout import describe, layout
 from megadistill.launch.node import DONE, STOPPED, gpus_per_node, open_run, run_node
-from megadistill.launch.place import slurm_place
-from megadistill.launch.site import python_words, sbatch_options, setup_lines, srun_words
+from megadistill.launch.node_context import slurm_context
+from megadistill.launch.sbatch_options import python_words, sbatch_options, setup_lines, srun_words
 from megadistill.rundir import RunDir
 
 NO_ACCOUNTING = Path(__file__).parents[2] / "slurm" / "no_accounting"
@@ -52,7 +52,7 @@ class NodeTask:
     run_dir: Path
 
     def __call__(self) -> int:
-        return leave_unless_done(run_node(self.run_dir, place=slurm_place()))
+        return leave_unless_done(run_node(self.run_dir, context=slurm_context()))
 
 
 def submit(

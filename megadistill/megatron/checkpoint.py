@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megadistill.megatron.boundary import calls_megatron
+from megadistill.megatron.megatron_call import calls_megatron
 from megadistill.megatron.training import Student
 from megadistill.megatron.world import World
 

@@ -20,7 +20,7 @@ from megadistill.data.packing import PackingRules, num_inputs
 from megadistill.head import VocabularyHead
 from megadistill.megatron import checkpoint, export
 from megadistill.megatron.model import build_model, check_model, load_hf
-from megadistill.megatron.offload import Residence
+from megadistill.megatron.offload import TeacherOffloader
 from megadistill.megatron.scoring import (
     Scorable,
     mean_divergences,
@@ -86,7 +86,7 @@ class Engine:
         self._spec = read_spec(_directory(config.student))
         student = self._load(config.student)
         self._student = Student(student.model, config.optimizer, self.world)
-        self._residence = Residence(self.world.device)
+        self._offloader = TeacherOffloader(self.world.device)
         self._scorables: dict[str, Scorable] = {STUDENT: student, **self._load_teachers()}
 
     @property
@@ -135,7 +135,7 @@ class Engine:
     ) -> tuple[list[FloatArray], list[TopK]]:
         """As `score`, and the exact `top_k` most probable ids of each scored token."""
         scorable = self._scorable(model)
-        with self._residence.of(scorable.model):
+        with self._offloader.on_device(scorable.model):
             return top_k_spans(scorable, spans, self._rules, top_k=top_k, temperature=temperature)
 
     @_names_rank
@@ -147,7 +147,7 @@ class Engine:
         fp32, one number per span, equal on every rank; NaN for a span without scored tokens.
         """
         first, second = self._scorable(student), self._scorable(teacher)
-        with self._residence.of(first.model, second.model):
+        with self._offloader.on_device(first.model, second.model):
             return mean_divergences(first, second, spans, self._rules)
 
     @_names_rank
@@ -260,7 +260,7 @@ class Engine:
         self, model: str, spans: Sequence[TokenSpan], *, with_entropy: bool
     ) -> tuple[list[FloatArray], list[FloatArray]]:
         scorable = self._scorable(model)
-        with self._residence.of(scorable.model):
+        with self._offloader.on_device(scorable.model):
             return score_spans(scorable, spans, self._rules, with_entropy=with_entropy)
 
     def _scorable(self, name: str) -> Scorable:
@@ -293,7 +293,7 @@ class Engine:
             if key not in loaded:
                 loaded[key] = self._load(model)
                 loaded[key].model.requires_grad_(False)
-                self._residence.park(loaded[key].model)
+                self._offloader.park(loaded[key].model)
             teachers[name] = loaded[key]
         return teachers
 

@@ -10,7 +10,7 @@ from megadistill.config.schema import ParallelConfig, Precision
 from megadistill.convert.families import read_spec
 from megadistill.data.packing import PackingRules, num_inputs
 from megadistill.megatron.model import build_model, load_hf
-from megadistill.megatron.offload import Residence
+from megadistill.megatron.offload import TeacherOffloader
 from megadistill.megatron.scoring import Scorable, mean_divergences, score_spans
 from megadistill.megatron.world import connect, disconnect, pick_device
 from megadistill.types import FloatArray, TokenSpan
@@ -29,7 +29,7 @@ class FrozenModels:
         self._parallel = ParallelConfig(dp=1, threads=threads)
         device = pick_device("cuda" if gpu else "cpu", 0)
         self._world = connect(self._parallel, device=device, seed=0, timeout=ALONE)
-        self._residence = Residence(device)
+        self._offloader = TeacherOffloader(device)
         loaded: dict[tuple[Path, Precision], Scorable] = {}
         for key in models.values():
             if key not in loaded:
@@ -39,7 +39,7 @@ class FrozenModels:
     def mean_nll(self, model: str, spans: Sequence[TokenSpan]) -> FloatArray:
         """Per span the mean of -log p over its scored tokens, in nats."""
         scorable = self._models[model]
-        with self._residence.of(scorable.model):
+        with self._offloader.on_device(scorable.model):
             found, _ = score_spans(scorable, spans, self._rules(spans), with_entropy=False)
         return np.array([-values_R.mean(dtype=np.float64) for values_R in found], np.float32)
 
@@ -48,7 +48,7 @@ class FrozenModels:
     ) -> tuple[FloatArray, FloatArray]:
         """Per span the mean full-vocabulary KL(teacher || student) and KL(student || teacher)."""
         first, second = self._models[student], self._models[teacher]
-        with self._residence.of(first.model, second.model):
+        with self._offloader.on_device(first.model, second.model):
             return mean_divergences(first, second, spans, self._rules(spans))
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class FrozenModels:
         model = build_model(spec, self._parallel, precision, self._world)
         load_hf(model, spec, directory, self._parallel, self._world)
         model.requires_grad_(False)
-        self._residence.park(model)
+        self._offloader.park(model)
         return Scorable(model=model, vocab_size=spec.vocab_size, world=self._world)
 
     def _rules(self, spans: Sequence[TokenSpan]) -> PackingRules:

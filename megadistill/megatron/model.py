@@ -19,7 +19,7 @@ from megadistill.config.schema import ParallelConfig, Precision
 from megadistill.convert.families import ModelSpec, RopeScaling, check_tp, padded_vocab
 from megadistill.convert.hf_files import SafetensorsReader
 from megadistill.convert.mapping import load_shard
-from megadistill.megatron.boundary import calls_megatron
+from megadistill.megatron.megatron_call import calls_megatron
 from megadistill.megatron.spec import block_spec, check_precision
 from megadistill.megatron.world import World
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 
-class Residence:
-    """Which frozen models are on the GPU: those in use, or else the last ones used."""
+class TeacherOffloader:
+    """Keeps on the GPU the frozen models in use, or else the last ones used; the others wait on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -15,7 +15,7 @@ class Residence:
         self._resident: list[torch.nn.Module] = []
 
     def park(self, model: torch.nn.Module) -> None:
-        """Take a frozen model into the care of this class and off the GPU."""
+        """Take a frozen model into this object's care and off the GPU."""
         if self._device.type != "cuda":
             return
         for parameter in model.parameters():
@@ -24,7 +24,7 @@ class Residence:
         self._leave(model)
 
     @contextlib.contextmanager
-    def of(self, *models: torch.nn.Module) -> Iterator[None]:
+    def on_device(self, *models: torch.nn.Module) -> Iterator[None]:
         """Within it `models` are on the device; parked ones stay until others want the room."""
         self._settle([model for model in models if self._is_parked(model)])
         yield

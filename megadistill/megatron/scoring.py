@@ -22,7 +22,7 @@ from megadistill.data.packing import (
     num_inputs,
 )
 from megadistill.head import VocabularyHead, divergences, score
-from megadistill.megatron.boundary import calls_megatron
+from megadistill.megatron.megatron_call import calls_megatron
 from megadistill.megatron.model import output_weight
 from megadistill.megatron.schedule import forward
 from megadistill.megatron.world import World
@@ -172,7 +172,7 @@ def _everywhere(
     """
     starts = np.concatenate([[0], np.cumsum([span.num_scored for span in spans])]).astype(np.int64)
     table = torch.zeros(int(starts[-1]), num_columns, device=world.device)
-    if world.speaks:
+    if world.is_reporting_rank:
         for batch, rows in zip(batches, values, strict=True):
             table[_places(spans, starts, batch).to(world.device)] = rows
     dist.all_reduce(table)

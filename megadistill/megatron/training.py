@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megadistill.config.schema import OptimizerConfig
 from megadistill.megatron.adam import GroupStepAdam
-from megadistill.megatron.boundary import calls_megatron
+from megadistill.megatron.megatron_call import calls_megatron
 from megadistill.megatron.schedule import Loss, forward, forward_backward
 from megadistill.megatron.world import World
 from megadistill.types import MicroBatch
@@ -97,7 +97,7 @@ class Student:
     ) -> tuple[float, dict[str, float]]:
         """Sum of losses, and of metrics by name; a rank without rows knows no names of its own."""
         local: list[tuple[str | None, float]] = []
-        for total, metrics in reports if self.world.speaks else ():
+        for total, metrics in reports if self.world.is_reporting_rank else ():
             local.append((None, float(total)))
             local += [(name, float(value)) for name, value in metrics.items()]
         everywhere: list[list[tuple[str | None, float]]] = [[]] * self.world.size

@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megadistill.config.schema import ParallelConfig
-from megadistill.megatron.boundary import calls_megatron
+from megadistill.megatron.megatron_call import calls_megatron
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class World:
         return bool(self.groups.pp.rank() == self.groups.pp.size() - 1)
 
     @property
-    def speaks(self) -> bool:
+    def is_reporting_rank(self) -> bool:
         """Whether this rank's results count in sums over all ranks.
 
         Tensor-parallel ranks of a last stage hold equal results, other stages none.

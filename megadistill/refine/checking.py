@@ -26,7 +26,7 @@ class Rules:
     check_final_answer: bool
 
 
-def fault_of(text: str, answer: str, rules: Rules) -> str | None:
+def rejection_reason(text: str, answer: str, rules: Rules) -> str | None:
     """Why `text` cannot stand for `answer`; None when nothing speaks against it."""
     lowered = text.lower().replace(APOSTROPHE, "'")
     if not text.strip():

@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from megadistill.config.refine import FusionConfig, ModelConfig, ServedConfig
+from megadistill.config.refine import ChatModelConfig, FusionConfig, ServedConfig
 from megadistill.refine.blocks import Blocks, read_blocks
-from megadistill.refine.checking import Rules, fault_of, without_thinking
+from megadistill.refine.checking import Rules, rejection_reason, without_thinking
 from megadistill.refine.endpoints import Asked, ChatModel, RecordError, Usage, open_endpoint
 from megadistill.refine.records import QaRecord
 from megadistill.refine.serving import served
@@ -35,7 +35,7 @@ ROUNDING = 1e-9
 """A mean of scores this little below the bar is at the bar."""
 _SCORE = re.compile(r"<score>\s*([01](?:\.\d*)?|\.\d+)\s*</score>", re.IGNORECASE)
 _SETTINGS: TypeAdapter[FusionConfig] = TypeAdapter(FusionConfig)
-_MODELS: TypeAdapter[dict[str, ModelConfig]] = TypeAdapter(dict[str, ModelConfig])
+_MODELS: TypeAdapter[dict[str, ChatModelConfig]] = TypeAdapter(dict[str, ChatModelConfig])
 
 _SCORES = pa.list_(pa.struct([("judge", pa.string()), ("score", pa.float64())]))
 _CANDIDATE = pa.struct(
@@ -93,7 +93,7 @@ class Fuser:
         try:
             for number in range(self.settings.rounds):
                 text, cut = await self._attempt(record, rewrite, number, usage)
-                fault = "cut" if cut else fault_of(text, record.answer, self.rules)
+                fault = "cut" if cut else rejection_reason(text, record.answer, self.rules)
                 scores = {} if fault else await self._judge(record, text, usage)
                 candidates.append(Candidate(text=text, fault=fault, scores=scores))
                 if good_enough(candidates[-1], self.settings.accept):

@@ -16,11 +16,11 @@ from pydantic import TypeAdapter
 
 from megadistill.config import resolve_path
 from megadistill.config.refine import (
+    ChatModelConfig,
     EndpointConfig,
     FilterConfig,
     FusionConfig,
     InputConfig,
-    ModelConfig,
     RefineConfig,
     RewriteConfig,
     ServedConfig,
@@ -236,7 +236,7 @@ class Pipeline:
 
     def runtime(self) -> dict[str, Any]:
         """What shards need and no result depends on (any: JSON)."""
-        adapter: TypeAdapter[dict[str, ModelConfig]] = TypeAdapter(dict[str, ModelConfig])
+        adapter: TypeAdapter[dict[str, ChatModelConfig]] = TypeAdapter(dict[str, ChatModelConfig])
         return {
             "gpu": self.gpu,
             "engine": _dump(self.config.engine),

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from megadistill.config.refine import EngineConfig, RewriteConfig
 from megadistill.convert.hf_files import resolve_model
 from megadistill.refine.blocks import Blocks
-from megadistill.refine.checking import Rules, fault_of, without_thinking
+from megadistill.refine.checking import Rules, rejection_reason, without_thinking
 from megadistill.refine.prompts import chat_ids, load_tokenizer, special_tokens
 from megadistill.refine.records import QaRecord
 from megadistill.refine.stages import Stage, part_of
@@ -83,7 +83,11 @@ class Rewriter:
         text = without_thinking(written)
         if self.template.has_opening:
             text = f"{self.template.turns[-1]['content']} {text}"
-        fault = "cut" if finish_reason == "length" else fault_of(text, record.answer, self.rules)
+        fault = (
+            "cut"
+            if finish_reason == "length"
+            else rejection_reason(text, record.answer, self.rules)
+        )
         values = {"written": written, "num_tokens": len(token_ids)}
         return row(record, reason=fault, rewrite=None if fault else text, **values)
 

@@ -9,8 +9,8 @@ from megadistill.report.curves import compared_charts
 from megadistill.report.effect import Effect, effects
 from megadistill.report.history import run_state
 from megadistill.report.page import render
-from megadistill.report.spread import Spread, grouped, spread, unique_names
-from megadistill.report.tradeoff import trade_charts, trades
+from megadistill.report.spread import MeanWithCI, grouped, mean_with_ci, unique_names
+from megadistill.report.tradeoff import forgetting_charts, forgetting_curves
 from megadistill.rundir import RunDir, write_atomic
 
 
@@ -22,9 +22,9 @@ class Outcome:
     num_runs: int
     name: str
     direction: str
-    before: Spread
-    after: Spread
-    change: Spread
+    before: MeanWithCI
+    after: MeanWithCI
+    change: MeanWithCI
     """After minus before, run by run."""
 
 
@@ -38,8 +38,8 @@ def write_comparison(runs: Sequence[RunDir], file: Path) -> Path:
         "steps": [found[-1]["step"] if found else 0 for found in rows],
         "paths": [str(run.path) for run in runs],
         "outcomes": outcomes(runs),
-        "trades": trades(runs),
-        "trade_charts": trade_charts(runs),
+        "forgetting_curves": forgetting_curves(runs),
+        "trade_charts": forgetting_charts(runs),
         "charts": compared_charts(list(zip(names, rows, strict=True))),
     }
     write_atomic(file, render("comparison.html", values))
@@ -64,7 +64,7 @@ def _outcome(group: str, same: Sequence[Effect]) -> Outcome:
         num_runs=len(same),
         name=same[0].name,
         direction=same[0].direction,
-        before=spread([effect.before for effect in same]),
-        after=spread([effect.after for effect in same]),
-        change=spread([effect.after - effect.before for effect in same]),
+        before=mean_with_ci([effect.before for effect in same]),
+        after=mean_with_ci([effect.after for effect in same]),
+        change=mean_with_ci([effect.after - effect.before for effect in same]),
     )

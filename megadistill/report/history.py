@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megadistill.config import RunConfig
-from megadistill.launch.board import ATTEMPTS
 from megadistill.launch.failures import FAILURES
+from megadistill.launch.heartbeats import ATTEMPTS
 from megadistill.launch.layout import Layout, layout
 from megadistill.launch.node import gpus_per_node
 from megadistill.launch.shards import ShardFolder

@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
+class MeanWithCI:
     """Mean of a quantity over the runs of a group."""
 
     mean: float
@@ -27,14 +27,14 @@ class Spread:
         return f"{self.mean:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
 
 
-def spread(values: Sequence[float]) -> Spread:
+def mean_with_ci(values: Sequence[float]) -> MeanWithCI:
     """Mean, and its interval where there are several values."""
     count = len(values)
     if count == 1:
-        return Spread(mean=values[0], error=None)
+        return MeanWithCI(mean=values[0], error=None)
     quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
     error = quantile * statistics.stdev(values) / count**0.5
-    return Spread(mean=statistics.fmean(values), error=error)
+    return MeanWithCI(mean=statistics.fmean(values), error=error)
 
 
 def grouped(runs: Sequence[RunDir]) -> dict[str, list[RunDir]]:

@@ -14,15 +14,15 @@ from rich.table import Table
 
 from megadistill.report.charts import Chart, Point, Series, draw_curves
 from megadistill.report.effect import measured_rows
-from megadistill.report.spread import Spread, grouped, seed_of, spread, unique_names
+from megadistill.report.spread import MeanWithCI, grouped, mean_with_ci, seed_of, unique_names
 from megadistill.rundir import RunDir
 
-Way = list[tuple[float, float]]
+Trajectory = list[tuple[float, float]]
 """(gain, cost) at each measurement, from (0, cost at the start)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trade:
+class ForgettingCurve:
     """What a group of runs gained on some answers, and what it forgot on some texts."""
 
     group: str
@@ -31,21 +31,21 @@ class Trade:
     """Name of the held-out answers."""
     divergence: str
     """Name of the held-out texts."""
-    gain: Spread
+    gain: MeanWithCI
     """Fall of the negative log-likelihood from the first measurement to the last."""
-    cost: Spread
+    cost: MeanWithCI
     """KL(teacher || student) at the last."""
     level: float | None
     """The largest gain that every run reached; None if one gained nothing."""
-    cost_at_level: Spread | None
-    difference: Spread | None
+    cost_at_level: MeanWithCI | None
+    difference: MeanWithCI | None
     """Of `cost_at_level` to the first group's, over the seeds that both have."""
 
 
-def trades(runs: Sequence[RunDir]) -> list[Trade]:
-    """Every group's trade, for each pair of held-out answers and held-out texts."""
+def forgetting_curves(runs: Sequence[RunDir]) -> list[ForgettingCurve]:
+    """Every group's forgetting curve, for each pair of held-out answers and held-out texts."""
     groups = grouped(runs)
-    found: list[Trade] = []
+    found: list[ForgettingCurve] = []
     for likelihood, divergence in _pairs(runs):
         paths = {
             name: {seed_of(run): path_of(run, likelihood, divergence) for run in members}
@@ -62,15 +62,15 @@ def trades(runs: Sequence[RunDir]) -> list[Trade]:
                 if level_or_none is not None
             }
             found.append(
-                Trade(
+                ForgettingCurve(
                     group=name,
                     num_runs=len(members),
                     likelihood=likelihood,
                     divergence=divergence,
-                    gain=spread([path[-1][0] for path in members.values()]),
-                    cost=spread([path[-1][1] for path in members.values()]),
+                    gain=mean_with_ci([path[-1][0] for path in members.values()]),
+                    cost=mean_with_ci([path[-1][1] for path in members.values()]),
                     level=level_or_none,
-                    cost_at_level=spread(list(at.values())) if at else None,
+                    cost_at_level=mean_with_ci(list(at.values())) if at else None,
                     difference=_difference(at, first) if first else None,
                 )
             )
@@ -79,7 +79,7 @@ def trades(runs: Sequence[RunDir]) -> list[Trade]:
 
 
 def trade_table(runs: Sequence[RunDir]) -> Table:
-    """The trades for a terminal."""
+    """The forgetting curves for a terminal."""
     table = Table(title="gain on held-out answers, and KL to the start on held-out texts")
     for heading in (
         "runs",
@@ -92,7 +92,7 @@ def trade_table(runs: Sequence[RunDir]) -> Table:
         "less the first's",
     ):
         table.add_column(heading)
-    for one in trades(runs):
+    for one in forgetting_curves(runs):
         table.add_row(
             *(one.group, one.likelihood, one.gain.text, one.divergence, one.cost.text),
             "-" if one.level is None else f"{one.level:.4f}",
@@ -104,7 +104,7 @@ def trade_table(runs: Sequence[RunDir]) -> Table:
     return table
 
 
-def trade_charts(runs: Sequence[RunDir]) -> list[Chart]:
+def forgetting_charts(runs: Sequence[RunDir]) -> list[Chart]:
     """The ways of all runs over gain and cost, coloured by group."""
     colours = {
         run.path: index for index, members in enumerate(grouped(runs).values()) for run in members
@@ -154,14 +154,14 @@ def trade_picture(runs: Sequence[RunDir], file: Path) -> Path:
     return file
 
 
-def path_of(run: RunDir, likelihood: str, divergence: str) -> Way:
+def path_of(run: RunDir, likelihood: str, divergence: str) -> Trajectory:
     """A run's gain and cost at each of its measurements."""
     keys = f"heldout/{likelihood}/nll", f"heldout/{divergence}/forward_kl"
     rows = [row for row in measured_rows(run) if all(key in row for key in keys)]
     return [(rows[0][keys[0]] - row[keys[0]], row[keys[1]]) for row in rows]
 
 
-def cost_at(path: Way, level: float) -> float:
+def cost_at(path: Trajectory, level: float) -> float:
     """The cost where the gain first reaches `level`, linear between measurements."""
     for (gain, cost), (next_gain, next_cost) in pairwise(path):
         if next_gain >= level:
@@ -169,9 +169,9 @@ def cost_at(path: Way, level: float) -> float:
     raise AssertionError("no run is read beyond its gain")
 
 
-def _difference(at: Mapping[int, float], first: Mapping[int, float]) -> Spread | None:
+def _difference(at: Mapping[int, float], first: Mapping[int, float]) -> MeanWithCI | None:
     shared = [value - first[seed] for seed, value in at.items() if seed in first]
-    return spread(shared) if shared else None
+    return mean_with_ci(shared) if shared else None
 
 
 def _pairs(runs: Sequence[RunDir]) -> Iterable[tuple[str, str]]:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from megadistill.launch.layout import Role
 from megadistill.launch.node import run_node
-from megadistill.launch.place import LOCALHOST, Place, local_place, slurm_place
+from megadistill.launch.node_context import LOCALHOST, NodeContext, local_context, slurm_context
 from megadistill.launch.slurm import leave_unless_done
-from megadistill.launch.verdict import Waits
+from megadistill.launch.supervisor import Timeouts
 from megadistill.rundir import RunDir
 
-QUICK = Waits(
+QUICK = Timeouts(
     poll_s=0.05,
     heartbeat_s=0.2,
     silence_s=float(os.environ.get("FAKE_SILENCE_S", "60")),
@@ -40,24 +40,24 @@ class FakeTask:
     run_dir: Path
 
     def __call__(self) -> int:
-        place = slurm_place()
+        context = slurm_context()
         return leave_unless_done(
-            run_node(self.run_dir, place=place, command=fake_command, waits=QUICK)
+            run_node(self.run_dir, context=context, command=fake_command, timeouts=QUICK)
         )
 
 
-def place_of(arguments: list[str]) -> Place:
+def place_of(arguments: list[str]) -> NodeContext:
     if not arguments:
-        return slurm_place() if "SLURM_STEP_ID" in os.environ else local_place()
+        return slurm_context() if "SLURM_STEP_ID" in os.environ else local_context()
     node, num_nodes = int(arguments[0]), int(arguments[1])
-    return Place(
+    return NodeContext(
         node=node, num_nodes=num_nodes, hosts=(LOCALHOST,) * num_nodes, launch_id="test-launch"
     )
 
 
 def main() -> int:
-    place = place_of(sys.argv[2:])
-    return run_node(sys.argv[1], place=place, command=fake_command, waits=QUICK)
+    context = place_of(sys.argv[2:])
+    return run_node(sys.argv[1], context=context, command=fake_command, timeouts=QUICK)
 
 
 if __name__ == "__main__":

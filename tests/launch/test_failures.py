@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.launch.board import Failure
 from megadistill.launch.failures import error_text, note_failure, read_failures
+from megadistill.launch.heartbeats import Failure
 from megadistill.rundir import RunDir
 from tests.launch.configs import make_config
 

@@ -36,10 +36,10 @@ class Job:
 
     def start(self, num_nodes: int = 1, **environment: str) -> None:
         for node in range(num_nodes):
-            place = [str(node), str(num_nodes)] if num_nodes > 1 else []
+            context = [str(node), str(num_nodes)] if num_nodes > 1 else []
             self.nodes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "tests.launch.fake_node", str(self.config), *place],
+                    [sys.executable, "-m", "tests.launch.fake_node", str(self.config), *context],
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,

@@ -3,7 +3,12 @@
 import pytest
 
 from megadistill.config.refine import RewriteConfig
-from megadistill.refine.checking import fault_of, final_answer, same_final_answer, without_thinking
+from megadistill.refine.checking import (
+    final_answer,
+    rejection_reason,
+    same_final_answer,
+    without_thinking,
+)
 from megadistill.refine.rewriting import rules_of
 
 RULES = rules_of(RewriteConfig(model="m"))
@@ -22,16 +27,16 @@ RULES = rules_of(RewriteConfig(model="m"))
     ],
 )
 def test_rewrites_that_talk_of_their_task_are_rejected(text: str) -> None:
-    assert fault_of(text, "Rest.", RULES) == "mentions_task"
+    assert rejection_reason(text, "Rest.", RULES) == "mentions_task"
 
 
 @pytest.mark.parametrize("text", ["It is your turning point.", "Rest, and refer to the answer."])
 def test_other_rewrites_are_not(text: str) -> None:
-    assert fault_of(f"So: {text}", "Rest.", RULES) is None
+    assert rejection_reason(f"So: {text}", "Rest.", RULES) is None
 
 
 def test_empty_rewrites_are_rejected() -> None:
-    assert fault_of(" \n", "Rest.", RULES) == "empty"
+    assert rejection_reason(" \n", "Rest.", RULES) == "empty"
 
 
 @pytest.mark.parametrize(
@@ -68,9 +73,9 @@ def test_final_answers_are_found(text: str, found: str | None) -> None:
 )
 def test_a_checkable_answer_must_stay(text: str, answer: str, same: bool) -> None:
     assert same_final_answer(text, answer) == same
-    assert (fault_of(text, answer, RULES) is None) == same
+    assert (rejection_reason(text, answer, RULES) is None) == same
     lenient = rules_of(RewriteConfig(model="m", check_final_answer=False))
-    assert fault_of(text, answer, lenient) is None
+    assert rejection_reason(text, answer, lenient) is None
 
 
 def test_thoughts_are_dropped() -> None:

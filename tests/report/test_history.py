@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.launch.board import begin_launch
-from megadistill.launch.place import local_place
+from megadistill.launch.heartbeats import begin_launch
+from megadistill.launch.node_context import local_context
 from megadistill.report import history
 from megadistill.report.history import last_error, read_attempts, read_nodes, run_state
 from megadistill.rundir import RunDir
@@ -28,8 +28,8 @@ def begin(run: RunDir, attempt: int = 0, nodes: int = 1, launch: str = "local-1"
     values = {"launch_id": launch, "attempt": attempt, "master_addr": "alpha", "master_port": 1}
     (run.path / "control" / "launch.json").write_text(json.dumps(values))
     for node in range(nodes):
-        notice = {"beat": 3, "state": "running", "stop": None, "failure": None}
-        (directory / f"node-{node}.json").write_text(json.dumps(notice))
+        heartbeat = {"beat": 3, "state": "running", "stop": None, "failure": None}
+        (directory / f"node-{node}.json").write_text(json.dumps(heartbeat))
     (run.path / "state" / "attempts.json").write_text(json.dumps({"attempts": attempt + 1}))
 
 
@@ -91,15 +91,15 @@ def test_nodes_that_have_gone_quiet_are_silent(run: RunDir) -> None:
 
 
 def test_what_earlier_attempts_ended_by_is_kept_when_the_next_begins(run: RunDir) -> None:
-    place = local_place()
-    begin_launch(run, place)
+    context = local_context()
+    begin_launch(run, context)
     run.write_progress({"step": 2, "steps": 4, "phase": "general", "done": False})
     write_end(run, 0, {"status": "stopped", "message": "stopped at step 2", "failure": None})
-    begin_launch(run, place)
-    notice = {"beat": 3, "state": "running", "stop": "SIGTERM", "failure": None}
-    (run.path / "control/attempt-1/node-0.json").write_text(json.dumps(notice))
-    begin_launch(run, place)
-    begin_launch(run, place)
+    begin_launch(run, context)
+    heartbeat = {"beat": 3, "state": "running", "stop": "SIGTERM", "failure": None}
+    (run.path / "control/attempt-1/node-0.json").write_text(json.dumps(heartbeat))
+    begin_launch(run, context)
+    begin_launch(run, context)
     attempts = read_attempts(run)
     assert [one.outcome for one in attempts] == [
         "stopped", "interrupted", "interrupted", "under way",

@@ -8,7 +8,13 @@ import pytest
 from rich.console import Console
 
 from megadistill.report.compare import write_comparison
-from megadistill.report.tradeoff import cost_at, path_of, trade_picture, trade_table, trades
+from megadistill.report.tradeoff import (
+    cost_at,
+    forgetting_curves,
+    path_of,
+    trade_picture,
+    trade_table,
+)
 from megadistill.rundir import RunDir
 from tests.report.runs import Row, make_run, measured, step_row, write_rows
 from tests.tiny import camopd_tree
@@ -41,7 +47,7 @@ def runs(tmp_path: Path) -> list[RunDir]:
 
 
 def test_recipes_are_compared_where_they_gained_as_much(runs: list[RunDir]) -> None:
-    quick, slow = trades(runs)
+    quick, slow = forgetting_curves(runs)
     assert (quick.group, quick.num_runs) == ("quick0, quick1", 2)
     assert quick.gain.mean == pytest.approx(1.75)
     assert quick.cost.mean == pytest.approx(1.1)
@@ -64,7 +70,7 @@ def test_the_first_way_across_counts() -> None:
 
 def test_without_gain_there_is_no_equal_gain(tmp_path: Path, runs: list[RunDir]) -> None:
     worse = make(tmp_path / "worse", 0, [(3.0, 0.0), (3.5, 0.2)], steps=6)
-    found = trades([*runs, worse])
+    found = forgetting_curves([*runs, worse])
     assert {one.level for one in found} == {None}
     assert {one.cost_at_level for one in found} == {None}
     assert found[-1].gain.mean == pytest.approx(-0.5)
@@ -84,6 +90,6 @@ def test_the_page_and_the_table_show_it(tmp_path: Path, runs: list[RunDir]) -> N
 def test_runs_without_answers_have_no_trade(tmp_path: Path) -> None:
     run = make_run(tmp_path / "plain")
     write_rows(run, [step_row(1, "domain", **measured("general", 0.5, 0.5))])
-    assert trades([run]) == []
+    assert forgetting_curves([run]) == []
     page = write_comparison([run], tmp_path / "page.html").read_text()
     assert "What was gained" not in page

@@ -3,7 +3,7 @@
     control/lock                 held by node 0 as long as it works on the run
     control/launch.json          what node 0 decided; the others wait for the one of their launch
     control/attempt-2/node-1.json  rewritten by node 1 every few seconds: a sign of life and its state
-    control/attempt-2/ended.json   node 0's verdict, after which every node ends
+    control/attempt-2/ended.json   node 0's outcome, after which every node ends
 
 What is left of an earlier attempt when the next begins is a line of state/attempts.jsonl: how it ended
 and why. Each file has one writer. Nothing compares clocks: a node is silent when its file stops changing.
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megadistill.launch.place import Place, rendezvous_port
+from megadistill.launch.node_context import NodeContext, rendezvous_port
 from megadistill.launch.roles import Launch
 from megadistill.rundir import RunDir, write_atomic
 
@@ -47,7 +47,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Notice:
+class Heartbeat:
     """What a node says of itself."""
 
     beat: int = 0
@@ -60,8 +60,8 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class End:
-    """Node 0's verdict on the attempt."""
+class AttemptOutcome:
+    """What node 0 declares of the attempt."""
 
     status: Literal["done", "stopped", "failed"]
     message: str
@@ -70,44 +70,46 @@ class End:
 
 
 @dataclass(slots=True)
-class Board:
-    """The notices of one attempt, as seen and written by one node."""
+class Heartbeats:
+    """The heartbeats of one attempt, as seen and written by one node."""
 
     directory: Path
     node: int
-    notice: Notice = field(default_factory=Notice)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     _written: float = 0.0
     _seen: dict[int, tuple[int, float]] = field(default_factory=dict)
     """Last beat of another node and when it was first seen, by our monotonic clock."""
 
-    def post(self, notice: Notice, every_s: float) -> None:
-        """Write our notice when it says something new, or when the last is `every_s` old."""
-        if notice == self.notice and time.monotonic() - self._written < every_s:
+    def post(self, heartbeat: Heartbeat, every_s: float) -> None:
+        """Write our heartbeat when it says something new, or when the last is `every_s` old."""
+        if heartbeat == self.heartbeat and time.monotonic() - self._written < every_s:
             return
-        self.notice = replace(notice, beat=self.notice.beat + 1)
-        written = self._replace(self._notice_file(self.node), asdict(self.notice))
+        self.heartbeat = replace(heartbeat, beat=self.heartbeat.beat + 1)
+        written = self._replace(self._heartbeat_file(self.node), asdict(self.heartbeat))
         self._written = time.monotonic() if written else 0.0  # tried again at the next look
 
-    def read(self, node: int) -> Notice | None:
-        """Another node's latest notice; None before its first."""
-        values = read_json(self._notice_file(node))
+    def read(self, node: int) -> Heartbeat | None:
+        """Another node's latest heartbeat; None before its first."""
+        values = read_json(self._heartbeat_file(node))
         if values is None:
             return None
-        notice = Notice(**values | {"failure": read_failure(values)})
-        if self._seen.get(node, (None, 0.0))[0] != notice.beat:
-            self._seen[node] = (notice.beat, time.monotonic())
-        return notice
+        heartbeat = Heartbeat(**values | {"failure": read_failure(values)})
+        if self._seen.get(node, (None, 0.0))[0] != heartbeat.beat:
+            self._seen[node] = (heartbeat.beat, time.monotonic())
+        return heartbeat
 
     def silent_s(self, node: int) -> float | None:
-        """Seconds since the node's notice last changed; None when it has never been there."""
+        """Seconds since the node's heartbeat last changed; None when it has never been there."""
         return time.monotonic() - self._seen[node][1] if node in self._seen else None
 
-    def declare_end(self, end: End) -> None:
-        self._replace(self._end_file, asdict(end))
+    def declare_outcome(self, end: AttemptOutcome) -> None:
+        self._replace(self._outcome_file, asdict(end))
 
-    def read_end(self) -> End | None:
-        values = read_json(self._end_file)
-        return None if values is None else End(**values | {"failure": read_failure(values)})
+    def read_outcome(self) -> AttemptOutcome | None:
+        values = read_json(self._outcome_file)
+        return (
+            None if values is None else AttemptOutcome(**values | {"failure": read_failure(values)})
+        )
 
     def _replace(self, file: Path, values: dict[str, Any]) -> bool:
         """False when the disk is full: the node then falls silent, and the others end without it.
@@ -125,15 +127,15 @@ class Board:
         return True
 
     @property
-    def _end_file(self) -> Path:
+    def _outcome_file(self) -> Path:
         return self.directory / "ended.json"
 
-    def _notice_file(self, node: int) -> Path:
+    def _heartbeat_file(self, node: int) -> Path:
         return self.directory / f"node-{node}.json"
 
 
 def read_failure(values: dict[str, Any]) -> Failure | None:
-    """The `failure` of a notice or a verdict read back."""
+    """The `failure` of a heartbeat or an outcome read back."""
     return Failure(**values["failure"]) if values["failure"] else None
 
 
@@ -142,34 +144,34 @@ def attempt_directory(run: RunDir, attempt: int) -> Path:
     return run.path / "control" / f"attempt-{attempt}"
 
 
-def begin_launch(run: RunDir, place: Place) -> Launch:
+def begin_launch(run: RunDir, context: NodeContext) -> Launch:
     """Node 0: begin an attempt and tell the other nodes."""
     for old in (run.path / "control").glob("attempt-*"):
-        keep_verdict(run, Board(directory=old, node=0))
+        keep_outcome(run, Heartbeats(directory=old, node=0))
         shutil.rmtree(old)
     attempt = run.begin_attempt()
     attempt_directory(run, attempt).mkdir(mode=0o700)
     launch = Launch(
-        launch_id=place.launch_id,
+        launch_id=context.launch_id,
         attempt=attempt,
-        master_addr=place.hosts[0],
-        master_port=rendezvous_port(place, attempt),
+        master_addr=context.hosts[0],
+        master_port=rendezvous_port(context, attempt),
     )
     write_atomic(launch_file(run), json.dumps(asdict(launch)))
     return launch
 
 
-def keep_verdict(run: RunDir, board: Board) -> None:
-    """Note how an attempt ended: by node 0's verdict, or as one that left none."""
-    end = board.read_end()
+def keep_outcome(run: RunDir, heartbeats: Heartbeats) -> None:
+    """Note how an attempt ended: by node 0's outcome, or as one that left none."""
+    end = heartbeats.read_outcome()
     if end is None:
-        notices = [read_json(file) for file in sorted(board.directory.glob("node-*.json"))]
-        reasons = [str(notice["stop"]) for notice in notices if notice and notice["stop"]]
+        last = [read_json(file) for file in sorted(heartbeats.directory.glob("node-*.json"))]
+        reasons = [str(beat["stop"]) for beat in last if beat and beat["stop"]]
         status, message = "interrupted", reasons[0] if reasons else ""
     else:
         status, message = end.status, end.message
     kept = {
-        "attempt": int(board.directory.name.removeprefix("attempt-")),
+        "attempt": int(heartbeats.directory.name.removeprefix("attempt-")),
         "status": status,
         "message": message,
         "step": run.read_progress().get("step", 0),
@@ -178,17 +180,17 @@ def keep_verdict(run: RunDir, board: Board) -> None:
         stream.write(json.dumps(kept) + "\n")
 
 
-def await_launch(run: RunDir, place: Place, timeout_s: float) -> Launch:
+def await_launch(run: RunDir, context: NodeContext, timeout_s: float) -> Launch:
     """The other nodes: wait for node 0 of the same launch."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         values = read_json(launch_file(run))
-        if values is not None and values["launch_id"] == place.launch_id:
+        if values is not None and values["launch_id"] == context.launch_id:
             return Launch(**values)
         time.sleep(0.1)
     raise RuntimeError(
-        f"node {place.node} ({place.host}): waited {timeout_s:.0f} s in vain for node 0 "
-        f"({place.hosts[0]}) to begin launch {place.launch_id} in {launch_file(run)}; "
+        f"node {context.node} ({context.host}): waited {timeout_s:.0f} s in vain for node 0 "
+        f"({context.hosts[0]}) to begin launch {context.launch_id} in {launch_file(run)}; "
         "is the run directory on a file system that all nodes share?"
     )
 

@@ -9,7 +9,7 @@ import yaml
 from megadistill.config import ConfigError
 from megadistill.config.cluster import ClusterConfig
 from megadistill.config.load import read_tree
-from megadistill.launch import site, slurm
+from megadistill.launch import sbatch_options, slurm
 from tests.launch.configs import make_config
 
 PROFILES = sorted((Path(__file__).parents[2] / "configs" / "clusters").glob("*.yaml"))
@@ -17,7 +17,7 @@ PROFILES = sorted((Path(__file__).parents[2] / "configs" / "clusters").glob("*.y
 
 def job_script(directory: Path, cluster: ClusterConfig) -> str:
     parameters = slurm.sbatch_parameters("run", cluster, folder=directory)
-    python = shlex.join(site.python_words(cluster))
+    python = shlex.join(sbatch_options.python_words(cluster))
     executor = slurm.DryGangExecutor(directory, python=python)
     executor.update_parameters(**parameters)
     return executor.script()

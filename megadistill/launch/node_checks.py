@@ -16,7 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from megadistill.launch.place import LOCALHOST, Place, own_job, rendezvous_port, slurm_place
+from megadistill.launch.node_context import (
+    LOCALHOST,
+    NodeContext,
+    own_job,
+    rendezvous_port,
+    slurm_context,
+)
 
 PATIENCE_S = 60.0
 ALL_REDUCE_S = 180.0
@@ -48,11 +54,11 @@ class ProbeTask:
     folder: Path
 
     def __call__(self) -> int:
-        probe_node(self.folder, slurm_place())
+        probe_node(self.folder, slurm_context())
         return 0
 
 
-def probe_node(folder: Path, place: Place) -> None:
+def probe_node(folder: Path, context: NodeContext) -> None:
     """All checks of one node, in the same order on each."""
     arrived: list[float] = []
 
@@ -60,21 +66,21 @@ def probe_node(folder: Path, place: Place) -> None:
         arrived.append(time.monotonic())
 
     signal.signal(signal.SIGUSR1, note)
-    probe = Probe(host=place.host)
+    probe = Probe(host=context.host)
     begun = time.monotonic()
-    own = folder / f"canary-{place.node}"
+    own = folder / f"canary-{context.node}"
     own.touch()
     probe.skew_s = time.time() - own.stat().st_mtime
-    others = [folder / f"canary-{node}" for node in range(place.num_nodes)]
+    others = [folder / f"canary-{node}" for node in range(context.num_nodes)]
     if await_all(others):
         probe.canary_s = time.monotonic() - begun
     probe.gpus = gpu_lines()
-    if place.job_id is not None:
-        probe.signal_s = probe_signal(folder, place, arrived)
-    probe_all_reduce(folder, place, probe)
-    temporary = folder / f".node-{place.node}.tmp"
+    if context.job_id is not None:
+        probe.signal_s = probe_signal(folder, context, arrived)
+    probe_all_reduce(folder, context, probe)
+    temporary = folder / f".node-{context.node}.tmp"
     temporary.write_text(json.dumps(asdict(probe)))
-    temporary.replace(folder / f"node-{place.node}.json")
+    temporary.replace(folder / f"node-{context.node}.json")
 
 
 def await_all(files: list[Path]) -> bool:
@@ -92,12 +98,12 @@ def await_true(happened: Callable[[], bool]) -> bool:
     return True
 
 
-def probe_signal(folder: Path, place: Place, arrived: list[float]) -> float | None:
+def probe_signal(folder: Path, context: NodeContext, arrived: list[float]) -> float | None:
     """Node 0 asks Slurm for the signal that it sends before a time limit; each node times it."""
-    (folder / f"ready-{place.node}").touch()
+    (folder / f"ready-{context.node}").touch()
     begun = time.monotonic()
-    ready = [folder / f"ready-{node}" for node in range(place.num_nodes)]
-    if place.node == 0 and await_all(ready) and shutil.which("scancel") is not None:
+    ready = [folder / f"ready-{node}" for node in range(context.num_nodes)]
+    if context.node == 0 and await_all(ready) and shutil.which("scancel") is not None:
         begun = time.monotonic()
         command = ["scancel", "--signal=USR1", own_job(os.environ)]
         subprocess.run(command, check=False, timeout=PATIENCE_S)
@@ -115,11 +121,11 @@ def gpu_lines() -> list[str] | None:
     return found.stdout.splitlines()
 
 
-def probe_all_reduce(folder: Path, place: Place, probe: Probe) -> None:
+def probe_all_reduce(folder: Path, context: NodeContext, probe: Probe) -> None:
     """One process a node sums a tensor with the others'."""
     meeting = folder / "meeting.json"
-    if place.node == 0:
-        probe.port = rendezvous_port(place, attempt=0)
+    if context.node == 0:
+        probe.port = rendezvous_port(context, attempt=0)
         temporary = folder / ".meeting.tmp"
         temporary.write_text(json.dumps(probe.port))
         temporary.replace(meeting)
@@ -127,16 +133,16 @@ def probe_all_reduce(folder: Path, place: Place, probe: Probe) -> None:
         return
     environment = {
         **os.environ,
-        "RANK": str(place.node),
+        "RANK": str(context.node),
         "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(place.num_nodes),
-        "MASTER_ADDR": place.hosts[0],
+        "WORLD_SIZE": str(context.num_nodes),
+        "MASTER_ADDR": context.hosts[0],
         "MASTER_PORT": str(json.loads(meeting.read_text())),
         "OMP_NUM_THREADS": "1",
     }
-    if place.hosts[0] != LOCALHOST:
+    if context.hosts[0] != LOCALHOST:
         probe.port = probe.port or json.loads(meeting.read_text())
-        socket.gethostbyname(place.hosts[0])
+        socket.gethostbyname(context.hosts[0])
     command = [sys.executable, "-m", "megadistill.megatron.all_reduce"]
     try:
         done = subprocess.run(

@@ -15,7 +15,7 @@ FIRST_PORT, NUM_PORTS = 20000, 10000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class NodeContext:
     """One node's place in a launch; equal on all nodes but for `node`."""
 
     node: int
@@ -37,12 +37,14 @@ class Place:
         return self.hosts[self.node]
 
 
-def local_place() -> Place:
+def local_context() -> NodeContext:
     """This machine alone, without Slurm."""
-    return Place(node=0, num_nodes=1, hosts=(LOCALHOST,), launch_id=f"local-{secrets.token_hex(8)}")
+    return NodeContext(
+        node=0, num_nodes=1, hosts=(LOCALHOST,), launch_id=f"local-{secrets.token_hex(8)}"
+    )
 
 
-def slurm_place(environment: Mapping[str, str] = os.environ) -> Place:
+def slurm_context(environment: Mapping[str, str] = os.environ) -> NodeContext:
     """This task's place, from the variables `srun` sets.
 
     `MEGADISTILL_LAUNCH`, when the job script sets it, tells apart two jobs with the same number
@@ -61,7 +63,7 @@ def slurm_place(environment: Mapping[str, str] = os.environ) -> Place:
     job, restarts = environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0")
     nonce = environment.get("MEGADISTILL_LAUNCH", "")
     hosts, second = component_hosts(environment)
-    return Place(
+    return NodeContext(
         node=int(environment["SLURM_NODEID"]),
         num_nodes=len(hosts),
         hosts=hosts,
@@ -156,20 +158,22 @@ def ask_job_script() -> str | None:
     return None
 
 
-def rendezvous_port(place: Place, attempt: int) -> int:
+def rendezvous_port(context: NodeContext, attempt: int) -> int:
     """A port for torch.distributed that is free on this node, which hosts rank 0.
 
     Under Slurm it is derived from the job and the attempt, because nodes may share a network
     stack and jobs a node; a taken one gives way to the next.
     """
-    if place.job_id is None:
+    if context.job_id is None:
         return free_port()
-    start = int(place.job_id) * 31 + attempt * 7
+    start = int(context.job_id) * 31 + attempt * 7
     for offset in range(100):
         port = FIRST_PORT + (start + offset) % NUM_PORTS
         if is_free(port):
             return port
-    raise RuntimeError(f"{place.host}: found 100 ports taken from {FIRST_PORT + start % NUM_PORTS}")
+    raise RuntimeError(
+        f"{context.host}: found 100 ports taken from {FIRST_PORT + start % NUM_PORTS}"
+    )
 
 
 def free_port() -> int:
