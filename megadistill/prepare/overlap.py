@@ -5,11 +5,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
-import numpy.typing as npt
+from datasketch import LeanMinHash, MinHash, MinHashLSH
 
 _WORD = re.compile(r"\w+")
-_UInt64 = npt.NDArray[np.uint64]
 NUM_HASHES = 64
 ROWS = 4
 """Hashes of one band: with 16 bands a pair of similarity 0.8 is found with probability 0.9998."""
@@ -33,42 +31,29 @@ def gram_hash(gram: str) -> int:
 
 
 class NearDuplicates:
-    """Finds a text much like an earlier one, by MinHash and banding; 512 bytes a text."""
+    """Finds a text much like an earlier one, by MinHash and banding; about 6 KB a text."""
 
     def __init__(self, n: int, threshold: float) -> None:
         self._n = n
         self._threshold = threshold
-        random = np.random.default_rng(0)
-        self._factors: _UInt64 = random.integers(1, 1 << 63, NUM_HASHES, dtype=np.uint64) * 2 + 1
-        self._offsets: _UInt64 = random.integers(0, 1 << 63, NUM_HASHES, dtype=np.uint64)
-        self._bands: dict[tuple[int, bytes], list[int]] = {}
-        self._signatures: list[_UInt64] = []
+        self._empty = MinHash(num_perm=NUM_HASHES, seed=0, scheme="affine32")
+        self._index = MinHashLSH(num_perm=NUM_HASHES, params=(NUM_HASHES // ROWS, ROWS))
+        self._signatures: list[LeanMinHash] = []
 
     def is_new(self, text: str) -> bool:
         """Whether no earlier new text is like this one, which then counts as earlier itself."""
-        signature = self._signature(text)
-        if signature is None:
+        found = {gram.encode() for gram in grams(words_of(text), self._n)}
+        if not found:
             return True
-        keys = [
-            (band, signature[band : band + ROWS].tobytes()) for band in range(0, NUM_HASHES, ROWS)
-        ]
-        for other in {number for key in keys for number in self._bands.get(key, ())}:
-            if np.mean(self._signatures[other] == signature) >= self._threshold:
-                return False
-        for key in keys:
-            self._bands.setdefault(key, []).append(len(self._signatures))
+        minhash = self._empty.copy()
+        minhash.update_batch(found)
+        signature = LeanMinHash(minhash)
+        alike = (self._signatures[number] for number in self._index.query(signature))
+        if any(other.jaccard(signature) >= self._threshold for other in alike):
+            return False
+        self._index.insert(len(self._signatures), signature, check_duplication=False)
         self._signatures.append(signature)
         return True
-
-    def _signature(self, text: str) -> _UInt64 | None:
-        hashes = {gram_hash(gram) for gram in grams(words_of(text), self._n)}
-        if not hashes:
-            return None
-        values = np.fromiter(hashes, dtype=np.uint64, count=len(hashes))
-        # Multiply-shift hashing: the high half of an odd multiple modulo 2^64.
-        mixed = (values[:, None] * self._factors[None] + self._offsets[None]) >> np.uint64(32)
-        signature: _UInt64 = mixed.min(axis=0)
-        return signature
 
 
 class BenchmarkItems:

@@ -91,49 +91,21 @@ def copy_rate(new: Words, old: Words) -> float:
 
 
 def common_run(text: Words, other: Words) -> int:
-    """Length of the longest run of words in both, in linear time by a suffix automaton of `text`."""
-    steps, links, lengths = _suffix_automaton(text)
-    state = run = longest = 0
-    for word in other:
-        while state and word not in steps[state]:
-            state = links[state]
-            run = lengths[state]
-        if word in steps[state]:
-            state = steps[state][word]
-            run += 1
-        longest = max(longest, run)
+    """Length of the longest run of words in both.
+
+    Each word becomes one character, so that runs are looked for by the search of strings, whose time
+    is linear; difflib takes the square where a model repeats itself.
+    """
+    characters: dict[str, str] = {}
+    first, second = (
+        "".join(characters.setdefault(word, chr(len(characters))) for word in words)
+        for words in (text, other)
+    )
+    longest = 0
+    for start in range(len(first)):
+        while start + longest < len(first) and first[start : start + longest + 1] in second:
+            longest += 1
     return longest
-
-
-def _suffix_automaton(text: Words) -> tuple[list[dict[str, int]], list[int], list[int]]:
-    """Transitions, suffix links and longest lengths of the states (Blumer et al. 1985)."""
-    steps: list[dict[str, int]] = [{}]
-    links, lengths = [-1], [0]
-    last = 0
-    for word in text:
-        state = len(steps)
-        steps.append({})
-        lengths.append(lengths[last] + 1)
-        links.append(0)
-        at = last
-        while at >= 0 and word not in steps[at]:
-            steps[at][word] = state
-            at = links[at]
-        if at >= 0:
-            target = steps[at][word]
-            if lengths[target] != lengths[at] + 1:
-                copy = len(steps)
-                steps.append(dict(steps[target]))
-                lengths.append(lengths[at] + 1)
-                links.append(links[target])
-                while at >= 0 and steps[at].get(word) == target:
-                    steps[at][word] = copy
-                    at = links[at]
-                links[target] = copy
-                target = copy
-            links[state] = target
-        last = state
-    return steps, links, lengths
 
 
 def style_of(text: str, num_tokens: int) -> dict[str, float]:

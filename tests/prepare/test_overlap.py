@@ -56,3 +56,12 @@ def test_twelve_words_in_common_are_too_few_but_a_short_item_counts_whole() -> N
     assert items.found_in(f"{text_of(6)} {twelve} {text_of(7)}") is None
     assert items.found_in(f"so: {text_of(9, 9)}") == "short"
     assert items.found_in("these are too few words") is None
+
+
+def test_near_duplicates_are_found_among_many_texts() -> None:
+    known = NearDuplicates(n=5, threshold=0.8)
+    texts = [text_of(seed).split() for seed in range(300)]
+    assert all(known.is_new(" ".join(words)) for words in texts)
+    changed = [[*words[:60], "other", *words[61:]] for words in texts]
+    # 111 of 121 n-grams stay: a Jaccard similarity of 0.92.
+    assert not any(known.is_new(" ".join(words)) for words in changed)
