@@ -12,7 +12,8 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadistill import takes
+import megadistill
+from megadistill import recipes, takes
 from megadistill.config import RunConfig, config_schema
 
 if TYPE_CHECKING:
@@ -278,6 +279,25 @@ def convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def recipes_list(arguments: argparse.Namespace) -> int:
+    """The configurations and job scripts that ship with the package."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, sentence in recipes.recipes().items():
+        table.add_row(name, sentence)
+    Console().print(table)
+    return 0
+
+
+def recipes_copy(arguments: argparse.Namespace) -> int:
+    """Copy one, or a folder of them, with all that it includes or names, to begin from."""
+    for path in recipes.copy(arguments.name, Path(arguments.directory)):
+        print(path)
+    return 0
+
+
 def _run_dir(path: str) -> "RunDir":
     from megadistill.rundir import RunDir
 
@@ -310,6 +330,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--samples", type=int, default=32, help="most samples of a branch")
     _verb(verbs, "prepare-model", prepare_model)
     takes.convert(_verb(verbs, "convert", convert))
+    _add_recipes_actions(verbs)
+    version = f"megadistill {megadistill.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     return parser
 
 
@@ -321,6 +344,13 @@ def _add_config_actions(verbs: "Subparsers") -> None:
     command.add_argument("configs", nargs="+", metavar="CONFIG")
     command.add_argument("--models", action="store_true", help="also check the models they name")
     _verb(actions, "schema", config_print_schema)
+
+
+def _add_recipes_actions(verbs: "Subparsers") -> None:
+    command = verbs.add_parser("recipes", help="list and copy what ships with the package")
+    actions = command.add_subparsers(metavar="ACTION", required=True)
+    _verb(actions, "list", recipes_list)
+    takes.recipe(_verb(actions, "copy", recipes_copy))
 
 
 def _verb(verbs: "Subparsers", name: str, verb: Verb) -> argparse.ArgumentParser:

@@ -115,3 +115,11 @@ def config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, e.g. batch.size=64"
     )
+
+
+def recipe(command: argparse.ArgumentParser) -> None:
+    """A recipe and a directory."""
+    command.add_argument(
+        "name", help="path as `recipes list` shows it, e.g. camopd/medical, or a folder"
+    )
+    command.add_argument("directory", help="where configs/ and slurm/ of it go")

@@ -2,8 +2,10 @@
 # What the job scripts share; they source it once they have found it. A site adapts a job by its
 # environment, or by a file slurm/site.sh (modules, NCCL variables, the variables below):
 #
-#   MEGADISTILL_PROJECT       the checkout, where the search of the job script is not enough
-#   MEGADISTILL_PYTHON        python of an environment with megadistill   (.venv/bin/python)
+#   MEGADISTILL_PROJECT       the checkout, or the folder that `megadistill recipes copy` filled, where
+#                             the search of the job script is not enough
+#   MEGADISTILL_PYTHON        python of an environment with megadistill (.venv/bin/python of that folder,
+#                             else the one whose `megadistill` is on the PATH)
 #   MEGADISTILL_SRUN_OPTIONS  more words for srun, e.g. --container-image=/images/train.sqsh
 #   SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS, ...   sbatch itself reads these
 
@@ -15,6 +17,9 @@ fi
 
 choose() { # default config, then the job script's arguments: [CONFIG] [key=value ...]
   python=${MEGADISTILL_PYTHON:-$project/.venv/bin/python}
+  if [[ -z ${MEGADISTILL_PYTHON:-} && ! -x $python ]] && found=$(command -v megadistill); then
+    python=$(dirname "$(realpath "$found")")/python  # it may be a link, e.g. of pipx
+  fi
   config=$project/$1 overrides=("${@:2}")
   if (($# > 1)) && [[ $2 != *=* ]]; then
     config=$2 overrides=("${@:3}")
@@ -25,7 +30,8 @@ choose() { # default config, then the job script's arguments: [CONFIG] [key=valu
     exit 2
   fi
   if ! command -v "$python" >/dev/null; then
-    echo "$0: found no $python; make it with tools/setup_env.sh, or set MEGADISTILL_PYTHON" >&2
+    echo "$0: found no $python and no megadistill on the PATH; make the one with tools/setup_env.sh," \
+      "activate an environment that has the other, or set MEGADISTILL_PYTHON" >&2
     exit 2
   fi
 }

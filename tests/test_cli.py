@@ -33,6 +33,9 @@ VERBS = (
     ["probe"],
     ["prepare-model"],
     ["convert"],
+    ["recipes"],
+    ["recipes", "list"],
+    ["recipes", "copy"],
 )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import submitit
 
+from megadistill import recipes
 from megadistill.config import RunConfig
 from megadistill.config.cluster import ClusterConfig
 from megadistill.launch.layout import describe, layout
@@ -23,7 +24,7 @@ from megadistill.launch.node_context import slurm_context
 from megadistill.launch.sbatch_options import python_words, sbatch_options, setup_lines, srun_words
 from megadistill.rundir import RunDir
 
-NO_ACCOUNTING = Path(__file__).parents[2] / "slurm" / "no_accounting"
+NO_ACCOUNTING = recipes.FOLDER / "slurm" / "no_accounting"
 """Holds the stand-in for sacct."""
 WAIT_POLL_S = 5.0
 SQUEUE_PATIENCE_S = 600.0
