@@ -1,14 +1,18 @@
 """Metrics of a run: one JSON line a step, and the same numbers to Weights & Biases."""
 
 import json
+import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megadistill.config.schema import LogConfig
 from megadistill.rundir import write_atomic
+
+log = logging.getLogger(__name__)
 
 
 class MetricWriter:
@@ -17,14 +21,16 @@ class MetricWriter:
     A resumed run first drops the lines it is about to repeat.
     """
 
-    def __init__(self, file: Path, log: LogConfig, name: str, steps_taken: int) -> None:
+    def __init__(self, file: Path, config: LogConfig, name: str, steps_taken: int) -> None:
+        """`WANDB_MODE` in the environment wins over `log.wandb`, as for every user of wandb."""
         self._file = file
         kept = [row for row in read_metrics(file) if row["step"] <= steps_taken and steps_taken]
         write_atomic(file, "".join(json.dumps(row) + "\n" for row in kept))
         self._wandb: Any = None  # wandb has no types
-        if log.wandb != "off":
+        if config.wandb != "off":
             run_id = wandb_id(file.parent / "state" / "wandb-id", anew=steps_taken == 0)
-            self._wandb = _start_wandb(log, name, run_id, file.parent)
+            with self._only_warned():
+                self._wandb = _start_wandb(config, name, run_id, file.parent)
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """One line for `step`; it is on disk when this returns."""
@@ -33,11 +39,23 @@ class MetricWriter:
             stream.flush()
             os.fsync(stream.fileno())
         if self._wandb is not None:
-            self._wandb.log(dict(values), step=step)
+            with self._only_warned():
+                # With a step metric of our own: what a resumed run repeats would be dropped as old.
+                self._wandb.log({"step": step, **values})
 
     def close(self) -> None:
         if self._wandb is not None:
-            self._wandb.finish()
+            with self._only_warned():
+                self._wandb.finish()
+
+    @contextmanager
+    def _only_warned(self) -> Iterator[None]:
+        """Whatever Weights & Biases stumbles over (no login, no network) does not end the run."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - its errors are of many kinds
+            self._wandb = None
+            log.warning("Weights & Biases is left out from here on: %s", error)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -63,16 +81,21 @@ def wandb_id(file: Path, *, anew: bool) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _start_wandb(log: LogConfig, name: str, run_id: str, directory: Path) -> Any:
+def _start_wandb(config: LogConfig, name: str, run_id: str, directory: Path) -> Any:
     import wandb  # noqa: PLC0415 - slow to import; only the writer of a logged run needs it
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    return wandb.init(
-        project=log.project,
+    online_or_not: Literal["online", "offline"] = (
+        "online" if config.wandb == "online" else "offline"
+    )
+    started = wandb.init(
+        project=config.project,
         name=name,
         id=run_id,
         resume="allow",
         dir=str(directory),
-        mode="online" if log.wandb == "online" else "offline",
+        mode=None if "WANDB_MODE" in os.environ else online_or_not,
         settings=wandb.Settings(console="off", x_disable_stats=True),
     )
+    started.define_metric("*", step_metric="step")
+    return started

@@ -27,13 +27,17 @@ from typing import Any
 
 import yaml
 
-from megadistill.config import RunConfig, dump_config, load_config
+from megadistill.config import RunConfig, dump_config, load_config, resolve_path
 
 WHOLE = "WHOLE"
 """Written last into a checkpoint, with size and CRC-32 of every file: without it, it is torn."""
 
-HARMLESS = ("cluster.", "log.", "checks.", "checkpoint.", "rollout.timeout_s", "rollout.start_")
-"""Settings that a resumed run may change: they do not touch what it computes."""
+MAY_CHANGE = (
+    *("cluster.", "log.", "checks.", "checkpoint.", "parallel.", "batch.micro_batch_tokens"),
+    *(f"rollout.{key}" for key in ("engines", "tp", "placement", "threads", "max_num_seqs")),
+    *(f"rollout.{key}" for key in ("memory_fraction", "kv_cache_gib", "timeout_s", "start_")),
+)
+"""Settings that a resumed run may change: where and how it computes, not what."""
 
 READ_BYTES = 16 << 20
 
@@ -51,36 +55,71 @@ class RunDir:
     def create(self, config: RunConfig) -> None:
         """Make the directories (mode 0700) and write the resolved configuration.
 
-        Raises `ValueError` when the directory belongs to a run with other settings; `HARMLESS`
-        ones may differ, and a run that is not done may get more steps at a constant rate.
+        Only whoever owns the run (`launch.heartbeats.sole_owner`) may call it. Settings of
+        `MAY_CHANGE` may differ from those of an earlier attempt, and at a constant learning rate
+        a run may get another number of steps that it has not reached yet, also when it was done
+        with fewer; what changed is a line of `state/events.jsonl`. Raises `ValueError` when the
+        directory belongs to a run with other settings.
         """
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name in ("control", "state", "checkpoints", "rollouts", "weights", "logs", "report"):
-            (self.path / name).mkdir(mode=0o700, exist_ok=True)
+        self.make_directories()
         text = dump_config(config)
+        changed: dict[str, str] = {}
         if self.config_file.exists():
             changed = changed_settings(dump_config(self.load_config()), text)
-            if config.optimizer.decay == "constant" and self._may_go_on(config.steps):
-                changed.pop("steps", None)
-            named = [
-                f"{key}: {change}"
-                for key, change in changed.items()
-                if not key.startswith(HARMLESS)
-            ]
-            if named:
+            if named := self._not_allowed(changed, config):
                 raise ValueError(
                     f"{self.path} holds a run with other settings ({', '.join(named[:5])}); "
                     "change `name` to start a new run, or delete that directory"
                 )
-        write_atomic(self.config_file, text)
+        if "steps" in changed and self.read_progress().get("done"):
+            self._take_up_again(config)
+        if changed:
+            self.note_event("settings changed", changed)
+        if changed or not self.config_file.exists():
+            write_atomic(self.config_file, text)
+
+    def make_directories(self) -> None:
+        """The run's directories, for nobody else's eyes."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("control", "state", "checkpoints", "rollouts", "weights", "logs", "report"):
+            (self.path / name).mkdir(mode=0o700, exist_ok=True)
 
     def load_config(self) -> RunConfig:
         return load_config(self.config_file)
 
-    def _may_go_on(self, steps: int) -> bool:
-        """Whether the run, by what it has done so far, can still end after this many steps."""
+    def has_done(self, config: RunConfig) -> bool:
+        """Whether the run is done and `config` asks nothing more of it."""
+        if not (self.read_progress().get("done") and self.config_file.exists()):
+            return False
+        changed = changed_settings(dump_config(self.load_config()), dump_config(config))
+        return "steps" not in changed and not self._not_allowed(changed, config)
+
+    def note_event(self, what: str, details: Mapping[str, Any]) -> None:
+        """A line in `state/events.jsonl`, for people."""
+        line = {"time": time.time(), "what": what, **details}
+        with (self.path / "state" / "events.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def _not_allowed(self, changed: Mapping[str, str], config: RunConfig) -> list[str]:
+        """The changes, as `key: old -> new`, that a run cannot take in the middle."""
+        named = [f"{k}: {change}" for k, change in changed.items() if not k.startswith(MAY_CHANGE)]
+        if "steps" not in changed:
+            return named
+        reached = self.read_progress().get("step", 0)
+        if config.optimizer.decay == "constant" and config.steps > reached:
+            named.remove(f"steps: {changed['steps']}")
+        return named
+
+    def _take_up_again(self, config: RunConfig) -> None:
+        """Make a finished run one that has steps to go; its student stays as that of a step."""
         progress = self.read_progress()
-        return not progress.get("done") and steps > progress.get("step", 0)
+        named = config.checkpoint.export_dir
+        export = Path(resolve_path(named)).absolute() if named else self.export
+        kept = self.step_export(progress["step"])
+        if export.exists() and not kept.exists():
+            self.exports.mkdir(mode=0o700, exist_ok=True)
+            shutil.move(export, kept)
+        self.write_progress(progress | {"steps": config.steps, "done": False})
 
     @property
     def config_file(self) -> Path:
@@ -173,11 +212,11 @@ class RunDir:
     def checkpoints(self) -> list[Path]:
         """The directories of all checkpoints, whole or torn, newest first."""
         found = (self.path / "checkpoints").glob("step-*")
-        return sorted(found, key=_step_of, reverse=True)
+        return sorted(found, key=step_of, reverse=True)
 
     def whole_checkpoints(self) -> list[tuple[int, Path]]:
         """(step, directory) of every checkpoint with all of its files, oldest first."""
-        return [(_step_of(path), path) for path in self.checkpoints()[::-1] if is_whole(path)]
+        return [(step_of(path), path) for path in self.checkpoints()[::-1] if is_whole(path)]
 
     @contextmanager
     def writing_checkpoint(self, step: int) -> Iterator[Path]:
@@ -197,7 +236,7 @@ class RunDir:
         kept = {directory for _, directory in whole[-keep:]}
         newest = whole[-1][0] if whole else -1
         for directory in self.checkpoints():
-            if directory not in kept and _step_of(directory) <= newest:
+            if directory not in kept and step_of(directory) <= newest:
                 shutil.rmtree(directory)
 
 
@@ -246,6 +285,11 @@ def is_whole(directory: Path) -> bool:
         return False
 
 
+def was_whole(directory: Path) -> bool:
+    """Whether a checkpoint was finished once, whatever has become of its files."""
+    return (directory / WHOLE).exists()
+
+
 def damaged_files(directory: Path) -> list[str]:
     """Files of a whole checkpoint whose content is not what was written; reads all of it."""
     expected: dict[str, str] = json.loads((directory / WHOLE).read_text())["crc32"]
@@ -263,7 +307,8 @@ def changed_settings(old_text: str, new_text: str) -> dict[str, str]:
     }
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The number of steps after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("step-"))
 
 

@@ -11,7 +11,7 @@ from megadistill.config import RunConfig
 from megadistill.convert.hf_files import resolve_model
 from megadistill.preflight import model_paths
 from megadistill.rollout.store import read_rollouts, write_rollouts
-from megadistill.rundir import RunDir, damaged_files, is_whole
+from megadistill.rundir import RunDir, damaged_files, is_whole, step_of, was_whole
 from megadistill.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -133,10 +133,23 @@ def fingerprint(path: str) -> str:
 
 
 def _newest(run: RunDir) -> Path | None:
-    """The newest checkpoint with nothing lost and nothing changed; says what is passed over."""
+    """The newest checkpoint with nothing lost and nothing changed; says what is passed over.
+
+    Raises `ValueError` when there is none left of those that were once whole: beginning anew would
+    throw away what the run has done.
+    """
+    lost = []
     for directory in run.checkpoints():
         damaged = damaged_files(directory) if is_whole(directory) else ["not finished"]
         if not damaged:
             return directory
-        log.warning("%s is torn or damaged and is passed over: %s", directory, ", ".join(damaged))
+        problem = f"{directory} is torn or damaged"
+        log.warning("%s and is passed over: %s", problem, ", ".join(damaged))
+        if was_whole(directory) or run.read_progress().get("step", 0) > step_of(directory):
+            lost.append(f"{problem}: {', '.join(damaged)}")
+    if lost and not run.load_config().checkpoint.start_over:
+        raise ValueError(
+            "\n  ".join(["found no checkpoint to go on from:", *lost])
+            + "\n  restore one of them, or begin at step 0 with checkpoint.start_over=true"
+        )
     return None

@@ -56,8 +56,9 @@ run_nodes() { # as choose
   fi
   # One node process a node. It starts the trainers and engines itself, so it is bound to no core;
   # when one node fails or ends, the others do not go on without it.
+  # A site's SBATCH_EXPORT=NONE or a user's SRUN_* must not keep the environment from the tasks.
   local command=(srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=120 --cpu-bind=none
-    --input=none ${options[@]+"${options[@]}"} "${start[@]}" "$python" -u
+    --input=none --export=ALL ${options[@]+"${options[@]}"} "${start[@]}" "$python" -u
     -m megadistill node "$config" ${overrides[@]+"${overrides[@]}"})
   [[ ${MEGADISTILL_SRUN_OPTIONS:-} == *--container* ]] || exec "${command[@]}"
   run_in_container "${command[@]}"

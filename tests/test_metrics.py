@@ -109,6 +109,27 @@ def test_a_resume_that_fails_leaves_the_metrics_whole(
     assert steps_in(file) == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_run_goes_on_where_weights_and_biases_lets_nobody_in(file: Path) -> None:
+    code = (
+        "import sys, pathlib, logging\n"
+        "logging.basicConfig(format='%(message)s')\n"
+        "from megadistill.config.schema import LogConfig\n"
+        "from megadistill.metrics import MetricWriter\n"
+        "file = pathlib.Path(sys.argv[1])\n"
+        "writer = MetricWriter(file, LogConfig(wandb='online', project='p'), 'tiny', 0)\n"
+        "writer.write(1, {'branch': 'general', 'loss': 0.25})\n"
+        "writer.close()\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    environment |= {"HOME": str(file.parent), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Weights & Biases is left out from here on:" in done.stderr
+    assert steps_in(file) == [1]
+
+
 def test_offline_runs_are_recorded_for_a_later_upload(file: Path) -> None:
     """In a process of its own: wandb starts a service and hooks into the interpreter's exit."""
     code = (

@@ -1,5 +1,6 @@
 """The run directory: nothing is ever half written, nothing torn is taken for whole."""
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -91,16 +92,46 @@ def test_added_and_removed_settings_are_named() -> None:
         {"rollout": {"max_tokens": 16, "timeout_s": 9, "start_timeout_s": 9}},
         {"checkpoint": {"every": 3}},
         {"steps": 9},
+        {"parallel": {"tp": 2, "pp": 2, "threads": 3}},
+        {"rollout": {"max_tokens": 16, "engines": 3, "placement": "split", "memory_fraction": 0.5}},
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_run_resumes_under_settings_that_do_not_touch_its_numbers(
+def test_a_run_resumes_under_settings_that_do_not_touch_what_it_computes(
     run: RunDir, change: Tree
 ) -> None:
     run.write_progress({"step": 3, "done": False})
     config = make_config(camopd_tree() | change)
     run.create(config)
     assert run.load_config() == config
+    (event,) = [json.loads(line) for line in (run.path / "state/events.jsonl").open()]
+    assert event["what"] == "settings changed"
+    assert any(key.startswith(next(iter(change))) for key in event)
+
+
+def test_a_finished_run_takes_more_steps_and_keeps_the_student_it_had(run: RunDir) -> None:
+    run.export.mkdir()
+    (run.export / "model.safetensors").write_text("weights")
+    run.write_progress({"step": 4, "steps": 4, "done": True})
+    assert run.has_done(make_config())
+    longer = make_config(camopd_tree(steps=9))
+    assert not run.has_done(longer)
+    run.create(longer)
+    assert run.read_progress() | {"updated": 0} == {
+        "step": 4,
+        "steps": 9,
+        "done": False,
+        "updated": 0,
+    }
+    assert not run.export.exists()
+    assert (run.step_export(4) / "model.safetensors").read_text() == "weights"
+    assert not run.has_done(longer)
+
+
+def test_a_finished_run_is_not_done_for_other_settings(run: RunDir) -> None:
+    run.write_progress({"step": 4, "steps": 4, "done": True})
+    assert run.has_done(make_config(camopd_tree(log={"wandb": "online"})))
+    assert not run.has_done(make_config(camopd_tree(seed=7)))
 
 
 def test_a_run_of_an_older_version_resumes_with_the_defaults_of_newer_settings(
@@ -118,8 +149,8 @@ def test_a_run_of_an_older_version_resumes_with_the_defaults_of_newer_settings(
     ("progress", "change"),
     [
         ({"step": 3, "done": False}, {"steps": 3}),  # already there
-        ({"step": 4, "done": True}, {"steps": 9}),  # already exported
         ({"step": 1, "done": False}, {"steps": 9, "optimizer": {"decay": "cosine"}}),
+        ({"step": 4, "done": True}, {"steps": 9, "optimizer": {"decay": "linear"}}),
     ],
 )
 def test_more_steps_are_refused_where_they_would_change_the_run(

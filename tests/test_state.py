@@ -131,9 +131,28 @@ def test_a_checkpoint_with_other_content_of_the_same_size_is_passed_over(
     assert "step-000003 is torn or damaged and is passed over: rank-0.txt" in caplog.text
 
 
-def test_without_a_whole_checkpoint_a_run_starts_anew(run: RunDir, config: RunConfig) -> None:
+def test_a_run_killed_while_it_first_saves_starts_anew(run: RunDir, config: RunConfig) -> None:
     train_to(run, config, steps=1)
-    (run.checkpoint(1) / "rank-0.txt").write_text("")
+    run.write_progress({"step": 1})  # logged before the checkpoint that a kill left unfinished
+    (run.checkpoint(1) / WHOLE).unlink()
+    assert restore(run, FakeEngine(), config).step == 0
+
+
+@pytest.mark.parametrize("damage", ["content", "mark"])
+def test_with_every_checkpoint_damaged_a_run_is_refused_unless_told_to_start_over(
+    run: RunDir, config: RunConfig, damage: str
+) -> None:
+    train_to(run, config, steps=3)
+    run.write_progress({"step": 4})
+    for directory in run.checkpoints():
+        (directory / (WHOLE if damage == "mark" else "rank-0.txt")).unlink()
+    with pytest.raises(ValueError, match="found no checkpoint to go on from") as caught:
+        restore(run, FakeEngine(), config)
+    assert "step-000002 is torn or damaged: not finished" in str(caught.value)
+    assert "step-000003 is torn or damaged: not finished" in str(caught.value)
+    assert "checkpoint.start_over=true" in str(caught.value)
+    text = run.config_file.read_text()
+    run.config_file.write_text(text.replace("start_over: false", "start_over: true"))
     assert restore(run, FakeEngine(), config).step == 0
 
 

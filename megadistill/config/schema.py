@@ -250,6 +250,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: PositiveInt = 2
     """Whole checkpoints kept; older ones are deleted."""
+    start_over: bool = False
+    """Begin at step 0 when every checkpoint is damaged, instead of refusing."""
     export: bool = True
     """Write the final student in Hugging Face format."""
     export_dir: str | None = None

@@ -42,8 +42,9 @@ from megadistill.launch.fanout import (
     run_fanout,
     submit_fanout,
 )
-from megadistill.launch.heartbeats import read_json
+from megadistill.launch.heartbeats import create_run, read_json
 from megadistill.launch.node import open_run
+from megadistill.launch.node_context import ask_slurm
 from megadistill.launch.shards import Shard, command_shard, content_hash, fingerprint, say
 from megadistill.launch.slurm import live_jobs, submit_gang
 from megadistill.rundir import RunDir, write_atomic
@@ -171,7 +172,7 @@ class Stage:
                 f"stages.{self.name}: {run.path} holds a run that was made from other inputs; "
                 "change its `name`, or delete that directory"
             )
-        run.create(config)
+        create_run(run, config)
         write_atomic(self.folder / "submitted.json", json.dumps({"digest": self.digest}))
         return run
 
@@ -375,7 +376,7 @@ class Campaign:
         stages = reversed(self.stages.values())
         jobs = [job for stage in stages for job in read_jobs(stage.folder) if job in live]
         if jobs:
-            subprocess.run(["scancel", *jobs], check=True, timeout=60)
+            ask_slurm(["scancel", *jobs])
         return jobs
 
 

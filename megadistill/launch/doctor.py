@@ -17,7 +17,7 @@ from rich.text import Text
 
 from megadistill.config.cluster import ClusterConfig
 from megadistill.launch.node_checks import ProbeTask, probe_node
-from megadistill.launch.node_context import local_context
+from megadistill.launch.node_context import ask_slurm, local_context
 from megadistill.launch.slurm import batch_executor, submit_task, wait_for
 
 Verdict = Literal["pass", "warn", "fail"]
@@ -77,7 +77,7 @@ def examine(cluster: ClusterConfig, shared: Path) -> Iterator[Finding]:
 def ask(command: list[str]) -> str | None:
     """A command's output, or None when it failed."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        done = ask_slurm(command)
     except (FileNotFoundError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
         return None
     return done.stdout

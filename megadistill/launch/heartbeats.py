@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megadistill.config import RunConfig, dump_config
 from megadistill.launch.node_context import NodeContext, rendezvous_port
 from megadistill.launch.roles import Launch
 from megadistill.rundir import RunDir, write_atomic
@@ -146,10 +147,8 @@ def attempt_directory(run: RunDir, attempt: int) -> Path:
 
 def begin_launch(run: RunDir, context: NodeContext) -> Launch:
     """Node 0: begin an attempt and tell the other nodes."""
-    for old in (run.path / "control").glob("attempt-*"):
-        keep_outcome(run, Heartbeats(directory=old, node=0))
-        shutil.rmtree(old)
     attempt = run.begin_attempt()
+    keep_outcomes(run, attempt)
     attempt_directory(run, attempt).mkdir(mode=0o700)
     launch = Launch(
         launch_id=context.launch_id,
@@ -159,6 +158,25 @@ def begin_launch(run: RunDir, context: NodeContext) -> Launch:
     )
     write_atomic(launch_file(run), json.dumps(asdict(launch)))
     return launch
+
+
+def keep_outcomes(run: RunDir, attempt: int) -> None:
+    """Note how earlier attempts ended, and delete their files but those of the newest.
+
+    A node of that one may still be about to read its outcome.
+    """
+    file = run.path / "state" / ATTEMPTS
+    noted = (
+        {json.loads(line)["attempt"] for line in file.read_text().splitlines()}
+        if file.exists()
+        else set()
+    )
+    for old in (run.path / "control").glob("attempt-*"):
+        number = int(old.name.removeprefix("attempt-"))
+        if number not in noted:
+            keep_outcome(run, Heartbeats(directory=old, node=0))
+        if number < attempt - 1:
+            shutil.rmtree(old)
 
 
 def keep_outcome(run: RunDir, heartbeats: Heartbeats) -> None:
@@ -200,12 +218,21 @@ def launch_file(run: RunDir) -> Path:
     return run.path / "control" / "launch.json"
 
 
+def create_run(run: RunDir, config: RunConfig) -> None:
+    """Create a run that is submitted, or change its settings, unless somebody is at work on it."""
+    if run.config_file.exists() and run.config_file.read_text() == dump_config(config):
+        return
+    with sole_owner(run, wait_s=0.0):
+        run.create(config)
+
+
 @contextmanager
 def sole_owner(run: RunDir, wait_s: float) -> Iterator[None]:
     """Node 0: hold the run's lock, so that two jobs cannot work on one run directory.
 
     The kernel drops it with the process; a predecessor that is just dying is waited for.
     """
+    run.make_directories()
     with (run.path / "control" / "lock").open("w") as lock:
         deadline = time.monotonic() + wait_s
         while not try_lock(lock.fileno()):

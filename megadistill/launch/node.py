@@ -8,7 +8,6 @@ others take it. Whoever falls silent is given up after a bounded time, so nothin
 import errno
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,7 @@ from megadistill.launch.heartbeats import (
 )
 from megadistill.launch.layout import Layout, NodePlan, describe, layout
 from megadistill.launch.node_context import NodeContext, local_context, requeue, slurm_context
-from megadistill.launch.processes import Exit, LogFollower, Processes
+from megadistill.launch.processes import Exit, LogFollower, Processes, show
 from megadistill.launch.roles import Launch, RoleCommand, role_command, role_environment
 from megadistill.launch.supervisor import Follower, Leader, Supervisor, Timeouts
 from megadistill.rundir import RunDir
@@ -45,6 +44,7 @@ EXPORTS_WAIT_S = 60.0
 STOP_SIGNALS = {
     signal.SIGUSR1: "SIGUSR1, Slurm's warning of the time limit or of preemption",
     signal.SIGTERM: "SIGTERM",
+    signal.SIGHUP: "SIGHUP, the terminal is gone",
     signal.SIGINT: "Ctrl-C",
 }
 
@@ -66,6 +66,8 @@ def run_node(
     """
     timeouts = timeouts or Timeouts()
     config, run = open_run(source, overrides)
+    if run.has_done(config):
+        return answer_done(run, context)
     plan = layout(
         config, context.num_nodes, gpus_per_node(config), second_component=context.second_component
     )
@@ -73,8 +75,8 @@ def run_node(
         stop = stack.enter_context(stop_requests())
         if context.node == 0:
             check_restarts(config, context)
-            run.create(config)
             stack.enter_context(sole_owner(run, timeouts.lock_s))
+            run.create(config)
             launch = begin_launch(run, context)
         else:
             launch = await_launch(run, context, timeouts.start_s)
@@ -88,6 +90,15 @@ def run_node(
             stop=stop,
         )
         return node.work(command)
+
+
+def answer_done(run: RunDir, context: NodeContext) -> int:
+    """Say that the run is done; see that the work on its exports is submitted."""
+    if context.node == 0:
+        export_watch(run).finish(EXPORTS_WAIT_S)
+        progress = run.read_progress()
+        show(f"[node 0] {run.path}: done, step {progress['step']} of {progress['steps']}\n")
+    return DONE
 
 
 def run_here(source: str | Path, overrides: Sequence[str] = ()) -> int:
@@ -145,7 +156,11 @@ def stop_requests() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.reason = request.reason or STOP_SIGNALS[signal.Signals(number)]
 
-    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    # Under nohup SIGHUP is ignored, and stays so.
+    heeded = [
+        n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN
+    ]
+    previous = {number: signal.signal(number, note) for number in heeded}
     try:
         yield request
     finally:
@@ -328,5 +343,4 @@ class Node:
             self.follower.copy()
 
     def say(self, text: str) -> None:
-        sys.stdout.write(f"[node {self.context.node}] {text}\n")
-        sys.stdout.flush()
+        show(f"[node {self.context.node}] {text}\n")

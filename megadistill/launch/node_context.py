@@ -5,11 +5,20 @@ import secrets
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 LOCALHOST = "127.0.0.1"
+OUTPUT_SETTINGS = (
+    "SQUEUE_",
+    "SACCT_",
+    "SINFO_",
+    "SCONTROL_",
+    "SLURM_TIME_FORMAT",
+    "SLURM_CLUSTERS",
+)
+"""Beginnings of variables by which a user sets what Slurm's commands print by default."""
 FIRST_PORT, NUM_PORTS = 20000, 10000
 """Rendezvous ports are taken from this range, below the kernel's ephemeral ones."""
 
@@ -108,9 +117,32 @@ def expand_hosts(node_list: str) -> tuple[str, ...]:
     """
     if shutil.which("scontrol") is None and node_list == os.environ.get("SLURM_JOB_NODELIST"):
         return tuple(os.environ["MEGADISTILL_HOSTS"].split(","))
-    command = ["scontrol", "show", "hostnames", node_list]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    return tuple(answer.stdout.split())
+    return tuple(ask_slurm(["scontrol", "show", "hostnames", node_list]).stdout.split())
+
+
+def slurm_environment() -> dict[str, str]:
+    """This process's environment without what would change what Slurm's commands print.
+
+    A user's SQUEUE_FORMAT or SQUEUE_STATES would hide jobs from us.
+    """
+    return {k: v for k, v in os.environ.items() if not k.startswith(OUTPUT_SETTINGS)}
+
+
+def ask_slurm(
+    command: Sequence[str], *, check: bool = True, timeout_s: float = 60.0
+) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands and keep what it says.
+
+    Raises `FileNotFoundError` or a `subprocess.SubprocessError`.
+    """
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=timeout_s,
+        env=slurm_environment(),
+    )
 
 
 def own_job(environment: Mapping[str, str]) -> str:
@@ -132,8 +164,7 @@ def requeue(job_id: str) -> str | None:
         return ask_job_script()
     if is_cancelled(job_id):
         return "it was cancelled"
-    command = ["scontrol", "requeue", job_id]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    answer = ask_slurm(["scontrol", "requeue", job_id], check=False)
     return None if answer.returncode == 0 else answer.stderr.strip()
 
 
@@ -143,7 +174,7 @@ def is_cancelled(job_id: str) -> bool:
     While it does, the state reads COMPLETING, whatever the reason.
     """
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T %L"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    answer = ask_slurm(command, check=False)
     state, _, time_left = answer.stdout.strip().partition(" ")
     at_limit = time_left.startswith(("0:", "INVALID"))
     return state == "CANCELLED" or (state == "COMPLETING" and not at_limit)

@@ -5,6 +5,7 @@ roles. They start with SIGUSR1 and SIGTERM blocked; the node process decides, an
 SIGINT, then SIGKILL. Each role leads a session of its own, so its children end with it.
 """
 
+import errno
 import os
 import queue
 import signal
@@ -148,6 +149,16 @@ def kill_group(pid: int, number: signal.Signals) -> None:
         return
 
 
+def show(text: str) -> None:
+    """Write to this process's output, which may be a terminal that is gone."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EPIPE):
+            raise
+
+
 @dataclass(slots=True)
 class LogFollower:
     """Copies what is added to a log file to this process's own output."""
@@ -161,5 +172,4 @@ class LogFollower:
             fresh = stream.read()
         if fresh:
             self._position += len(fresh)
-            sys.stdout.write(fresh.decode(errors="replace"))
-            sys.stdout.flush()
+            show(fresh.decode(errors="replace"))

@@ -18,14 +18,19 @@ import submitit
 from megadistill import recipes
 from megadistill.config import RunConfig
 from megadistill.config.cluster import ClusterConfig
+from megadistill.launch.heartbeats import create_run
 from megadistill.launch.layout import describe, layout
 from megadistill.launch.node import DONE, STOPPED, gpus_per_node, open_run, run_node
-from megadistill.launch.node_context import slurm_context
+from megadistill.launch.node_context import OUTPUT_SETTINGS, ask_slurm, slurm_context
 from megadistill.launch.sbatch_options import python_words, sbatch_options, setup_lines, srun_words
 from megadistill.rundir import RunDir
 
 NO_ACCOUNTING = recipes.FOLDER / "slurm" / "no_accounting"
 """Holds the stand-in for sacct."""
+NOT_A_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "MEGADISTILL_LAUNCH", "CUDA_VISIBLE")
+"""Beginnings of variables that a job must not inherit from where it is submitted."""
+SBATCH_CHOICES = ("SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_RESERVATION")
+"""By these a user chooses for all jobs where they run and who pays; they win over `cluster`."""
 WAIT_POLL_S = 5.0
 SQUEUE_PATIENCE_S = 600.0
 """A controller may be restarting; after that long without an answer it is an error."""
@@ -98,7 +103,7 @@ def submit_gang(
     Raises `ValueError` for a layout that cannot be, or a run directory of another run.
     """
     layout(config, config.cluster.nodes, gpus_per_node(config))
-    run.create(config)
+    create_run(run, config)
     executor = gang_executor(name or config.name, config.cluster, run, after=after)
     return submit_task(executor, NodeTask(run_dir=run.path))
 
@@ -167,15 +172,17 @@ def submit_task(executor: GangExecutor, task: Callable[[], int]) -> "submitit.Jo
 
 @contextmanager
 def job_environment() -> Iterator[None]:
-    """What a new job shall see of this process's environment: nothing of the job it runs in.
+    """What sbatch, and with it a new job, shall see of this process's environment.
 
-    sbatch hands the whole environment on, and a SLURM_CPUS_PER_TASK of this job would bind that one.
+    Nothing of the job it runs in: sbatch hands the whole environment on, and a SLURM_CPUS_PER_TASK
+    of this job would bind that one. And nothing that would win over the job script (SBATCH_TIMELIMIT,
+    SBATCH_ARRAY_INX, SBATCH_EXPORT=NONE ...), but for `SBATCH_CHOICES`.
     """
     own = {
         name: os.environ.pop(name)
         for name in list(os.environ)
-        if name.startswith(("SLURM_", "SLURMD_", "SRUN_", "MEGADISTILL_LAUNCH", "CUDA_VISIBLE"))
-        and name != "SLURM_CONF"
+        if name.startswith((*NOT_A_JOBS, *OUTPUT_SETTINGS))
+        and name not in ("SLURM_CONF", *SBATCH_CHOICES)
     }
     try:
         yield
@@ -222,7 +229,7 @@ def live_jobs(patience_s: float = SQUEUE_PATIENCE_S) -> dict[str, str]:
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            answer = ask_slurm(command)
             break
         except FileNotFoundError:
             raise ValueError("squeue: no such program, expected a machine of the cluster") from None
@@ -246,6 +253,6 @@ def make_sacct_usable() -> None:
     """Where accounting is off, put our stand-in for sacct first on PATH; submitit calls it."""
     command = ["sacct", "--noheader", "--parsable2", "--format=JobID", "--jobs=1"]
     try:
-        subprocess.run(command, capture_output=True, check=True, timeout=60)
+        ask_slurm(command)
     except (FileNotFoundError, subprocess.CalledProcessError):
         os.environ["PATH"] = f"{NO_ACCOUNTING}{os.pathsep}{os.environ['PATH']}"

@@ -1,7 +1,9 @@
 """This process's place among all trainer processes: ranks, groups, device."""
 
+import ipaddress
 import os
 import resource
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -120,11 +122,40 @@ def pick_device(wanted: str, gpus_per_node: int) -> torch.device:
 def _open(device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = _rendezvous(rank, size, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         # Alone: a store in memory needs no port that another process could hold.
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def _rendezvous(rank: int, size: int, timeout: timedelta) -> dist.TCPStore:  # type: ignore[name-defined]
+    """The store where the ranks meet; rank 0 keeps it and listens on MASTER_ADDR alone.
+
+    torch's own listens on every address, and asks nobody who they are. Where MASTER_ADDR is a
+    loopback address to its own node, as some sites' /etc/hosts have it, other nodes could not
+    reach it, so that it listens on all as torch's does.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+    if one_node:  # gloo's and NCCL's own listeners, too
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    listener = None
+    if rank == 0:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+        if one_node or not ipaddress.ip_address(address).is_loopback:
+            family = socket.AF_INET6 if ":" in str(address) else socket.AF_INET
+            listener = socket.create_server((str(address), port), family=family, backlog=size + 16)
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host,
+        port,
+        size,
+        is_master=rank == 0,
+        timeout=timeout,
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
 
 
 def _check_size(parallel: ParallelConfig, size: int) -> None:

@@ -17,6 +17,7 @@ from megadistill.launch.failures import FAILURES
 from megadistill.launch.heartbeats import ATTEMPTS
 from megadistill.launch.layout import Layout, layout
 from megadistill.launch.node import gpus_per_node
+from megadistill.launch.node_context import ask_slurm
 from megadistill.launch.shards import ShardFolder
 from megadistill.rundir import RunDir
 
@@ -202,9 +203,7 @@ def queue_state(run: RunDir) -> str:
         return ""
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T (%r)"]
     try:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=SQUEUE_TIMEOUT_S
-        )
+        answer = ask_slurm(command, check=False, timeout_s=SQUEUE_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):  # no Slurm here, or one that is busy
         return ""
     lines = answer.stdout.splitlines()

@@ -166,8 +166,14 @@ def test_the_other_nodes_find_the_launch_of_node_0_and_no_older_one(run: RunDir)
     launch = begin_launch(run, context(0))
     assert await_launch(run, context(1), timeout_s=0.2) == launch
     assert (old.attempt, launch.attempt, launch.master_addr) == (0, 1, "alpha")
-    assert [path.name for path in run.path.glob("control/attempt-*")] == ["attempt-1"]
-    assert json.loads(launch_file(run).read_text())["launch_id"] == "now"
+    # A node of the attempt before may still be about to read how it ended.
+    assert (run.path / "control" / "attempt-0").is_dir()
+    begin_launch(run, context(0, "after"))
+    left = sorted(path.name for path in run.path.glob("control/attempt-*"))
+    assert left == ["attempt-1", "attempt-2"]
+    noted = [json.loads(line) for line in (run.path / "state/attempts.jsonl").open()]
+    assert [line["attempt"] for line in noted] == [0, 1]
+    assert json.loads(launch_file(run).read_text())["launch_id"] == "after"
 
 
 def test_a_run_has_one_owner_at_a_time(run: RunDir) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from megadistill.config import load_config
+from megadistill.launch.heartbeats import create_run
 from megadistill.rundir import RunDir
 from tests.launch.configs import write_config
 
@@ -165,7 +167,7 @@ def test_trainers_that_leave_before_the_end_are_a_failure(job: Job) -> None:
     assert "ended with exit code 0 at step 0 of ?, expected the run to be done" in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_has_the_run_saved_and_is_no_failure(job: Job, number: signal.Signals) -> None:
     job.configure()
     job.play("trainer-0", "work 1000")
@@ -276,3 +278,55 @@ def test_two_jobs_cannot_work_on_one_run(job: Job) -> None:
     assert code == 1
     assert "at work on this run, expected none" in output
     assert job.nodes[0].poll() is None
+
+
+def test_a_start_that_is_refused_leaves_the_run_as_it_is(job: Job) -> None:
+    job.configure()
+    job.play("trainer-0", "work 1000")
+    job.start()
+    job.seen("trainer-0")
+    before = job.run.config_file.read_text()
+    job.configure(steps=99999)
+    job.start()
+    code, output = job.finish(1)
+    assert code == 1
+    assert "at work on this run, expected none" in output
+    with pytest.raises(ValueError, match="at work on this run, expected none"):
+        create_run(job.run, load_config(job.config))
+    assert job.run.config_file.read_text() == before
+
+
+def test_a_run_that_is_done_answers_at_once_and_goes_on_when_it_gets_more_steps(job: Job) -> None:
+    job.configure(steps=2)
+    job.play("trainer-0", "work 2")
+    job.start()
+    assert job.finish()[0] == 0
+    job.start()
+    code, output = job.finish(1)
+    assert (code, output) == (0, f"[node 0] {job.run.path}: done, step 2 of 2\n")
+    assert not (job.run.path / "logs" / "seen-trainer-0.1.json").exists()
+    job.play("trainer-0", "work 4")
+    job.configure(steps=4)
+    job.start()
+    code, output = job.finish(2)
+    assert code == 0, output
+    assert job.run.read_progress()["step"] == 4
+
+
+def test_a_gone_terminal_does_not_keep_a_run_from_being_saved(job: Job) -> None:
+    job.configure()
+    job.play("trainer-0", "work 1000")
+    terminal, other_end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.launch.fake_node", str(job.config)],
+        stdout=other_end,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    os.close(other_end)
+    wait_until(lambda: job.run.read_progress().get("step", 0) >= 2)
+    os.close(terminal)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(PATIENCE_S) == 75
+    assert "SIGHUP" in job.run.stop_file.read_text()

@@ -103,6 +103,43 @@ def make_command(directory: Path, name: str, body: str) -> None:
     (directory / name).chmod(0o755)
 
 
+def test_a_users_output_settings_hide_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_command(tmp_path, "squeue", 'env >"$0.env"; echo "41 41 PENDING"')
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SQUEUE_FORMAT", "%i")
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    assert slurm.live_jobs() == {"41": "PENDING"}
+    seen = (tmp_path / "squeue.env").read_text()
+    assert "SQUEUE" not in seen
+    assert "SLURM_CONF=/etc/slurm.conf" in seen
+
+
+def test_a_job_inherits_no_word_that_would_win_over_its_script(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SBATCH_", "SLURM_", "SQUEUE_")):
+            monkeypatch.delenv(name)
+    hostile = {
+        "SBATCH_EXPORT": "NONE",
+        "SBATCH_TIMELIMIT": "1",
+        "SBATCH_ARRAY_INX": "0-3",
+        "SBATCH_NO_REQUEUE": "1",
+        "SRUN_CPUS_PER_TASK": "9",
+        "SQUEUE_FORMAT": "%i",
+    }
+    chosen = {"SBATCH_ACCOUNT": "me", "SBATCH_PARTITION": "short", "SLURM_CONF": "/slurm.conf"}
+    for name, value in {**hostile, **chosen}.items():
+        monkeypatch.setenv(name, value)
+    with slurm.job_environment():
+        left = {k: v for k, v in os.environ.items() if k.startswith(("SBATCH_", "SLURM_", "S"))}
+        assert {k: v for k, v in left.items() if k in {**hostile, **chosen}} == chosen
+    assert all(os.environ[name] == value for name, value in hostile.items())
+
+
 def test_the_stand_in_for_sacct_is_used_only_where_sacct_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
