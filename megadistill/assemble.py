@@ -11,7 +11,6 @@ from megadistill.algorithms import Algorithm, Sft, make_algorithm
 from megadistill.algorithms.raft import TEACHER_WORDS
 from megadistill.collect import AnswerCollector, Collector, OnPolicyCollector, Sampler
 from megadistill.config import ConfigError, RunConfig, resolve_path
-from megadistill.config.algorithm import RaftConfig, SftConfig
 from megadistill.convert.families import read_spec
 from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import PromptPool, make_pools
@@ -66,9 +65,8 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
         if ahead := restore_ahead(run, state):
             parts.sampler.restore_pending(state.step, ahead)
     if isinstance(algorithm, Sft):
-        assert isinstance(config.algorithm, SftConfig)
-        pool = pools[config.algorithm.pool]
-        parts.collector = AnswerCollector(algorithm, pool, tokenizer, state.cursors)
+        (pool,) = config.algorithm.pools.values()
+        parts.collector = AnswerCollector(algorithm, pools[pool], tokenizer, state.cursors)
     else:
         if state.step == 0:
             startup.check_equal_start(config, algorithm.branches["domain"], pools, engine.score)
@@ -111,20 +109,21 @@ def longest_answered(config: RunConfig) -> int | None:
     around them, and a response. Raises `ConfigError` when responses leave no room for that.
     """
     algorithm = config.algorithm
-    if not isinstance(algorithm, SftConfig | RaftConfig):
+    if algorithm.longest_answered is None:
         return None
-    longest = min(algorithm.max_tokens, _context(config.student.path))
-    if isinstance(algorithm, SftConfig) or algorithm.context == "none":
+    longest = min(algorithm.longest_answered, _context(config.student.path))
+    if not algorithm.answers_in_context:
         return longest
     assert config.rollout is not None
-    context = _context(config.teachers[algorithm.teacher].path)
+    (teacher,) = algorithm.teachers.values()
+    context = _context(config.teachers[teacher].path)
     room = context - config.rollout.max_tokens - TEACHER_WORDS
     if room <= 0:
         raise ConfigError(
             f"rollout.max_tokens: found {config.rollout.max_tokens}, which leaves no room for prompt "
-            f"and answer in the context of teachers.{algorithm.teacher}, {context}"
+            f"and answer in the context of teachers.{teacher}, {context}"
         )
-    return min(longest, room // 2 if algorithm.context == "other" else room)
+    return min(longest, room // algorithm.answers_in_context)
 
 
 def _context(path: str) -> int:

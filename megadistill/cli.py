@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 
 import megadistill
 from megadistill import recipes, takes
-from megadistill.config import RunConfig, config_schema
+from megadistill.config import (
+    KINDS,
+    EvaluateConfig,
+    PrepareConfig,
+    RefineConfig,
+    RunConfig,
+    dump,
+    kind_of,
+    load,
+)
 
 if TYPE_CHECKING:
     from megadistill.launch.campaign import Campaign
@@ -115,19 +124,17 @@ def campaign(arguments: argparse.Namespace) -> int:
 
 def refine(arguments: argparse.Namespace) -> int:
     """RAFT's stage 1: rewrite, filter and fuse a set of answers; again, it runs what is not done."""
-    from megadistill.config.refine import load_refine
     from megadistill.refine.pipeline import run_refinement
 
-    print(run_refinement(load_refine(arguments.config, arguments.overrides)))
+    print(run_refinement(load(RefineConfig, arguments.config, arguments.overrides)))
     return 0
 
 
 def prepare(arguments: argparse.Namespace) -> int:
     """Make training sets from published data sets; --download-only where there is network."""
-    from megadistill.config.prepare import load_prepare
     from megadistill.prepare.pipeline import run_preparation
 
-    config = load_prepare(arguments.config, arguments.overrides)
+    config = load(PrepareConfig, arguments.config, arguments.overrides)
     print(run_preparation(config, download_only=arguments.download_only))
     return 0
 
@@ -140,11 +147,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
         systems = parse_systems(arguments.words)
         print(write_tables(systems, Path(arguments.output), arguments.confidence))
         return 0
-    from megadistill.config.evaluate import load_evaluate
     from megadistill.evaluate.pipeline import run_evaluation
 
     config, *overrides = arguments.words
-    print(run_evaluation(load_evaluate(config, overrides)))
+    print(run_evaluation(load(EvaluateConfig, config, overrides)))
     return 0
 
 
@@ -200,9 +206,8 @@ def _check_on_export(config: RunConfig) -> None:
 
 def config_show(arguments: argparse.Namespace) -> int:
     """The resolved configuration."""
-    from megadistill.configfiles import resolved
-
-    print(resolved(arguments.config, arguments.overrides), end="")
+    kind = KINDS[kind_of(arguments.config)]
+    print(dump(load(kind, arguments.config, arguments.overrides)), end="")
     return 0
 
 
@@ -220,7 +225,7 @@ def config_check(arguments: argparse.Namespace) -> int:
 
 def config_print_schema(arguments: argparse.Namespace) -> int:
     """The JSON schema, for editors."""
-    print(json.dumps(config_schema(), indent=2))
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
     return 0
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from megadistill.config import RunConfig, resolve_path
-from megadistill.config.algorithm import RaftConfig, SftConfig
 from megadistill.config.schema import DatasetSource, FileSource
 from megadistill.convert.families import ModelSpec, read_spec
 from megadistill.data.files import SUFFIXES, resolve_dataset
@@ -51,14 +50,9 @@ def model_paths(config: RunConfig) -> dict[str, str]:
 
 def used_pools(config: RunConfig) -> list[str]:
     """Pools that the algorithm or a held-out measurement reads."""
-    algorithm = config.algorithm
-    if isinstance(algorithm, SftConfig | RaftConfig):
-        trained = {algorithm.pool}
-    else:
-        trained = {algorithm.general.pool, algorithm.domain.pool}
-    evaluate = config.evaluate
-    trained |= {chosen.pool for chosen in evaluate.heldout.values()}
-    return sorted(trained | {chosen.pool for chosen in evaluate.answers.values()})
+    used = set(config.algorithm.pools.values())
+    used |= {chosen.pool for chosen in config.evaluate.heldout.values()}
+    return sorted(used | {chosen.pool for chosen in config.evaluate.answers.values()})
 
 
 def _model_directory(path: str) -> Path:

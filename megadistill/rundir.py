@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from megadistill.config import RunConfig, dump_config, load_config, resolve_path
+from megadistill.config import RunConfig, dump, load, resolve_path
 
 WHOLE = "WHOLE"
 """Written last into a checkpoint, with size and CRC-32 of every file: without it, it is torn."""
@@ -62,10 +62,10 @@ class RunDir:
         directory belongs to a run with other settings.
         """
         self.make_directories()
-        text = dump_config(config)
+        text = dump(config)
         changed: dict[str, str] = {}
         if self.config_file.exists():
-            changed = changed_settings(dump_config(self.load_config()), text)
+            changed = changed_settings(dump(self.load_config()), text)
             if named := self._not_allowed(changed, config):
                 raise ValueError(
                     f"{self.path} holds a run with other settings ({', '.join(named[:5])}); "
@@ -85,13 +85,13 @@ class RunDir:
             (self.path / name).mkdir(mode=0o700, exist_ok=True)
 
     def load_config(self) -> RunConfig:
-        return load_config(self.config_file)
+        return load(RunConfig, self.config_file)
 
     def has_done(self, config: RunConfig) -> bool:
         """Whether the run is done and `config` asks nothing more of it."""
         if not (self.read_progress().get("done") and self.config_file.exists()):
             return False
-        changed = changed_settings(dump_config(self.load_config()), dump_config(config))
+        changed = changed_settings(dump(self.load_config()), dump(config))
         return "steps" not in changed and not self._not_allowed(changed, config)
 
     def note_event(self, what: str, details: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from megadistill.algorithms import make_algorithm
-from megadistill.config import RunConfig, parse_config
+from megadistill.config import RunConfig, parse
 from megadistill.types import FloatArray, Prompt, Rollout, Scored
 
 Tree = dict[str, Any]  # a configuration before it is validated
@@ -117,7 +117,7 @@ def sft_tree(**changes: Any) -> Tree:
 
 
 def make_config(tree: Tree | None = None) -> RunConfig:
-    return parse_config(camopd_tree() if tree is None else tree)
+    return parse(RunConfig, camopd_tree() if tree is None else tree)
 
 
 def raft_tree(**changes: Any) -> Tree:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megadistill.config import load_config
+from megadistill.config import RunConfig, load
 from megadistill.metrics import read_metrics
 from megadistill.rundir import RunDir, is_whole
 
@@ -38,7 +38,7 @@ def main() -> None:
             "checkpoint.every=1",
             'log.wandb="off"',
         ]
-        config = load_config(options.config, overrides)
+        config = load(RunConfig, options.config, overrides)
         run = RunDir.of(config)
         engines = config.rollout.engines if config.rollout else 0
         print("| | first start | start after a kill |\n| --- | --- | --- |")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megadistill.config.refine import RefineConfig, load_refine
+from megadistill.config import RefineConfig, load
 from megadistill.convert.hf_files import resolve_model
 from megadistill.refine.blocks import Blocks
 from megadistill.refine.prompts import load_tokenizer
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--output", default=str(ROOT / "docs/measurements/refine.json"))
     options = parser.parse_args()
-    config = load_refine(options.config, options.overrides)
+    config = load(RefineConfig, options.config, options.overrides)
     records, _ = read_records(config.input)
     sides = make_sides(config, records, gpu=options.gpu)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}

@@ -143,8 +143,7 @@ def make_mopd(config: MopdConfig, batch_size: int) -> Mopd:
     num_general = round(batch_size * config.general_share)
     draws = {"general": num_general, "domain": batch_size - num_general}
     period = ({name: count for name, count in draws.items() if count},)
-    branches = {"general": config.general, "domain": config.domain}
-    return Mopd(branches, config.importance, period)
+    return Mopd(config.branches, config.importance, period)
 
 
 def make_camopd(config: CamopdConfig, batch_size: int) -> Camopd:
@@ -153,8 +152,7 @@ def make_camopd(config: CamopdConfig, batch_size: int) -> Camopd:
     period = ({"general": batch_size},) * schedule.general + (
         {"domain": batch_size},
     ) * schedule.domain
-    branches = {"general": config.general, "domain": config.domain}
-    return Camopd(branches, config.importance, period)
+    return Camopd(config.branches, config.importance, period)
 
 
 def _score(branch: str, scored: Scored) -> float:

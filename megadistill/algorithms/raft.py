@@ -70,7 +70,7 @@ class Raft:
 
     @property
     def branches(self) -> Mapping[str, BranchConfig]:
-        return {BRANCH: BranchConfig(pool=self.config.pool, teacher=self.config.teacher)}
+        return self.config.branches
 
     @property
     def top_k(self) -> TopKRequest:

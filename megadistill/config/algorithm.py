@@ -1,24 +1,21 @@
 """The `algorithm` section: whom the student learns from, and how."""
 
-from dataclasses import field
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from megadistill.config.fields import STRICT, Fraction, PositiveFloat, PositiveInt
+from megadistill.config.fields import Config, Fraction, PositiveFloat, PositiveInt
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ScheduleConfig:
+class ScheduleConfig(Config):
     """CaMOPD Eq. (5): `general` steps of the general branch, then `domain` of the domain one."""
 
     general: PositiveInt = 3
     domain: PositiveInt = 1
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class BranchConfig:
+class BranchConfig(Config):
     """One branch of MOPD: where its prompts come from, and who scores the answers."""
 
     pool: str
@@ -27,7 +24,6 @@ class BranchConfig:
     """Name of the teacher in `teachers`."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SelectiveBranchConfig(BranchConfig):
     """One branch of CaMOPD: also how much of its signal is used, and how strongly."""
 
@@ -37,16 +33,46 @@ class SelectiveBranchConfig(BranchConfig):
     """r_b of Eq. (9): factor on the advantage."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ImportanceConfig:
+class ImportanceConfig(Config):
     """Bounds of the training/rollout probability ratio outside which a token is masked."""
 
     low: Annotated[float, Field(ge=0, lt=1)] = 0.5
     high: Annotated[float, Field(gt=1)] = 2.0
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class SftConfig:
+class BaseAlgorithmConfig(Config):
+    """What a run asks of its algorithm, whichever it is."""
+
+    needs_rollouts: ClassVar[bool] = True
+    """Whether it trains on the student's own responses."""
+
+    @property
+    def branches(self) -> Mapping[str, BranchConfig]:
+        """Pool and teacher of each branch, by its name in metrics."""
+        return {}
+
+    @property
+    def pools(self) -> dict[str, str]:
+        """Key below `algorithm` -> the prompt pool it names."""
+        return {f"{name}.pool": branch.pool for name, branch in self.branches.items()}
+
+    @property
+    def teachers(self) -> dict[str, str]:
+        """Key below `algorithm` -> the teacher it names."""
+        return {f"{name}.teacher": branch.teacher for name, branch in self.branches.items()}
+
+    @property
+    def longest_answered(self) -> int | None:
+        """Most tokens of a prompt with its answer; None where answers are not trained on."""
+        return None
+
+    @property
+    def answers_in_context(self) -> int:
+        """Answers, each as long as that at most, that a teacher reads before a response."""
+        return 0
+
+
+class SftConfig(BaseAlgorithmConfig):
     """Supervised fine-tuning on the answers of one pool."""
 
     kind: Literal["sft"] = "sft"
@@ -56,9 +82,18 @@ class SftConfig:
     """Longest prompt and answer together, at most what the context holds; records beyond are dropped
     and counted."""
 
+    needs_rollouts = False
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class MopdConfig:
+    @property
+    def pools(self) -> dict[str, str]:
+        return {"pool": self.pool}
+
+    @property
+    def longest_answered(self) -> int:
+        return self.max_tokens
+
+
+class MopdConfig(BaseAlgorithmConfig):
     """Vanilla MOPD, Eq. (2)-(3): every step mixes both branches, nothing is selected or scaled."""
 
     kind: Literal["mopd"] = "mopd"
@@ -66,22 +101,28 @@ class MopdConfig:
     domain: BranchConfig
     general_share: Fraction = 0.5
     """Share of the batch drawn from the general branch."""
-    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    importance: ImportanceConfig = Field(default_factory=ImportanceConfig)
+
+    @property
+    def branches(self) -> Mapping[str, BranchConfig]:
+        return {"general": self.general, "domain": self.domain}
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class CamopdConfig:
+class CamopdConfig(BaseAlgorithmConfig):
     """CaMOPD, Eq. (5)-(9): alternating branches, gap-mass selection, scaled recovery."""
 
     kind: Literal["camopd"] = "camopd"
     general: SelectiveBranchConfig
     domain: SelectiveBranchConfig
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    importance: ImportanceConfig = Field(default_factory=ImportanceConfig)
+
+    @property
+    def branches(self) -> Mapping[str, SelectiveBranchConfig]:
+        return {"general": self.general, "domain": self.domain}
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class RaftConfig:
+class RaftConfig(BaseAlgorithmConfig):
     """RAFT, stage 2: SFT on refined answers plus answer-conditioned distillation, Eq. (6)-(12)."""
 
     kind: Literal["raft"] = "raft"
@@ -114,9 +155,29 @@ class RaftConfig:
     lambda_max: PositiveFloat = 100.0
     """Bound on lambda, which grows without one as the distillation loss goes to 0."""
 
-    def __post_init__(self) -> None:
+    @property
+    def branches(self) -> Mapping[str, BranchConfig]:
+        return {"domain": BranchConfig(pool=self.pool, teacher=self.teacher)}
+
+    @property
+    def pools(self) -> dict[str, str]:
+        return {"pool": self.pool}
+
+    @property
+    def teachers(self) -> dict[str, str]:
+        return {"teacher": self.teacher}
+
+    @property
+    def longest_answered(self) -> int:
+        return self.max_tokens
+
+    @property
+    def answers_in_context(self) -> int:
+        return {"none": 0, "answer": 1, "other": 2}[self.context]
+
+    def contradictions(self) -> Iterator[str]:
         if not self.sft and self.balance == "ema":
-            raise ValueError("balance: found ema with sft: false, expected fixed: one loss alone")
+            yield "balance: found ema with sft: false, expected fixed: one loss alone"
 
 
 AlgorithmConfig = Annotated[

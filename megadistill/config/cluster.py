@@ -1,32 +1,28 @@
 """The `cluster` section: what a job asks of Slurm, and what the site's nodes have."""
 
-from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from megadistill.config.fields import STRICT, NaturalInt, PositiveInt
+from megadistill.config.fields import Config, NaturalInt, PositiveInt
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ContainerConfig:
+class ContainerConfig(Config):
     """The container in which a job's processes run."""
 
     kind: Literal["pyxis", "apptainer"]
     """Pyxis (srun's --container-image, Enroot) or Apptainer (also Singularity)."""
     image: str
     """Image as the runtime takes it: a squashfs or SIF file, or a registry's name."""
-    mounts: list[str] = field(default_factory=list)
+    mounts: list[str] = Field(default_factory=list)
     """`directory` or `directory:inside[:flags]`; the run directory must be among them."""
     python: str = "python3"
     """Python inside the image that has megadistill."""
-    options: list[str] = field(default_factory=list)
+    options: list[str] = Field(default_factory=list)
     """Further words for the runtime, e.g. `--container-writable` or `--cleanenv`."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ClusterConfig:
+class ClusterConfig(Config):
     """What the job asks of Slurm, and what each node has. A site profile sets most of it."""
 
     nodes: PositiveInt = 1
@@ -49,9 +45,9 @@ class ClusterConfig:
     """Seconds before the time limit at which Slurm warns the run."""
     max_attempts: PositiveInt = 20
     """Requeues of one job after which the run gives up."""
-    modules: list[str] = field(default_factory=list)
+    modules: list[str] = Field(default_factory=list)
     """Environment modules loaded before the job."""
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = field(
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
         default_factory=dict
     )
     """Variables of the job, e.g. NCCL_SOCKET_IFNAME, UCX_NET_DEVICES; taken literally."""
@@ -59,5 +55,5 @@ class ClusterConfig:
     """Fast directory of each node; TMPDIR becomes `scratch/megadistill-JOB`."""
     container: ContainerConfig | None = None
     """Absent: processes run on the node itself, in this environment."""
-    setup: list[str] = field(default_factory=list)
+    setup: list[str] = Field(default_factory=list)
     """Shell lines run on the first node before the job, as they are."""

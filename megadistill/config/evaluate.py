@@ -1,25 +1,24 @@
 """The configuration of `megadistill eval`: which systems answer which benchmarks, and who judges."""
 
-from collections.abc import Sequence
-from dataclasses import field
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import Field, TypeAdapter
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
 from megadistill.config.cluster import ClusterConfig
-from megadistill.config.fields import STRICT, Fraction, NaturalInt, PositiveInt
-from megadistill.config.load import read_tree, validate
-from megadistill.config.refine import ChatModelConfig, Name, ServedConfig
+from megadistill.config.fields import (
+    Config,
+    Fraction,
+    Name,
+    NaturalInt,
+    PositiveInt,
+    Temperature,
+)
+from megadistill.config.refine import ChatModelConfig, ServedConfig
 from megadistill.config.schema import DataConfig
 
-Temperature = Annotated[float, Field(ge=0)]
 
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class BenchmarkConfig:
+class BenchmarkConfig(Config):
     """One benchmark; what is absent is as its protocol says."""
 
     path: str = "packaged"
@@ -51,15 +50,14 @@ class BenchmarkConfig:
             return []
         return [self.judge] if isinstance(self.judge, str) else self.judge
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> Iterator[str]:
         if isinstance(self.judge, list) and (
             len(self.judge) % 2 == 0 or len(set(self.judge)) < len(self.judge)
         ):
-            raise ValueError(f"judge: found {self.judge}, expected an odd number, each once")
+            yield f"judge: found {self.judge}, expected an odd number, each once"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class SignalConfig:
+class SignalConfig(Config):
     """A cheap signal: one number for each held-out text, from the training engine, in nats a token.
 
     Only of systems that the shards serve: those are directories that the engine can read.
@@ -77,13 +75,12 @@ class SignalConfig:
     max_tokens: PositiveInt = 128
     """Cap on the tokens of a text; what is longer is cut."""
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> Iterator[str]:
         if self.teacher is None and self.kind != "nll":
-            raise ValueError(f"teacher: missing, {self.kind} needs one")
+            yield f"teacher: missing, {self.kind} needs one"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ExternalConfig:
+class ExternalConfig(Config):
     """A benchmark that its own command runs, judgments included."""
 
     checkout: str
@@ -92,12 +89,11 @@ class ExternalConfig:
     """Interpreter that has what it needs."""
     max_tokens: PositiveInt = 32768
     """Cap on the tokens of one answer."""
-    options: list[str] = field(default_factory=list)
+    options: list[str] = Field(default_factory=list)
     """Further words for its command."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class EvaluateShardsConfig:
+class EvaluateShardsConfig(Config):
     """How the work is divided."""
 
     count: PositiveInt = 1
@@ -110,8 +106,7 @@ class EvaluateShardsConfig:
     """Answers that are saved together; a killed shard repeats at most those it had in work."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class EvaluateConfig:
+class EvaluateConfig(Config):
     """One evaluation; `megadistill eval` takes exactly this."""
 
     name: Name
@@ -124,19 +119,19 @@ class EvaluateConfig:
     """The models that answer, by the name they have in tables. `serve` runs vLLM in the shard;
     `extra_body.chat_template_kwargs.enable_thinking` sets their thinking mode."""
     benchmarks: dict[Name, BenchmarkConfig]
-    signals: dict[Name, SignalConfig] = field(default_factory=dict)
+    signals: dict[Name, SignalConfig] = Field(default_factory=dict)
     """Held-out divergences and likelihoods, columns of the same tables."""
     data: DataConfig | None = None
     """Pools of `signals`; as in the runs that are compared, so that what is held out is the same."""
-    recorded: dict[Name, dict[Name, str]] = field(default_factory=dict)
+    recorded: dict[Name, dict[Name, str]] = Field(default_factory=dict)
     """System -> benchmark -> file of the benchmark's own evaluator: livebench (judgments),
     livecodebench_v5, livecodebench_v6 (*_eval_all.json)."""
-    external: dict[Literal["livebench"], ExternalConfig] = field(default_factory=dict)
+    external: dict[Literal["livebench"], ExternalConfig] = Field(default_factory=dict)
     """Benchmarks that their own commands run here. LiveBench's runs programs that models wrote
     outside of any sandbox, so it wants `sandbox: none`."""
-    models: dict[str, ChatModelConfig] = field(default_factory=dict)
+    models: dict[str, ChatModelConfig] = Field(default_factory=dict)
     """Judges and verifiers, by name."""
-    shards: EvaluateShardsConfig = field(default_factory=EvaluateShardsConfig)
+    shards: EvaluateShardsConfig = Field(default_factory=EvaluateShardsConfig)
     sandbox: Literal["namespaces", "none"] = "namespaces"
     """Where programs that models wrote run; `none`: with your rights, which is dangerous."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
@@ -146,70 +141,35 @@ class EvaluateConfig:
     cluster: ClusterConfig | None = None
     """Absent: the shards run on this machine; otherwise each is a task of a Slurm array."""
 
-    def __post_init__(self) -> None:
-        problems = [
-            f"benchmarks.{name}.judge: found {judge!r}, expected one of {sorted(self.models)}"
-            for name, chosen in self.benchmarks.items()
-            for judge in chosen.judges
-            if judge not in self.models
-        ]
-        problems += [
-            f"recorded: found {name!r}, expected one of `systems`"
-            for name in self.recorded
-            if name not in self.systems
-        ]
+    def contradictions(self) -> Iterator[str]:
+        for name, chosen in self.benchmarks.items():
+            for judge in chosen.judges:
+                if judge not in self.models:
+                    known = sorted(self.models)
+                    yield f"benchmarks.{name}.judge: found {judge!r}, expected one of {known}"
+        for name in self.recorded:
+            if name not in self.systems:
+                yield f"recorded: found {name!r}, expected one of `systems`"
         if not self.systems or not (self.benchmarks or self.signals or self.external):
-            problems.append("systems and benchmarks: expected at least one of each")
+            yield "systems and benchmarks: expected at least one of each"
         if self.external and self.sandbox != "none":
-            problems.append("sandbox: found namespaces, but `external` runs programs without: none")
-        problems += self._signal_problems()
+            yield "sandbox: found namespaces, but `external` runs programs without: none"
+        yield from self._signal_problems()
         if self.baseline is not None and self.baseline not in self.systems:
-            problems.append(f"baseline: found {self.baseline!r}, expected one of `systems`")
-        if problems:
-            raise ValueError("; ".join(problems))
+            yield f"baseline: found {self.baseline!r}, expected one of `systems`"
 
-    def _signal_problems(self) -> list[str]:
+    def _signal_problems(self) -> Iterator[str]:
         pools = sorted(self.data.pools) if self.data else []
         local = {
             name
             for name, model in {**self.models, **self.systems}.items()
             if isinstance(model, ServedConfig)
         }
-        problems = []
         for name, signal in self.signals.items():
             if signal.pool not in pools:
-                problems.append(
-                    f"signals.{name}.pool: found {signal.pool!r}, expected one of {pools}"
-                )
+                yield f"signals.{name}.pool: found {signal.pool!r}, expected one of {pools}"
             if signal.teacher is not None and signal.teacher not in local:
-                problems.append(
-                    f"signals.{name}.teacher: found {signal.teacher!r}, expected one of "
-                    f"{sorted(local)}"
-                )
+                found, known = signal.teacher, sorted(local)
+                yield f"signals.{name}.teacher: found {found!r}, expected one of {known}"
             if name in self.benchmarks:
-                problems.append(f"signals.{name}: a benchmark has the same name")
-        return problems
-
-
-_ADAPTER: TypeAdapter[EvaluateConfig] = TypeAdapter(EvaluateConfig)
-
-
-def is_evaluate(path: str | Path) -> bool:
-    """Whether the file describes an evaluation rather than a run."""
-    return "benchmarks" in read_tree(path)
-
-
-def load_evaluate(path: str | Path, overrides: Sequence[str] = ()) -> EvaluateConfig:
-    """Read, merge and validate; `ConfigError` with all problems at once."""
-    return parse_evaluate(read_tree(path, overrides), source=str(path))
-
-
-def parse_evaluate(tree: dict[str, Any], source: str = "eval") -> EvaluateConfig:
-    """Validate a plain mapping (any: it is YAML)."""
-    return validate(_ADAPTER, tree, source)
-
-
-def dump_evaluate(config: EvaluateConfig) -> str:
-    """The resolved configuration as YAML, itself a valid input."""
-    tree = _ADAPTER.dump_python(config, mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+                yield f"signals.{name}: a benchmark has the same name"

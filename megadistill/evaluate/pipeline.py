@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from megadistill.config import resolve_path
-from megadistill.config.evaluate import EvaluateConfig, ExternalConfig, dump_evaluate
+from megadistill.config import EvaluateConfig, dump, resolve_path
+from megadistill.config.evaluate import ExternalConfig
 from megadistill.config.refine import ChatModelConfig, ServedConfig
 from megadistill.evaluate import compare, external, requirements, results, signals
 from megadistill.evaluate.benchmarks import get_benchmark, recorded
@@ -51,7 +51,7 @@ class Evaluation:
         self.config = requirements.without_missing(self.config)
         files = requirements.check(self.config)
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomic(self.root / "config.yaml", dump_evaluate(self.config))
+        write_atomic(self.root / "config.yaml", dump(self.config))
         answers = self.generate(files)
         scores = self.score(answers)
         measured = self.measure()
@@ -241,7 +241,7 @@ class Evaluation:
         limits = Limits(concurrency=chosen.concurrency, tries=chosen.tries, gpus=gpus)
         cluster = self.config.cluster
         if cluster is not None:
-            cluster = replace(cluster, gpus_per_node=gpus)
+            cluster = cluster.model_copy(update={"gpus_per_node": gpus})
         log.info("%s: %d shards", name, len(shards))
         job = f"{self.config.name}-{name}"
         self.run_shards(stage.path, shards, limits, cluster=cluster, name=job).check()

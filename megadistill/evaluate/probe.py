@@ -88,7 +88,9 @@ def measure_branch(
         for rollout, (own, teachers) in zip(rollouts, scores, strict=True)
     ]
     selected = algorithm.select(scored).selected
-    everything = {name: replace(one, mass=1.0) for name, one in algorithm.branches.items()}
+    everything = {
+        name: one.model_copy(update={"mass": 1.0}) for name, one in algorithm.branches.items()
+    }
     samples = replace(algorithm, branches=everything).select(scored).samples
     gradients_NM = np.stack(
         [sketch(engine.gradient(sample, policy_gradient)) for sample in samples]
@@ -133,7 +135,7 @@ def write_probe(run: RunDir, num_samples: int) -> None:
 
 
 def _on_one_process(config: RunConfig) -> RunConfig:
-    return replace(config, parallel=ParallelConfig(threads=config.parallel.threads))
+    return config.model_copy(update={"parallel": ParallelConfig(threads=config.parallel.threads)})
 
 
 def _number(value: float) -> float | None:

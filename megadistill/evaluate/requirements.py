@@ -2,11 +2,10 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-from megadistill.config import ConfigError, resolve_path
-from megadistill.config.evaluate import BenchmarkConfig, EvaluateConfig
+from megadistill.config import ConfigError, EvaluateConfig, resolve_path
+from megadistill.config.evaluate import BenchmarkConfig
 from megadistill.evaluate import external, sandbox
 from megadistill.evaluate.benchmarks import BENCHMARKS, get_benchmark, recorded
 from megadistill.evaluate.protocol import Benchmark, benchmark_file
@@ -48,7 +47,7 @@ def without_missing(config: EvaluateConfig) -> EvaluateConfig:
     for name, file in missing.items():
         log.warning("benchmarks.%s is left out: no file %s", name, file)
     kept = {name: chosen for name, chosen in config.benchmarks.items() if name not in missing}
-    return replace(config, benchmarks=kept) if missing else config
+    return config.model_copy(update={"benchmarks": kept}) if missing else config
 
 
 def check(config: EvaluateConfig) -> dict[str, Path]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from megadistill.config import resolve_path
-from megadistill.config.evaluate import EvaluateConfig, SignalConfig
+from megadistill.config import EvaluateConfig, resolve_path
+from megadistill.config.evaluate import SignalConfig
 from megadistill.config.refine import ServedConfig
 from megadistill.config.schema import (
     DataConfig,

@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,15 +23,10 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from megadistill.config import RunConfig, dump_config
-from megadistill.config.campaign import (
-    CampaignConfig,
-    StageConfig,
-    dump_campaign,
-    load_campaign,
-)
+from megadistill.config import CampaignConfig, RunConfig, dump, load
+from megadistill.config.campaign import StageConfig
 from megadistill.config.cluster import ClusterConfig
-from megadistill.config.load import read_tree
+from megadistill.config.loading import read_tree
 from megadistill.config.work import WorkConfig
 from megadistill.launch.allowed_paths import check_root
 from megadistill.launch.fanout import (
@@ -98,8 +93,8 @@ class Stage:
         Of a run, what it computes; where it runs does not make it another.
         """
         if self.is_gang:
-            config = replace(self.run[0], cluster=ClusterConfig())
-            settings: dict[str, Any] = yaml.safe_load(dump_config(config))
+            config = self.run[0].model_copy(update={"cluster": ClusterConfig()})
+            settings: dict[str, Any] = yaml.safe_load(dump(config))
             return settings
         return None if self.config.config is None else read_tree(self.config.config)
 
@@ -122,7 +117,7 @@ class Stage:
         assert self.config.config is not None
         config, run = open_run(self.config.config, self.config.args)
         site = inherit(config.cluster, self.campaign.cluster)
-        return replace(config, cluster=with_resources(site, self.config)), run
+        return config.model_copy(update={"cluster": with_resources(site, self.config)}), run
 
     @property
     def cluster(self) -> ClusterConfig:
@@ -262,20 +257,15 @@ def inherit(own: ClusterConfig, site: ClusterConfig) -> ClusterConfig:
     default = ClusterConfig()
     taken = {
         name: getattr(site, name)
-        for name in ClusterConfig.__dataclass_fields__
+        for name in ClusterConfig.model_fields
         if getattr(own, name) == getattr(default, name)
     }
-    return replace(own, **taken)
+    return own.model_copy(update=taken)
 
 
 def with_resources(cluster: ClusterConfig, work: WorkConfig) -> ClusterConfig:
     """`cluster`, changed as the work's `resources` say."""
-    wanted = {
-        name: value
-        for name in work.resources.__dataclass_fields__
-        if (value := getattr(work.resources, name)) is not None
-    }
-    return replace(cluster, **wanted)
+    return cluster.model_copy(update=work.resources.model_dump(exclude_none=True))
 
 
 @dataclass(kw_only=True)
@@ -303,7 +293,7 @@ class Campaign:
         file = path / "campaign.yaml" if path.is_dir() else path
         if path.is_dir() and not file.exists():
             raise ValueError(f"{path}: found no campaign.yaml, expected a campaign's directory")
-        return cls.of(load_campaign(file, overrides))
+        return cls.of(load(CampaignConfig, file, overrides))
 
     @property
     def root(self) -> Path:
@@ -329,7 +319,7 @@ class Campaign:
         for stage in self.stages.values():
             stage.folder.mkdir(mode=0o700, exist_ok=True)
             stage.keep_config()
-        write_atomic(self.root / "campaign.yaml", dump_campaign(self.config))
+        write_atomic(self.root / "campaign.yaml", dump(self.config))
 
     def submit(self) -> dict[str, str]:
         """Submit what is neither done nor in the queue; the job of each stage that is to run."""

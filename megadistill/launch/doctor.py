@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +63,9 @@ def examine(cluster: ClusterConfig, shared: Path) -> Iterator[Finding]:
         yield judge("Slurm", False, "no sbatch on PATH", advice, otherwise="warn")
         with tempfile.TemporaryDirectory(dir=shared) as name:
             probe_node(Path(name), local_context())
-            yield from check_probes(Path(name), replace(cluster, nodes=1), in_job=False)
+            yield from check_probes(
+                Path(name), cluster.model_copy(update={"nodes": 1}), in_job=False
+            )
         return
     settings = ask(["scontrol", "show", "config"])
     if settings is None:
@@ -153,12 +155,13 @@ def check_partition(cluster: ClusterConfig) -> Iterator[Finding]:
 
 def check_job(cluster: ClusterConfig, shared: Path) -> Iterator[Finding]:
     """A job of at most two nodes, a few minutes long, and what its nodes found."""
-    tiny = replace(
-        cluster,
-        nodes=min(cluster.nodes, 2),
-        rollout_nodes=0,
-        time_minutes=min(cluster.time_minutes, 10),
-        signal_seconds=60,
+    tiny = cluster.model_copy(
+        update={
+            "nodes": min(cluster.nodes, 2),
+            "rollout_nodes": 0,
+            "time_minutes": min(cluster.time_minutes, 10),
+            "signal_seconds": 60,
+        }
     )
     with tempfile.TemporaryDirectory(dir=shared, prefix=".doctor-") as name:
         folder = Path(name)

@@ -6,7 +6,6 @@ Started beside a run (see `launch/exports.py`); its outcome is a line in RUN/log
 import shutil
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 from megadistill.config.cluster import ClusterConfig
@@ -23,7 +22,7 @@ def submit_work(run: RunDir, export: Path) -> str | None:
     assert work is not None
     step = str(step_of(run, export))
     marks = {"{export}": str(export), "{step}": step}
-    filled = replace(work, args=[fill(word, marks) for word in work.args])
+    filled = work.model_copy(update={"args": [fill(word, marks) for word in work.args]})
     shards = work_shards(filled, f"step-{step}", Path(work.config or ""), depends=str(export))
     cluster = with_resources(one_node(config.cluster), work)
     limits = Limits(concurrency=work.concurrency, tries=work.tries)
@@ -33,7 +32,9 @@ def submit_work(run: RunDir, export: Path) -> str | None:
 
 def one_node(cluster: ClusterConfig) -> ClusterConfig:
     """A run's cluster for work on one node."""
-    return replace(cluster, nodes=1, rollout_nodes=0, rollout_gpus_per_node=None)
+    return cluster.model_copy(
+        update={"nodes": 1, "rollout_nodes": 0, "rollout_gpus_per_node": None}
+    )
 
 
 def step_of(run: RunDir, export: Path) -> int:

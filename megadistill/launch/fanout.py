@@ -23,7 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megadistill.config.cluster import ClusterConfig
@@ -190,7 +190,7 @@ def submit_array(
         ShardsTask(folders=tuple(folders[first::num_tasks]), tries=limits.tries)
         for first in range(num_tasks)
     ]
-    one_node = replace(cluster, nodes=1, rollout_nodes=0)
+    one_node = cluster.model_copy(update={"nodes": 1, "rollout_nodes": 0})
     executor = batch_executor(name, one_node, root, after=after)
     executor.update_parameters(array_parallelism=limits.concurrency)
     make_sacct_usable()

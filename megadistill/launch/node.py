@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-from megadistill.config import RunConfig, load_config
+from megadistill.config import RunConfig, load
 from megadistill.launch.allowed_paths import check_run_roots
 from megadistill.launch.exports import ExportWatch, export_watch
 from megadistill.launch.failures import note_failure
@@ -116,9 +116,9 @@ def open_run(source: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, R
     path = Path(source)
     if path.is_dir():
         run = RunDir(path.absolute())
-        config = load_config(run.config_file, overrides)
+        config = load(RunConfig, run.config_file, overrides)
     else:
-        config = load_config(path, overrides)
+        config = load(RunConfig, path, overrides)
         run = RunDir.of(config)
     check_run_roots(config)
     return config, run

@@ -4,12 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megadistill.config.prepare import (
-    ConversationsConfig,
-    DataFilesConfig,
-    MixtureConfig,
-    PrepareConfig,
-)
+from megadistill.config import PrepareConfig
+from megadistill.config.prepare import ConversationsConfig, DataFilesConfig, MixtureConfig
 from megadistill.prepare.cleaning import PartCount
 from megadistill.prepare.files import files_of, hash_file
 

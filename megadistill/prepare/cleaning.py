@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megadistill.config.prepare import PrepareConfig
+from megadistill.config import PrepareConfig
 from megadistill.data.files import Row
 from megadistill.data.pools import is_heldout
 from megadistill.prepare.files import BadRowError

@@ -4,7 +4,8 @@ import heapq
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megadistill.config.prepare import ConversationsConfig, PrepareConfig
+from megadistill.config import PrepareConfig
+from megadistill.config.prepare import ConversationsConfig
 from megadistill.data.files import Row, read_rows
 from megadistill.data.pools import stable_hash
 from megadistill.prepare.cleaning import Cleaner

@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from megadistill.config import resolve_path
-from megadistill.config.prepare import DataFilesConfig, PrepareConfig
+from megadistill.config import PrepareConfig, resolve_path
+from megadistill.config.prepare import DataFilesConfig
 from megadistill.data.files import SUFFIXES, Longest
 
 

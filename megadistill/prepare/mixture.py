@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megadistill.config.prepare import MixtureConfig, PartConfig, PrepareConfig
+from megadistill.config import PrepareConfig
+from megadistill.config.prepare import MixtureConfig, PartConfig
 from megadistill.data.files import Row, count_rows, read_rows
 from megadistill.prepare.cleaning import Cleaner
 from megadistill.prepare.files import files_of, longest_of

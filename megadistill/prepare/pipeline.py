@@ -10,13 +10,8 @@ from typing import IO, Any
 
 import yaml
 
-from megadistill.config import resolve_path
-from megadistill.config.prepare import (
-    ConversationsConfig,
-    MixtureConfig,
-    PrepareConfig,
-    dump_prepare,
-)
+from megadistill.config import PrepareConfig, dump, resolve_path
+from megadistill.config.prepare import ConversationsConfig, MixtureConfig
 from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import is_heldout, render_ids
 from megadistill.evaluate.benchmarks import read_items
@@ -45,7 +40,7 @@ def run_preparation(config: PrepareConfig, download_only: bool = False) -> str:
             name = names.get(example.part, f"{config.name}.jsonl")
             writing.add(name, json.dumps(to_row(example, config), ensure_ascii=False))
         writing.flush()
-        settings = yaml.safe_load(dump_prepare(config))
+        settings = yaml.safe_load(dump(config))
         made = card.make_card(config, cleaner.counts, writing.paths, settings)
         writing.side(f"{config.name}.card.json", json.dumps(made, indent=1, ensure_ascii=False))
         text = card.describe(made)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from megadistill.config.refine import RefineConfig
+from megadistill.config import RefineConfig
 from megadistill.launch.shards import content_hash
 from megadistill.refine.blocks import read_blocks, read_rows_of, write_rows
 from megadistill.refine.endpoints import Usage, cost_of

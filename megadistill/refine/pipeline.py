@@ -8,23 +8,21 @@ setting runs its stage and those after it.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from megadistill.config import resolve_path
+from megadistill.config import RefineConfig, dump, resolve_path
 from megadistill.config.refine import (
     ChatModelConfig,
     EndpointConfig,
     FilterConfig,
     FusionConfig,
     InputConfig,
-    RefineConfig,
     RewriteConfig,
     ServedConfig,
-    dump_refine,
 )
 from megadistill.launch.fanout import FanoutResult, Limits, Shard, run_fanout
 from megadistill.launch.shards import content_hash, fingerprint
@@ -64,7 +62,7 @@ class Pipeline:
         """Run what is not done, write the results, and return the summary (any: JSON)."""
         self.check()
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomic(self.root / "config.yaml", dump_refine(self.config))
+        write_atomic(self.root / "config.yaml", dump(self.config))
         source = self.read_input()
         rewrites = self.rewrite(source)
         similarities = self.measure(source, rewrites)
@@ -221,7 +219,7 @@ class Pipeline:
         )
         cluster = self.config.cluster
         if cluster is not None:  # a shard asks for the GPUs it uses, not for all of a node
-            cluster = replace(cluster, gpus_per_node=gpus)
+            cluster = cluster.model_copy(update={"gpus_per_node": gpus})
         begun = time.monotonic()
         log.info("%s: %d shards, %d of them done before", name, len(shards), reused)
         job = f"{self.config.name}-{name}"

@@ -98,13 +98,8 @@ def timeline(rows: Sequence[Row]) -> list[tuple[str, list[float]]]:
 
 def teachers_of(config: RunConfig, phase: str) -> str:
     """Names of the teachers that the branches of a phase ask."""
-    algorithm: Any = config.algorithm  # a tagged union, of which only some members have branches
-    named = []
-    for branch in phase.split("+"):
-        found = vars(algorithm).get(branch)
-        teacher = vars(algorithm).get("teacher") if found is None else vars(found).get("teacher")
-        if teacher and branch not in ("start", "sft"):
-            named.append(str(teacher))
+    branches = config.algorithm.branches
+    named = [branches[name].teacher for name in phase.split("+") if name in branches]
     return ", ".join(dict.fromkeys(named))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.config.evaluate import dump_evaluate, parse_evaluate
+from megadistill.config import EvaluateConfig, dump, parse
 from megadistill.launch import fanout
 from tests.e2e.local_slurm import Cluster, local_cluster
 from tests.evaluate.test_evaluation import medqa_row
@@ -45,7 +45,7 @@ def test_the_job_script_makes_a_table_by_arrays_and_then_has_nothing_to_do(
         "cluster": {"partition": "main", **SHARED},
     }
     config = tmp_path / "eval.yaml"
-    config.write_text(dump_evaluate(parse_evaluate(tree)))
+    config.write_text(dump(parse(EvaluateConfig, tree)))
     root = tmp_path / "runs" / "tiny"
     for _ in range(2):
         job = cluster.call(

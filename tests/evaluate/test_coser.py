@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.config.evaluate import parse_evaluate
+from megadistill.config import EvaluateConfig, parse
 from megadistill.evaluate import coser_gca
 from megadistill.evaluate.benchmarks import coser, read_items
 from megadistill.evaluate.coser_gca import Line
@@ -182,7 +182,7 @@ def test_without_a_director_nothing_begins(tmp_path: Path, file: Path) -> None:
         "benchmarks": {"coser": {"path": str(file)}},
     }
     with pytest.raises(ValueError, match="CoSER GCA needs a judge"):
-        check(parse_evaluate(tree))
+        check(parse(EvaluateConfig, tree))
 
 
 def test_a_row_that_is_no_scene_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megadistill.cli import main
-from megadistill.config.evaluate import parse_evaluate
+from megadistill.config import EvaluateConfig, parse
 from megadistill.data.files import Longest
 from megadistill.evaluate import chats, generating, protocol
 from megadistill.evaluate.benchmarks import read_items
@@ -44,7 +44,7 @@ class World:
 
     def run(self, **changes: Any) -> str:
         self.runs.clear()
-        config = parse_evaluate({**self.tree, **changes})
+        config = parse(EvaluateConfig, {**self.tree, **changes})
         return Evaluation(config, False, run_shards=self.run_shards).run()
 
     def run_shards(

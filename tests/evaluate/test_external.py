@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.config import ConfigError
-from megadistill.config.evaluate import parse_evaluate
+from megadistill.config import ConfigError, EvaluateConfig, parse
 from megadistill.evaluate import external
 from megadistill.evaluate.requirements import check
 from tests.evaluate.test_evaluation import World
@@ -88,7 +87,7 @@ def test_a_systems_judgments_stand_in_the_table(tmp_path: Path, checkout: Path) 
 def test_it_wants_to_be_told_that_there_is_no_sandbox(tmp_path: Path, checkout: Path) -> None:
     world = world_of(tmp_path, checkout, "http://localhost:1/v1", [])
     with pytest.raises(ConfigError, match="`external` runs programs without"):
-        parse_evaluate({**world.tree, "sandbox": "namespaces"})
+        parse(EvaluateConfig, {**world.tree, "sandbox": "namespaces"})
     missing = {"checkout": str(tmp_path), "python": sys.executable}
     with pytest.raises(ValueError, match=r"no file .*run_livebench.py; expected a checkout"):
-        check(parse_evaluate({**world.tree, "external": {"livebench": missing}}))
+        check(parse(EvaluateConfig, {**world.tree, "external": {"livebench": missing}}))

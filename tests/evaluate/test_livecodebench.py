@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.config.evaluate import parse_evaluate
+from megadistill.config import EvaluateConfig, parse
 from megadistill.evaluate.benchmarks import livecodebench, read_items
 from megadistill.evaluate.protocol import Item, Tools
 from megadistill.evaluate.requirements import check
@@ -160,6 +160,6 @@ def test_programs_are_written_and_scored_by_the_command(tmp_path: Path, tools: T
 def test_without_its_code_nothing_begins(tmp_path: Path) -> None:
     benchmarks = {"livecodebench_v5": {"path": "x.jsonl", "checkout": str(tmp_path)}}
     systems = {"a": endpoint_tree("http://localhost:1/v1")}
-    config = parse_evaluate({"name": "t", "systems": systems, "benchmarks": benchmarks})
+    config = parse(EvaluateConfig, {"name": "t", "systems": systems, "benchmarks": benchmarks})
     with pytest.raises(ValueError, match=r"expected a directory with lcb_runner/.*concatenated"):
         check(config)

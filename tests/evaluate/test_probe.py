@@ -8,7 +8,7 @@ import pytest
 
 from megadistill.algorithms.mopd import make_camopd
 from megadistill.collect import Batch
-from megadistill.config import load_config
+from megadistill.config import RunConfig, load
 from megadistill.config.algorithm import CamopdConfig
 from megadistill.evaluate import probe
 from megadistill.megatron.engine import Engine
@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run that was saved after two steps at a learning rate of zero, so to say."""
     folder = tmp_path_factory.mktemp("probe")
     make_models(folder)
-    config = load_config(write_run(folder, "probed"))
+    config = load(RunConfig, write_run(folder, "probed"))
     run = RunDir.of(config)
     run.create(config)
     engine = Engine(config)

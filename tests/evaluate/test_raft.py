@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.config import ConfigError
-from megadistill.config.evaluate import parse_evaluate
+from megadistill.config import ConfigError, EvaluateConfig, parse
 from megadistill.evaluate.benchmarks import read_items
 from megadistill.evaluate.benchmarks.raft import ms_bench_item
 from megadistill.evaluate.protocol import Score
@@ -112,9 +111,12 @@ def test_judges_that_cannot_vote_are_refused(
     with pytest.raises(ValueError, match="Arena-Hard v2 HP takes one"):
         world.run(benchmarks={"arena_hard_hp": several})
     with pytest.raises(ConfigError, match="expected an odd number, each once"):
-        parse_evaluate({**world.tree, "benchmarks": {"d_acc": {"judge": ["judge-0", "judge-1"]}}})
+        parse(
+            EvaluateConfig,
+            {**world.tree, "benchmarks": {"d_acc": {"judge": ["judge-0", "judge-1"]}}},
+        )
     with pytest.raises(ConfigError, match="found 'nobody', expected one of"):
-        parse_evaluate({**world.tree, "benchmarks": {"d_acc": {"judge": "nobody"}}})
+        parse(EvaluateConfig, {**world.tree, "benchmarks": {"d_acc": {"judge": "nobody"}}})
 
 
 def dialogue(*turns: tuple[str, str]) -> list[dict[str, str]]:

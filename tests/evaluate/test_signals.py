@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from megadistill.config import ConfigError
-from megadistill.config.evaluate import parse_evaluate
+from megadistill.config import ConfigError, EvaluateConfig, parse
 from megadistill.evaluate import measuring
 from megadistill.evaluate.requirements import without_missing
 from megadistill.refine.blocks import read_rows_of
@@ -154,16 +153,19 @@ def test_wrong_names_are_said_at_once(world: World) -> None:
     wrong = {"a": {"kind": "nll", "pool": "p"}, "b": {"kind": "nll", "pool": "words"}}
     wrong["b"]["teacher"] = "nobody"
     with pytest.raises(ConfigError) as found:
-        parse_evaluate({**world.tree, "signals": wrong})
+        parse(EvaluateConfig, {**world.tree, "signals": wrong})
     assert "signals.a.pool: found 'p', expected one of ['words']" in str(found.value)
     assert "signals.b.teacher: found 'nobody'" in str(found.value)
     with pytest.raises(ConfigError, match="forward_kl needs one"):
-        parse_evaluate({**world.tree, "signals": {"c": {"kind": "forward_kl", "pool": "words"}}})
+        parse(
+            EvaluateConfig,
+            {**world.tree, "signals": {"c": {"kind": "forward_kl", "pool": "words"}}},
+        )
 
 
 def test_an_optional_benchmark_without_its_file_is_left_out(world: World) -> None:
     benchmarks = {"medqa": {"path": str(world.path / "none.jsonl"), "optional": True}}
-    config = parse_evaluate({**world.tree, "benchmarks": benchmarks})
+    config = parse(EvaluateConfig, {**world.tree, "benchmarks": benchmarks})
     assert without_missing(config).benchmarks == {}
     with pytest.raises(ValueError, match="no file"):
         world.run(benchmarks={"medqa": benchmarks["medqa"] | {"optional": False}})

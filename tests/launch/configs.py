@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from megadistill.config import RunConfig, parse_config
+from megadistill.config import RunConfig, parse
 
 
 def settings(**changed: Any) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def settings(**changed: Any) -> dict[str, Any]:
 
 
 def make_config(**changed: Any) -> RunConfig:
-    return parse_config(settings(**changed))
+    return parse(RunConfig, settings(**changed))
 
 
 def write_config(directory: Path, **changed: Any) -> Path:

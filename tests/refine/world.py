@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from megadistill.config.refine import RefineConfig, parse_refine
+from megadistill.config import RefineConfig, parse
 from megadistill.launch.fanout import FanoutResult, Limits, Shard
 from megadistill.launch.shards import ShardFolder, run_shard
 from megadistill.refine import diagnosing, rewriting, similarity
@@ -107,7 +107,7 @@ class World:
     """Labels of the shards that were run."""
 
     def config(self, **changes: Any) -> RefineConfig:
-        return parse_refine({**self.tree, **changes})
+        return parse(RefineConfig, {**self.tree, **changes})
 
     def run(self, **changes: Any) -> dict[str, Any]:
         self.runs.clear()

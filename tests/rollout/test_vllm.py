@@ -4,7 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,9 @@ def test_impossible_prompts_are_refused_and_the_engine_goes_on(
 
 
 def test_logprobs_are_those_of_the_distribution_that_was_sampled(engines: Running) -> None:
-    settings = replace(engines.pool.config, temperature=0.7, top_p=0.9, top_k=20)
+    settings = engines.pool.config.model_copy(
+        update={"temperature": 0.7, "top_p": 0.9, "top_k": 20}
+    )
     pool = EnginePool(engines.pool.engines, settings)
     for rollout in pool.generate(PROMPTS[:4], SEEDS[:4], expected_version=0):
         logits_RV = oracle_logits(engines.model, rollout) / 0.7

@@ -12,15 +12,15 @@ import yaml
 
 from megadistill.config import (
     ConfigError,
+    RunConfig,
     cache_dir,
-    config_schema,
-    dump_config,
-    load_config,
-    parse_config,
+    dump,
+    load,
+    parse,
     resolve_path,
 )
 from megadistill.config.algorithm import CamopdConfig, MopdConfig
-from megadistill.config.load import read_tree
+from megadistill.config.loading import read_tree
 from megadistill.config.schema import FileSource, PackagedSource
 from tests.tiny import Tree, camopd_tree, sft_tree
 
@@ -40,9 +40,9 @@ def write(file: Path, tree: Tree) -> Path:
 
 
 def error_lines(tree: Tree) -> list[str]:
-    """What `parse_config` complains about, without the line that counts."""
+    """What `parse` complains about, without the line that counts."""
     with pytest.raises(ConfigError) as caught:
-        parse_config(tree)
+        parse(RunConfig, tree)
     return str(caught.value).splitlines()[1:]
 
 
@@ -70,7 +70,7 @@ def test_all_errors_are_reported_at_once_with_their_keys() -> None:
 
 def test_the_count_in_the_message_is_the_number_of_lines() -> None:
     with pytest.raises(ConfigError, match=r"^here: 2 problem\(s\)\n"):
-        parse_config(camopd_tree(steps="soon", bogus=1), source="here")
+        parse(RunConfig, camopd_tree(steps="soon", bogus=1), source="here")
 
 
 def test_keys_inside_tagged_unions_are_written_as_in_yaml() -> None:
@@ -100,11 +100,11 @@ def test_files_among_the_overrides_are_merged_in_their_order(tmp_path: Path) -> 
     longer = write(tmp_path / "longer.yaml", {"steps": 7, "optimizer": {"lr": 0.5}})
     inner = write(tmp_path / "inner.yaml", {"seed": 5, "optimizer": {"beta1": 0.5}})
     outer = write(tmp_path / "outer.yaml", {"include": inner.name, "steps": 8})
-    config = load_config(base, [str(longer), "steps=9", str(outer), "optimizer.beta1=0.75"])
+    config = load(RunConfig, base, [str(longer), "steps=9", str(outer), "optimizer.beta1=0.75"])
     assert (config.seed, config.steps) == (5, 8)
     assert (config.optimizer.lr, config.optimizer.beta1) == (0.5, 0.75)
     with pytest.raises(ConfigError, match="no such file"):
-        load_config(base, [str(tmp_path / "none.yaml")])
+        load(RunConfig, base, [str(tmp_path / "none.yaml")])
 
 
 def test_an_unknown_kind_lists_the_known_ones() -> None:
@@ -129,7 +129,7 @@ def test_heldout_measurements_need_rollout_engines() -> None:
     tree = sft_tree(evaluate=heldout, teachers={"domain": {"path": "cache:domain"}})
     (line,) = error_lines(tree)
     assert line.startswith("  evaluate.heldout: needs rollout engines")
-    assert parse_config(tree | {"rollout": {"max_tokens": 8}}).rollout is not None
+    assert parse(RunConfig, tree | {"rollout": {"max_tokens": 8}}).rollout is not None
 
 
 def test_held_out_answers_have_a_pool_and_a_name_of_their_own() -> None:
@@ -153,8 +153,8 @@ def test_vanilla_mopd_refuses_selection_and_scaling(change: Tree) -> None:
 
 def test_sequence_parallel_needs_tensor_parallel() -> None:
     (line,) = error_lines(camopd_tree(parallel={"sequence_parallel": True}))
-    assert line == "  parallel: sequence_parallel: found true with tp = 1, expected tp > 1"
-    parse_config(camopd_tree(parallel={"sequence_parallel": True, "tp": 2}))
+    assert line == "  parallel.sequence_parallel: found true with tp = 1, expected tp > 1"
+    parse(RunConfig, camopd_tree(parallel={"sequence_parallel": True, "tp": 2}))
 
 
 def test_including_files_merge_key_by_key_and_override_what_they_include(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_including_files_merge_key_by_key_and_override_what_they_include(tmp_pat
     top = write(
         tmp_path / "run.yaml", {"include": "base/all.yaml", "name": "mine", "optimizer": {"lr": 1}}
     )
-    config = load_config(top)
+    config = load(RunConfig, top)
     assert (config.name, config.optimizer.lr, config.optimizer.beta1) == ("mine", 1.0, 0.8)
     assert config.batch.size == 4
 
@@ -170,7 +170,7 @@ def test_including_files_merge_key_by_key_and_override_what_they_include(tmp_pat
 def test_later_includes_win_over_earlier_ones(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", camopd_tree(seed=1, optimizer={"lr": 1e-3, "eps": 1e-6}))
     write(tmp_path / "b.yaml", {"seed": 2, "optimizer": {"lr": 1e-4}})
-    config = load_config(write(tmp_path / "run.yaml", {"include": ["a.yaml", "b.yaml"]}))
+    config = load(RunConfig, write(tmp_path / "run.yaml", {"include": ["a.yaml", "b.yaml"]}))
     assert (config.seed, config.optimizer.lr, config.optimizer.eps) == (2, 1e-4, 1e-6)
 
 
@@ -179,14 +179,14 @@ def test_another_kind_replaces_the_included_section(tmp_path: Path) -> None:
     branch = camopd_tree()["algorithm"]["domain"]
     mopd = {"kind": "mopd", "general": branch, "domain": branch}
     top = write(tmp_path / "run.yaml", {"include": "base.yaml", "algorithm": mopd})
-    assert isinstance(load_config(top).algorithm, MopdConfig)
+    assert isinstance(load(RunConfig, top).algorithm, MopdConfig)
 
 
 def test_the_same_kind_keeps_the_rest_of_the_included_section(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", camopd_tree(algorithm=camopd_tree()["algorithm"] | SCHEDULE))
     change = {"kind": "camopd", "general": {"scale": 3.0}}
     top = write(tmp_path / "run.yaml", {"include": "base.yaml", "algorithm": change})
-    algorithm = load_config(top).algorithm
+    algorithm = load(RunConfig, top).algorithm
     assert isinstance(algorithm, CamopdConfig)
     assert (algorithm.schedule.general, algorithm.general.scale) == (5, 3.0)
     assert algorithm.general.teacher == "general"
@@ -196,7 +196,7 @@ def test_lists_replace_lists(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", camopd_tree())
     sources = [{"kind": "file", "path": "mine.jsonl"}]
     change = {"include": "base.yaml", "data": {"pools": {"general": {"sources": sources}}}}
-    config = load_config(write(tmp_path / "run.yaml", change))
+    config = load(RunConfig, write(tmp_path / "run.yaml", change))
     assert config.data.pools["general"].sources == [FileSource(path="mine.jsonl")]
     assert config.data.pools["medical"].sources == [PackagedSource(name="medical")]
 
@@ -205,7 +205,7 @@ def test_an_include_cycle_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", {"include": "b.yaml"})
     write(tmp_path / "b.yaml", {"include": "a.yaml"})
     with pytest.raises(ConfigError, match=r"a\.yaml: includes itself"):
-        load_config(tmp_path / "a.yaml")
+        load(RunConfig, tmp_path / "a.yaml")
 
 
 def test_one_file_may_be_included_twice_along_different_ways(tmp_path: Path) -> None:
@@ -213,13 +213,13 @@ def test_one_file_may_be_included_twice_along_different_ways(tmp_path: Path) -> 
     write(tmp_path / "left.yaml", {"include": "base.yaml", "seed": 3})
     write(tmp_path / "right.yaml", {"include": "base.yaml", "name": "right"})
     top = write(tmp_path / "run.yaml", {"include": ["left.yaml", "right.yaml"]})
-    assert load_config(top).name == "right"
+    assert load(RunConfig, top).name == "right"
 
 
 def test_a_missing_include_is_an_error_that_names_it(tmp_path: Path) -> None:
     top = write(tmp_path / "run.yaml", {"include": "gone.yaml"})
     with pytest.raises(ConfigError, match=r"gone\.yaml: no such file"):
-        load_config(top)
+        load(RunConfig, top)
 
 
 @pytest.mark.parametrize(
@@ -230,12 +230,12 @@ def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str, messag
     file = tmp_path / "bad.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
-        load_config(file)
+        load(RunConfig, file)
 
 
 def test_a_directory_instead_of_a_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_config(tmp_path)
+        load(RunConfig, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -253,12 +253,12 @@ def test_a_directory_instead_of_a_file_is_an_error(tmp_path: Path) -> None:
 )
 def test_overrides_reach_any_depth(tmp_path: Path, override: str, expected: Any) -> None:
     tree = camopd_tree(rollout={"max_model_len": 512}, log={"wandb": "offline"})
-    assert expected(load_config(write(tmp_path / "run.yaml", tree), [override]))
+    assert expected(load(RunConfig, write(tmp_path / "run.yaml", tree), [override]))
 
 
 def test_the_last_of_two_overrides_wins(tmp_path: Path) -> None:
     file = write(tmp_path / "run.yaml", camopd_tree())
-    assert load_config(file, ["steps=5", "steps=6"]).steps == 6
+    assert load(RunConfig, file, ["steps=5", "steps=6"]).steps == 6
 
 
 @pytest.mark.parametrize(
@@ -274,22 +274,22 @@ def test_the_last_of_two_overrides_wins(tmp_path: Path) -> None:
 def test_a_bad_override_is_an_error(tmp_path: Path, override: str, message: str) -> None:
     file = write(tmp_path / "run.yaml", camopd_tree())
     with pytest.raises(ConfigError, match=message):
-        load_config(file, [override])
+        load(RunConfig, file, [override])
 
 
 @pytest.mark.parametrize("tree", [camopd_tree(), sft_tree()], ids=["camopd", "sft"])
 def test_a_dumped_configuration_loads_as_the_same(tmp_path: Path, tree: Tree) -> None:
     tree = tree | {"optimizer": {"lr": 1.25e-7}, "runs_dir": "läufe"}
-    config = parse_config(tree)
+    config = parse(RunConfig, tree)
     file = tmp_path / "dumped.yaml"
-    file.write_text(dump_config(config), encoding="utf-8")
-    assert load_config(file) == config
-    assert dump_config(load_config(file)) == dump_config(config)
+    file.write_text(dump(config), encoding="utf-8")
+    assert load(RunConfig, file) == config
+    assert dump(load(RunConfig, file)) == dump(config)
 
 
 @pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_shipped_configuration_loads(path: Path) -> None:
-    assert load_config(path).steps >= 1
+    assert load(RunConfig, path).steps >= 1
 
 
 def test_shipped_configurations_are_found() -> None:
@@ -297,13 +297,13 @@ def test_shipped_configurations_are_found() -> None:
 
 
 def test_shipped_runs_do_not_share_a_run_directory() -> None:
-    configs = [load_config(path) for path in RUN_CONFIGS]
+    configs = [load(RunConfig, path) for path in RUN_CONFIGS]
     places = [(config.runs_dir, config.name) for config in configs]
     assert sorted(set(places)) == sorted(places)
 
 
 def test_the_schema_is_json_and_describes_fields() -> None:
-    schema = json.loads(json.dumps(config_schema()))
+    schema = json.loads(json.dumps(RunConfig.model_json_schema()))
     assert schema["properties"]["steps"]["minimum"] == 1
     assert "CaMOPD A.7" in schema["$defs"]["OptimizerConfig"]["properties"]["lr"]["description"]
 
