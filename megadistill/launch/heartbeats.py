@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megadistill.config import RunConfig, dump_config
+from megadistill.config import RunConfig, dump
 from megadistill.launch.node_context import NodeContext, rendezvous_port
 from megadistill.launch.roles import Launch
 from megadistill.rundir import RunDir, write_atomic
@@ -220,7 +220,7 @@ def launch_file(run: RunDir) -> Path:
 
 def create_run(run: RunDir, config: RunConfig) -> None:
     """Create a run that is submitted, or change its settings, unless somebody is at work on it."""
-    if run.config_file.exists() and run.config_file.read_text() == dump_config(config):
+    if run.config_file.exists() and run.config_file.read_text() == dump(config):
         return
     with sole_owner(run, wait_s=0.0):
         run.create(config)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.config import load_config
+from megadistill.config import RunConfig, load
 from megadistill.launch.heartbeats import create_run
 from megadistill.rundir import RunDir
 from tests.launch.configs import write_config
@@ -292,7 +292,7 @@ def test_a_start_that_is_refused_leaves_the_run_as_it_is(job: Job) -> None:
     assert code == 1
     assert "at work on this run, expected none" in output
     with pytest.raises(ValueError, match="at work on this run, expected none"):
-        create_run(job.run, load_config(job.config))
+        create_run(job.run, load(RunConfig, job.config))
     assert job.run.config_file.read_text() == before
 
 
