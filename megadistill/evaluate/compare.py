@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.evaluate import results, statistics
+from megadistill import stats
+from megadistill.evaluate import results
 from megadistill.evaluate.benchmarks import get_benchmark
 from megadistill.evaluate.rendering import RENDERERS
-from megadistill.evaluate.statistics import Interval
 from megadistill.evaluate.tables import BLOCKS, Cell, Column, Table
 from megadistill.refine.blocks import read_rows_of
 from megadistill.rundir import write_atomic
+from megadistill.stats import Interval
 
 SEED = 0
 
@@ -86,7 +87,7 @@ def make_table(systems: Mapping[str, Sequence[Path]], confidence: float) -> Tabl
             cells[place] = Cell(interval=_interval(scores, confidence, shares=in_points[name]))
             if baseline is not None and system is not loaded[0]:
                 tests.append((place, _p_value(name, scores, baseline)))
-    for (place, _), p_value in zip(tests, statistics.holm([p for _, p in tests]), strict=True):
+    for (place, _), p_value in zip(tests, stats.holm([p for _, p in tests]), strict=True):
         reference = cells[loaded[0].name, place[1]].interval.value
         cells[place] = Cell(
             interval=cells[place].interval,
@@ -149,9 +150,7 @@ def _column(name: str, loaded: Sequence[SystemResults]) -> Column:
 
 def _interval(scores: Sequence[results.Scores], confidence: float, *, shares: bool) -> Interval:
     values_SI, weights_I = _stacked(scores)
-    return statistics.interval(
-        values_SI, weights_I, seed=SEED, confidence=confidence, shares=shares
-    )
+    return stats.interval(values_SI, weights_I, seed=SEED, confidence=confidence, shares=shares)
 
 
 def _p_value(
@@ -162,10 +161,10 @@ def _p_value(
     values_SI, weights_I = _stacked(scores)
     reference_SI, reference_I = _stacked(baseline)
     # Weights differ where they depend on the answers (Arena-Hard's decided games): paired by item.
-    return statistics.compare(values_SI, reference_SI, (weights_I + reference_I) / 2, seed=SEED)
+    return stats.compare(values_SI, reference_SI, (weights_I + reference_I) / 2, seed=SEED)
 
 
-def _stacked(scores: Sequence[results.Scores]) -> tuple[statistics.Array, statistics.Array]:
+def _stacked(scores: Sequence[results.Scores]) -> tuple[stats.Array, stats.Array]:
     if any(found.items != scores[0].items for found in scores):
         raise ValueError("found seeds with results on different items, expected the same")
     weights_I = np.stack([found.weights_I for found in scores]).mean(0)

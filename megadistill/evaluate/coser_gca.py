@@ -126,9 +126,3 @@ def scene_scores(scene: Sequence[Line], replies: Mapping[str, str]) -> dict[str,
         levels = severities(replies[dimension])
         scores[dimension] = None if levels is None else dimension_score(levels, spoken)
     return scores
-
-
-def role_play_average(scenes: Sequence[Mapping[str, float]]) -> float:
-    """Mean over scenes of each dimension, then the mean of the four."""
-    means = [sum(scene[name] for scene in scenes) / len(scenes) for name in DIMENSIONS]
-    return sum(means) / len(means)

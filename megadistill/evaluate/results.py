@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.evaluate import statistics
-from megadistill.evaluate.statistics import Array, Interval
+from megadistill import stats
 from megadistill.refine.blocks import read_rows_of
+from megadistill.stats import Array, Interval
 
 SUMMARY = "summary.json"
 
@@ -80,7 +80,7 @@ def load_scores(file: Path, groups: str) -> Scores:
 
 def interval_of(scores: Scores, *, seed: int, confidence: float, shares: bool) -> Interval:
     """The score with its interval."""
-    return statistics.interval(
+    return stats.interval(
         scores.values_I[None],
         scores.weights_I,
         seed=seed,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megadistill.evaluate.protocol import Block
-from megadistill.evaluate.statistics import Interval
+from megadistill.stats import Interval
 
 BLOCKS: dict[Block, str] = {
     "general": "General",

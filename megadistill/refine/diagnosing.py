@@ -6,16 +6,18 @@ R is the raw answer, F the refined one, B the base model's own answer to the que
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 
+from megadistill import stats
 from megadistill.config.refine import DiagnoseConfig, EngineConfig, FilterConfig, RewriteConfig
 from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import stable_hash
-from megadistill.refine import statistics
+from megadistill.refine import answer_measures
 from megadistill.refine.assembly import read_result, write_json
 from megadistill.refine.blocks import read_rows_of, write_rows
 from megadistill.refine.checking import without_thinking
@@ -184,13 +186,13 @@ def measure(cases: Sequence[Case], encoder: Encoder, accept: float | None, seed:
         "changed": sum(case.changed for case in cases),
         "embedding": embedding_figures(cases, encoder),
         "base_nll": {
-            **(statistics.compare_paired(nll["raw_nll"], nll["refined_nll"], seed) if both else {}),
+            **(stats.compare_paired(nll["raw_nll"], nll["refined_nll"], seed) if both else {}),
             "values": nll,
         },
         "overlap": overlap_figures(cases),
         "length": {
             "mean_ratio": float(np.mean(ratios)),
-            **statistics.compare_distributions(lengths["raw_tokens"], lengths["refined_tokens"]),
+            **stats.compare_distributions(lengths["raw_tokens"], lengths["refined_tokens"]),
             "values": lengths,
         },
         "style": style_figures(cases, seed),
@@ -219,9 +221,9 @@ def embedding_figures(cases: Sequence[Case], encoder: Encoder) -> Values:
 
 def mmd_figures(raw: Vectors, refined: Vectors, base: Vectors) -> Values:
     """How far the raw and the refined answers are from the base model's own, as sets."""
-    bandwidth = statistics.median_distance(np.concatenate([raw, refined, base]))
-    before = statistics.mmd2(raw, base, bandwidth)
-    after = statistics.mmd2(refined, base, bandwidth)
+    bandwidth = stats.median_distance(np.concatenate([raw, refined, base]))
+    before = stats.mmd2(raw, base, bandwidth)
+    after = stats.mmd2(refined, base, bandwidth)
     return {
         "bandwidth": bandwidth,
         "mmd2_raw": before,
@@ -233,16 +235,16 @@ def mmd_figures(raw: Vectors, refined: Vectors, base: Vectors) -> Values:
 def overlap_figures(cases: Sequence[Case]) -> Values:
     """How much of F stands in R already, over the changed records."""
     pairs = [
-        (statistics.words_of(case.refined), statistics.words_of(case.raw))
+        (answer_measures.words_of(case.refined), answer_measures.words_of(case.raw))
         for case in cases
         if case.changed
     ]
     found: dict[str, list[float | None]] = {
-        f"containment_{n}": [statistics.containment(new, old, n) for new, old in pairs]
+        f"containment_{n}": [answer_measures.containment(new, old, n) for new, old in pairs]
         for n in NGRAMS
     }
-    found["rouge_l"] = [statistics.rouge_l(new, old) for new, old in pairs]
-    found["copy_rate"] = [statistics.copy_rate(new, old) for new, old in pairs]
+    found["rouge_l"] = [answer_measures.rouge_l(new, old) for new, old in pairs]
+    found["copy_rate"] = [answer_measures.copy_rate(new, old) for new, old in pairs]
     return {
         name: float(np.mean(given)) if (given := [v for v in values if v is not None]) else None
         for name, values in found.items()
@@ -251,11 +253,11 @@ def overlap_figures(cases: Sequence[Case]) -> Values:
 
 def style_figures(cases: Sequence[Case], seed: int) -> Values:
     """Headings, lists and bold per 100 tokens in R and F, with a paired test."""
-    raw = [statistics.style_of(case.raw, case.model["raw_tokens"]) for case in cases]
-    new = [statistics.style_of(case.refined, case.model["refined_tokens"]) for case in cases]
+    raw = [answer_measures.style_of(case.raw, case.model["raw_tokens"]) for case in cases]
+    new = [answer_measures.style_of(case.refined, case.model["refined_tokens"]) for case in cases]
     return {
-        name: statistics.compare_paired([r[name] for r in raw], [n[name] for n in new], seed)
-        for name in statistics.STYLE
+        name: stats.compare_paired([r[name] for r in raw], [n[name] for n in new], seed)
+        for name in answer_measures.STYLE
     }
 
 
@@ -275,8 +277,22 @@ def judge_figures(cases: Sequence[Case], accept: float | None) -> Values:
         "candidates": len(candidates),
         "scores": scores,
         "rounds": {str(number): rounds.count(number) for number in sorted(set(rounds))},
-        "agreement": statistics.judge_agreement(candidates, accept),
+        "agreement": judge_agreement(candidates, accept),
     }
+
+
+def judge_agreement(
+    candidates: Sequence[Mapping[str, float | None]], accept: float
+) -> list[Values]:
+    """How far every two judges agree, over what both scored."""
+    rows = []
+    for pair in combinations(sorted({judge for scores in candidates for judge in scores}), 2):
+        given = ([scores.get(judge) for judge in pair] for scores in candidates)
+        both = [scores for scores in given if None not in scores]
+        if both:
+            first, second = (np.array(side, np.float64) for side in zip(*both, strict=True))
+            rows.append({"judges": list(pair), **stats.agreement(first, second, accept)})
+    return rows
 
 
 def examples(cases: Sequence[Case], count: int) -> dict[str, list[Values]]:

@@ -7,11 +7,12 @@ from pathlib import Path
 from megadistill.metrics import read_metrics
 from megadistill.report.curves import compared_charts
 from megadistill.report.effect import Effect, effects
+from megadistill.report.groups import grouped, unique_names
 from megadistill.report.history import run_state
 from megadistill.report.page import render
-from megadistill.report.spread import MeanWithCI, grouped, mean_with_ci, unique_names
 from megadistill.report.tradeoff import forgetting_charts, forgetting_curves
 from megadistill.rundir import RunDir, write_atomic
+from megadistill.stats import MeanWithCI, mean_with_ci
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from megadistill.report.charts import Chart, Point, Series, draw_curves
 from megadistill.report.effect import measured_rows
-from megadistill.report.spread import MeanWithCI, grouped, mean_with_ci, seed_of, unique_names
+from megadistill.report.groups import grouped, seed_of, unique_names
 from megadistill.rundir import RunDir
+from megadistill.stats import MeanWithCI, mean_with_ci
 
 Trajectory = list[tuple[float, float]]
 """(gain, cost) at each measurement, from (0, cost at the start)."""

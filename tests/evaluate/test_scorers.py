@@ -37,7 +37,6 @@ def test_arena_hards_worked_example() -> None:
         arena_hard.settle(item, "", [f"so [[A>B]] or rather [[{a}]]", f"[[{b}]]"]) for a, b in GAMES
     ]
     assert 100 * weighted_mean(scores) == pytest.approx(50.0)
-    assert arena_hard.leaderboard_score(scores)[0] == pytest.approx(50.0, abs=5)
 
 
 def test_a_question_without_both_verdicts_weighs_nothing() -> None:
@@ -265,4 +264,3 @@ def test_a_scene_ends_after_twenty_rounds_and_messages_of_the_environment_do_not
     flaws = dict.fromkeys(coser_gca.DIMENSIONS, '[{"severity": 5}]')
     scores = coser_gca.scene_scores(scene, flaws)
     assert set(scores.values()) == {90.0}  # 100 - 5 (5 - 0.3 x 10)
-    assert coser_gca.role_play_average([dict.fromkeys(coser_gca.DIMENSIONS, 90.0)]) == 90.0

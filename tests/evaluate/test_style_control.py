@@ -7,7 +7,13 @@ import pytest
 from scipy.optimize import minimize
 
 from megadistill.evaluate.benchmarks import arena_hard, get_benchmark
-from megadistill.evaluate.style_control import FEATURES, PREFIX, controlled, fit, style_of
+from megadistill.evaluate.benchmarks.style_control import (
+    FEATURES,
+    PREFIX,
+    controlled,
+    fit,
+    style_of,
+)
 
 Entries = list[tuple[float, dict[str, Any]]]
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megadistill.refine.diagnosing import Case, examples, measure, sample
+from megadistill.refine.diagnosing import Case, examples, judge_agreement, measure, sample
 from megadistill.refine.report import write_report
 from tests.refine.world import WordEncoder
 
@@ -109,6 +109,23 @@ def test_figures_of_judges(values: dict[str, Any]) -> None:
     assert pair["mean_absolute_difference"] == pytest.approx(np.mean([0.4, 0.3, 0.2, 0.1]))
     assert pair["same_side_of_bar"] == 0.25
     assert pair["correlation"] is None  # one of them always says the same
+
+
+def test_judges_agree_as_far_as_they_do() -> None:
+    a, b = [0.9, 0.2, 0.8, 0.5], [0.8, 0.1, 0.7, 0.9]
+    scored: list[dict[str, float | None]] = [
+        {"a": None, "b": 0.3},
+        {"b": 0.5},
+    ]
+    scored += [{"a": x, "b": y} for x, y in zip(a, b, strict=True)]
+    (row,) = judge_agreement(scored, accept=0.8)
+    assert row["judges"] == ["a", "b"]
+    assert row["candidates"] == 4
+    assert row["mean_absolute_difference"] == pytest.approx(np.mean(np.abs(np.subtract(a, b))))
+    assert row["correlation"] == pytest.approx(np.corrcoef(a, b)[0, 1])
+    # Above the bar: a has 1, 3; b has 1, 4. They agree on 1 and 2; chance is one half.
+    assert row["same_side_of_bar"] == 0.5
+    assert row["kappa"] == pytest.approx(0.0)
 
 
 def test_the_worst_and_the_best_are_shown(values: dict[str, Any], tmp_path: Path) -> None:

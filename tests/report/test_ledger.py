@@ -6,8 +6,8 @@ import pytest
 
 from megadistill.report.charts import Point, Series, draw_columns, draw_curves, ticks
 from megadistill.report.compare import outcomes, write_comparison
+from megadistill.report.groups import unique_names
 from megadistill.report.ledger import allocated_gpus, cost_ledger
-from megadistill.report.spread import MeanWithCI, mean_with_ci, unique_names
 from megadistill.rundir import WHOLE, RunDir
 from tests.report.runs import make_run, measured, step_row, write_rollouts, write_rows
 from tests.tiny import camopd_tree, make_config
@@ -114,12 +114,6 @@ def test_runs_that_differ_in_their_seed_are_one_group(tmp_path: Path) -> None:
         ("run2", 1, "0.7000"),
     ]
     assert reverse[0].change.mean == pytest.approx(-0.5)
-
-
-def test_the_interval_is_students_of_the_mean() -> None:
-    # The 97.5 % quantile of Student's t with two degrees of freedom is 4.302653.
-    assert mean_with_ci([1.0, 2.0, 3.0]).error == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
-    assert mean_with_ci([2.0]) == MeanWithCI(mean=2.0, error=None)
 
 
 def test_the_comparison_shows_every_run(tmp_path: Path) -> None:

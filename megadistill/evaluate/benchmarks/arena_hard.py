@@ -3,14 +3,14 @@
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from megadistill.evaluate.benchmarks.style_control import controlled, rows_entries, style_of
 from megadistill.evaluate.protocol import Ask, Benchmark, Draw, Item, Judged, Score, user
-from megadistill.evaluate.style_control import controlled, rows_entries, style_of
 
 Category = Literal["hard_prompt", "creative_writing"]
 FOLDER = "eval_framework/tasks/arena_hard/data/arena-hard-v2.0"
@@ -59,23 +59,6 @@ def settle(item: Item, answer: str, replies: Sequence[str]) -> Score:
         weight=float(len(found)),
         details={"no_verdict": 0.0, **style},
     )
-
-
-def leaderboard_score(scores: Iterable[Score], draws: int = 100) -> tuple[float, float, float]:
-    """The official figure in points: the mean of bootstraps over entries with a 90 % interval.
-
-    Entries of one item are resampled apart, as there; our own tables resample items.
-    """
-    values = [
-        entry
-        for score in scores
-        if score.extracted is not None
-        for entry in entries(*score.extracted.split())
-    ]
-    random = np.random.default_rng(0)
-    means = [np.mean(random.choice(values, len(values))) for _ in range(draws)]
-    low, high = np.quantile(means, [0.05, 0.95])
-    return 100 * float(np.mean(means)), 100 * float(low), 100 * float(high)
 
 
 def remark(

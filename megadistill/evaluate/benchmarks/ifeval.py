@@ -6,7 +6,7 @@ without network; here they get the same model from a package.
 
 import functools
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -52,19 +52,6 @@ def check(item: Item, answer: str, mode: str) -> list[bool]:
     found: list[bool] = judge(example, {example.prompt: answer}).follow_instruction_list
     random.setstate(state)
     return found
-
-
-def four_scores(scores: Iterable[Score]) -> dict[str, float]:
-    """Accuracy by prompt and by instruction, strict and loose, as the official report has them."""
-    details = [score.details for score in scores]
-    total = sum(values["instructions"] for values in details)
-    result = {}
-    for mode in ("strict", "loose"):
-        prompts = sum(values[f"prompt_{mode}"] for values in details)
-        result[f"prompt_{mode}"] = prompts / len(details)
-        followed = sum(values[f"instructions_{mode}"] for values in details)
-        result[f"instruction_{mode}"] = followed / total
-    return result
 
 
 @functools.cache

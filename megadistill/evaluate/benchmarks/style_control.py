@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from megadistill.evaluate.statistics import Array, Interval
+from megadistill.stats import Array, Interval
 
 FEATURES = ("length", "headers", "lists", "bold")
 PREFIX = "style/"

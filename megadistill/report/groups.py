@@ -1,40 +1,13 @@
-"""Which runs are repetitions of one experiment, and how far a quantity spreads over them."""
+"""Runs that are repetitions of one experiment."""
 
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import yaml
-from scipy import stats
 
 from megadistill.rundir import RunDir
 
 UNLIKE = ("name", "runs_dir", "seed")
 """Settings in which runs of one group may differ."""
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeanWithCI:
-    """Mean of a quantity over the runs of a group."""
-
-    mean: float
-    error: float | None
-    """Half of the confidence interval (Student's t) of the mean; None for a single run."""
-
-    @property
-    def text(self) -> str:
-        return f"{self.mean:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
-
-
-def mean_with_ci(values: Sequence[float]) -> MeanWithCI:
-    """Mean, and its interval where there are several values."""
-    count = len(values)
-    if count == 1:
-        return MeanWithCI(mean=values[0], error=None)
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
-    error = quantile * statistics.stdev(values) / count**0.5
-    return MeanWithCI(mean=statistics.fmean(values), error=error)
 
 
 def grouped(runs: Sequence[RunDir]) -> dict[str, list[RunDir]]:

@@ -1,12 +1,13 @@
-"""Intervals and tests for scores of benchmarks.
+"""Intervals, tests and distances: of scores of benchmarks, of runs, and of refined against raw answers.
 
 A system's result is one array of shape [S, I]: S seeds (trainings of the same recipe) and I items,
 each entry the mean of the item's samples. Weights make every aggregate a weighted mean over items:
 all ones for an accuracy, unequal for a mean of category means or for Arena-Hard's repeated entries.
 
-Shape legend: S seeds, I items, B bootstrap draws.
+Shape legend: S seeds, I items, B bootstrap draws, N vectors, D their components.
 """
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,22 +30,32 @@ class Interval:
     high: float
 
 
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased pass@k of one item, 1 - C(n-c, k) / C(n, k); pass@1 is c / n."""
-    if samples - correct < k:
-        return 1.0
-    return 1.0 - float(np.prod(1.0 - k / np.arange(samples - correct + 1, samples + 1)))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeanWithCI:
+    """Mean of a quantity over repetitions of an experiment."""
+
+    mean: float
+    error: float | None
+    """Half of the confidence interval (Student's t) of the mean; None for a single value."""
+
+    @property
+    def text(self) -> str:
+        return f"{self.mean:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
+
+
+def mean_with_ci(values: Sequence[float], confidence: float = 0.95) -> MeanWithCI:
+    """Mean, and its interval where there are several values."""
+    count = len(values)
+    if count == 1:
+        return MeanWithCI(mean=values[0], error=None)
+    quantile = float(stats.t.ppf((1 + confidence) / 2, count - 1))
+    error = quantile * statistics.stdev(values) / count**0.5
+    return MeanWithCI(mean=statistics.fmean(values), error=error)
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion."""
     found = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return Interval(value=successes / trials, low=float(found.low), high=float(found.high))
-
-
-def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
-    """The exact binomial interval."""
-    found = stats.binomtest(successes, trials).proportion_ci(confidence, method="exact")
     return Interval(value=successes / trials, low=float(found.low), high=float(found.high))
 
 
@@ -161,3 +172,73 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def compare_paired(old: Sequence[float], new: Sequence[float], seed: int) -> dict[str, float]:
+    """Means, the difference with its bootstrapped 95 % interval, and Wilcoxon's p."""
+    before, after = np.asarray(old, dtype=np.float64), np.asarray(new, dtype=np.float64)
+    difference = after - before
+    means = bootstrap_means(difference[None], np.ones(len(difference)), seed=seed)
+    low, high = np.quantile(means, (0.025, 0.975))
+    p = 1.0 if not difference.any() else float(stats.wilcoxon(after, before).pvalue)
+    return {
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "difference": float(difference.mean()),
+        "low": float(low),
+        "high": float(high),
+        "p": p,
+    }
+
+
+def compare_distributions(old: Sequence[float], new: Sequence[float]) -> dict[str, float]:
+    """Kolmogorov-Smirnov statistic with its p, and Wasserstein-1."""
+    found = stats.ks_2samp(old, new)
+    return {
+        "ks": float(found.statistic),
+        "ks_p": float(found.pvalue),
+        "wasserstein": float(stats.wasserstein_distance(old, new)),
+    }
+
+
+def agreement(x: Array, y: Array, bar: float) -> dict[str, float | int | None]:
+    """Of two raters over the same things: mean difference, correlation, and kappa at the bar."""
+    above_x, above_y = x >= bar - 1e-9, y >= bar - 1e-9
+    same = float((above_x == above_y).mean())
+    chance = float(above_x.mean() * above_y.mean() + (1 - above_x.mean()) * (1 - above_y.mean()))
+    varies = x.std() > 0 and y.std() > 0
+    return {
+        "candidates": len(x),
+        "mean_absolute_difference": float(np.abs(x - y).mean()),
+        "correlation": float(np.corrcoef(x, y)[0, 1]) if varies else None,
+        "same_side_of_bar": same,
+        "kappa": (same - chance) / (1 - chance) if chance < 1 else None,
+    }
+
+
+def squared_distances(first_ND: Array, second_ND: Array) -> Array:
+    """||x - y||^2 of every pair."""
+    products = first_ND @ second_ND.T
+    squares = (first_ND**2).sum(1)[:, None] + (second_ND**2).sum(1)[None, :]
+    distances: Array = np.maximum(squares - 2 * products, 0.0)
+    return distances
+
+
+def median_distance(vectors_ND: Array) -> float:
+    """Median distance of two different vectors: the bandwidth of the kernel."""
+    above = np.triu_indices(len(vectors_ND), k=1)
+    median = float(np.median(np.sqrt(squared_distances(vectors_ND, vectors_ND)[above])))
+    return median or 1.0
+
+
+def mmd2(first_ND: Array, second_ND: Array, bandwidth: float) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel exp(-||x-y||^2 / 2 bandwidth^2)."""
+
+    def kernel(x: Array, y: Array) -> Array:
+        return np.exp(-squared_distances(x, y) / (2 * bandwidth**2))
+
+    def within(x: Array) -> float:
+        count = len(x)
+        return float((kernel(x, x).sum() - count) / (count * (count - 1)))
+
+    return within(first_ND) + within(second_ND) - 2 * float(kernel(first_ND, second_ND).mean())

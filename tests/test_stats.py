@@ -1,20 +1,19 @@
 """Against published values, closed forms, and simulation."""
 
 import math
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from megadistill.evaluate import statistics as ours
+from megadistill import stats as ours
 
 
-def test_wilson_and_clopper_pearson_are_the_textbooks() -> None:
+def test_wilson_is_the_textbooks() -> None:
     # Newcombe (1998), Statistics in Medicine 17:857, Table I, 81 of 263.
     found = ours.wilson(81, 263)
     assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
-    exact = ours.clopper_pearson(81, 263)
-    assert (round(exact.low, 4), round(exact.high, 4)) == (0.2527, 0.3676)
     assert ours.wilson(0, 20).low == 0.0
     assert ours.wilson(20, 20).high == pytest.approx(1.0)
 
@@ -28,14 +27,6 @@ def test_intervals_are_as_wide_as_the_binomial_says(
 ) -> None:
     found = ours.wilson(round(share * items), items)
     assert (found.high - found.low) / 2 / 1.96 * 100 == pytest.approx(points, rel=0.06)
-
-
-def test_pass_at_k_is_the_unbiased_estimate() -> None:
-    assert [ours.pass_at_k(4, c, 1) for c in range(5)] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
-    assert ours.pass_at_k(10, 3, 5) == pytest.approx(1 - math.comb(7, 5) / math.comb(10, 5))
-    assert ours.pass_at_k(5, 3, 3) == 1.0
-    mean = np.mean([ours.pass_at_k(4, 3, 1), ours.pass_at_k(4, 1, 1)])
-    assert mean == pytest.approx(0.5)
 
 
 def test_mcnemar_is_the_exact_binomial_test_of_the_pairs_that_differ() -> None:
@@ -123,3 +114,47 @@ def test_comparing_takes_mcnemar_where_answers_are_right_or_wrong() -> None:
     assert ours.compare(first, second, ones, seed=0) == ours.mcnemar(first[0], second[0])
     with pytest.raises(ValueError, match="different items"):
         ours.compare(first, second[:, :2], ones, seed=0)
+
+
+def mmd2_by_loops(x: ours.Array, y: ours.Array, bandwidth: float) -> float:
+    def kernel(a: ours.Array, b: ours.Array) -> float:
+        return float(np.exp(-np.sum((a - b) ** 2) / (2 * bandwidth**2)))
+
+    within = [np.mean([kernel(a, b) for a, b in permutations(side, 2)]) for side in (x, y)]
+    return float(sum(within) - 2 * np.mean([kernel(a, b) for a in x for b in y]))
+
+
+def test_mmd_matches_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(7, 3)), rng.normal(0.5, size=(5, 3))
+    assert ours.mmd2(x, y, 1.3) == pytest.approx(mmd2_by_loops(x, y, 1.3))
+    pool = np.concatenate([x, y])
+    distances = [np.linalg.norm(a - b) for a, b in combinations(pool, 2)]
+    assert ours.median_distance(pool) == pytest.approx(np.median(distances))
+    assert ours.median_distance(np.ones((3, 2))) == 1.0
+
+
+def test_paired_comparison() -> None:
+    rng = np.random.default_rng(1)
+    old = rng.normal(size=40)
+    new = old - 0.5 + 0.1 * rng.normal(size=40)
+    found = ours.compare_paired(list(old), list(new), seed=0)
+    assert found["difference"] == pytest.approx(np.mean(new) - np.mean(old))
+    error = np.std(new - old, ddof=1) / np.sqrt(40)
+    assert found["low"] == pytest.approx(found["difference"] - 1.96 * error, abs=0.3 * error)
+    assert found["high"] == pytest.approx(found["difference"] + 1.96 * error, abs=0.3 * error)
+    assert found["p"] < 1e-6
+    assert ours.compare_paired([1.0, 2.0], [1.0, 2.0], seed=0)["p"] == 1.0
+
+
+def test_distribution_distances() -> None:
+    old, new = [1.0, 2.0, 3.0, 4.0], [3.0, 4.0, 5.0, 6.0]
+    found = ours.compare_distributions(old, new)
+    assert found["ks"] == pytest.approx(0.5)  # at 2: half of the old ones, none of the new
+    assert found["wasserstein"] == pytest.approx(np.mean(np.sort(new) - np.sort(old)))
+
+
+def test_the_interval_is_students_of_the_mean() -> None:
+    # The 97.5 % quantile of Student's t with two degrees of freedom is 4.302653.
+    assert ours.mean_with_ci([1.0, 2.0, 3.0]).error == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    assert ours.mean_with_ci([2.0]) == ours.MeanWithCI(mean=2.0, error=None)
