@@ -44,6 +44,12 @@ class Parts:
     published: int = 0
     """Version of the weights that the rollout engines hold; they start with the student's, 0."""
 
+    def close(self) -> None:
+        """Leave the other ranks and hand the metrics over."""
+        self.engine.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
 
 def assemble(run: RunDir) -> tuple[Parts, RunState]:
     """Load models, data and engines; restore the newest whole checkpoint. Collective."""

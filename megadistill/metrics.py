@@ -44,9 +44,11 @@ class MetricWriter:
                 self._wandb.log({"step": step, **values})
 
     def close(self) -> None:
+        """Hand everything over; more than once does no harm."""
         if self._wandb is not None:
             with self._only_warned():
                 self._wandb.finish()
+            self._wandb = None
 
     @contextmanager
     def _only_warned(self) -> Iterator[None]:

@@ -13,10 +13,11 @@ from typing import Any, Self
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from megadistill.config import resolve_path
 
+LFS_POINTER = b"version https://git-lfs"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -91,7 +92,7 @@ class SafetensorsReader:
             raise ValueError(f"{self.directory}: no tensor {name!r} among {len(self._files)}")
         file = self._files[name]
         if self._open is None or file != self._open_name:
-            self._open = safe_open(self.directory / file, framework="pt")
+            self._open = open_weights(self.directory / file)
             self._open_name = file
         return self._open
 
@@ -115,8 +116,23 @@ def weight_map(directory: Path) -> dict[str, str]:
             f"{directory}: found neither {INDEX_FILE} nor {SINGLE_FILE}; "
             "only safetensors weights are read"
         )
-    with safe_open(directory / SINGLE_FILE, framework="pt") as file:
+    with open_weights(directory / SINGLE_FILE) as file:
         return dict.fromkeys(file.keys(), SINGLE_FILE)
+
+
+def open_weights(file: Path) -> Any:  # a `safe_open`, which has no type annotations
+    """A safetensors file, for reading. Raises `ValueError` when it is cut, or is none."""
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        with file.open("rb") as stream:
+            is_pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
+        problem = (
+            "found a Git LFS pointer, expected weights; run `git lfs pull`"
+            if is_pointer
+            else f"found no whole safetensors file ({error}); download it again"
+        )
+        raise ValueError(f"{file}: {problem}") from error
 
 
 class SafetensorsWriter:

@@ -268,6 +268,9 @@ class Node:
 
     def failure(self, exited: Exit) -> Failure:
         what = f"{exited.describe()} on node {self.context.node} ({self.context.host})"
+        if mistake := exited.mistake():
+            what = f"{what}: {mistake}"
+            return Failure(node=self.context.node, what=what, when=time.time())
         if not os.statvfs(self.run.path).f_bavail:  # the role could not even log it
             what += f"; {self.run.path}: {os.strerror(errno.ENOSPC)}"
         failure = Failure(node=self.context.node, what=what, when=time.time(), detail=exited.tail())

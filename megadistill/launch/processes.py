@@ -24,6 +24,9 @@ SHIELDED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
 TAIL_LINES = 20
 TAIL_BYTES = 32768
 UNKILLABLE_S = 60.0
+MISTAKE = 2
+"""Exit code of a role that a mistake of the user's has ended; what it says of it comes last."""
+SAYS = "megadistill: "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,10 @@ class Exit:
         if self.code < 0:
             return f"{self.name} was killed by {signal.Signals(-self.code).name}"
         return f"{self.name} ended with exit code {self.code}"
+
+    def mistake(self) -> str:
+        """What the user can mend, in the role's own words; empty where it ended otherwise."""
+        return self.tail().rpartition(SAYS)[2] if self.code == MISTAKE else ""
 
     def tail(self) -> str:
         """The last lines of its log."""

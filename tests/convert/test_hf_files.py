@@ -126,6 +126,19 @@ def test_readers_say_what_is_missing(tmp_path: Path) -> None:
         SafetensorsReader(directory)
 
 
+def test_a_file_that_is_cut_or_only_a_pointer_is_named(tmp_path: Path) -> None:
+    with SafetensorsWriter(tmp_path / "model") as writer:
+        writer.write("weight", torch.zeros(8, 8))
+    file = tmp_path / "model" / SINGLE_FILE
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-3])
+    with pytest.raises(ValueError, match=rf"{file}: found no whole safetensors file .*download it"):
+        SafetensorsReader(tmp_path / "model")
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match=rf"{file}: found a Git LFS pointer, expected weights"):
+        SafetensorsReader(tmp_path / "model")
+
+
 def test_an_index_may_not_lead_out_of_the_directory(tmp_path: Path) -> None:
     write(tmp_path / "other")
     (tmp_path / "model").mkdir()

@@ -6,6 +6,7 @@ python fake_role.py RUN_DIR ROLE; the part is in RUN_DIR/parts/ROLE, one word an
     serve           (an engine's default) announce itself and wait to be ended
     crash SECONDS   print a traceback-like line and end with 3
     die SECONDS     kill itself with SIGKILL
+    blame SECONDS   name a mistake of the user's, as trainers do, and end with 2
     stubborn        ignore SIGINT, with a child that does too
 
 Names of other roles after the first argument: play once those run.
@@ -55,6 +56,9 @@ def main() -> int:
     if verb in ("serve", "stubborn"):
         time.sleep(600)
     time.sleep(float(arguments[0]))
+    if verb == "blame":
+        print("megadistill: data.pools: found none\n  expected one", flush=True)
+        return 2
     if verb == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     print(f"{name}: NoLuckError: out of luck", flush=True)

@@ -149,6 +149,17 @@ def test_a_crash_names_the_culprit_and_ends_the_others(job: Job) -> None:
     assert not any(is_alive(job.pid(role)) for role in ("trainer-0", "trainer-1", "engine-0"))
 
 
+def test_a_users_mistake_is_told_in_its_own_words_alone(job: Job) -> None:
+    job.configure()
+    job.play("trainer-0", "blame 0")
+    job.start()
+    code, output = job.finish()
+    assert code == 1
+    said = "trainer-0 ended with exit code 2 on node 0 (127.0.0.1): data.pools: found none\n"
+    assert f"attempt 0: {said}  expected one\n" in output
+    assert "last lines" not in output
+
+
 def test_a_role_killed_by_a_signal_is_a_failure(job: Job) -> None:
     job.configure()
     job.play("trainer-0", "die 0.2")
