@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.evaluate.benchmarks import read_items
+from megadistill.config import RunConfig, load
+from megadistill.data.pools import is_heldout
+from megadistill.data.sources import read_pool
+from megadistill.evaluate.benchmarks import get_benchmark, read_items
 from megadistill.evaluate.benchmarks.medical import final_letter, score
 
 STYLES: list[tuple[str, str | None]] = [
@@ -109,3 +112,17 @@ def test_a_bad_row_is_named(tmp_path: Path, change: dict[str, object], message: 
     (tmp_path / "b.jsonl").write_text(json.dumps({"question": "q"}))
     with pytest.raises(ValueError, match="row 1 has no field 'options'"):
         list(read_items("medqa", str(tmp_path / "b.jsonl")))
+
+
+def test_the_held_out_questions_are_those_that_the_embedded_runs_do_not_train_on() -> None:
+    configs = Path(__file__).parents[2] / "configs" / "embedded"
+    data = load(RunConfig, configs / "camopd_medical.yaml").data
+    never_trained_on = {
+        record.id
+        for record in read_pool(data.pools["medical"])
+        if is_heldout(record.id, data.heldout_fraction)
+    }
+    items = list(read_items("medical_heldout", "packaged"))
+    assert {item.id for item in items} == never_trained_on
+    assert len(items) == get_benchmark("medical_heldout").size
+    assert {item.reference for item in items} == {"A", "B", "C", "D"}

@@ -240,6 +240,45 @@ def test_the_shipped_recipes_make_the_files_that_shipped_runs_read() -> None:
     assert {"nemotron_10k", "medical_10k", "coser_prompts_10k", "coser_sft"} <= made
 
 
+SHIPPED_ROWS: dict[str, dict[str, Rows]] = {
+    "raft_qa": {
+        "medquad": [
+            {"qtype": "treatment", "Question": "How is it treated?", "Answer": "With rest."},
+            {"qtype": "causes", "Question": "What causes it?", "Answer": None},
+        ]
+    },
+    "medical_small": {
+        "medmcqa": [medmcqa(1)],
+        "medqa": [
+            {
+                "question": "A man of 40 coughs. Which is it?",
+                "answer": "Flu",
+                "options": {"A": "Flu", "B": "Gout"},
+                "meta_info": "step1",
+                "answer_idx": "A",
+            }
+        ],
+    },
+}
+"""One row or two as the hub's files have them."""
+
+
+@pytest.mark.parametrize("name", SHIPPED_ROWS)
+def test_a_shipped_recipe_reads_rows_as_the_hub_has_them(name: str, tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "configs" / "prepare" / f"{name}.yaml"
+    overrides = [f"output_dir={tmp_path}"]
+    for part, rows in SHIPPED_ROWS[name].items():
+        file = write_jsonl(tmp_path / f"{part}_rows.jsonl", rows)
+        overrides.append(f"recipe.parts.{part}.source={{files: ['{file}']}}")
+        if name == "medical_small":
+            overrides.append(f"recipe.parts.{part}.count=1")
+    run_preparation(load(PrepareConfig, recipe, overrides))
+    made = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    assert [row["part"] for row in made] == list(SHIPPED_ROWS[name])
+    assert all(row["question"] and row["answer"] for row in made)
+    assert all(bool(row.get("options")) == (name == "medical_small") for row in made)
+
+
 def test_downloading_asks_the_hub_for_the_recipes_files_and_says_what_is_gated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

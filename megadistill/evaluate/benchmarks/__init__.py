@@ -9,6 +9,7 @@ BENCHMARKS = {
     "ifeval": "ifeval:IFEVAL",
     "medqa": "medical:MEDQA",
     "medxpertqa": "medical:MEDXPERTQA",
+    "medical_heldout": "medical:MEDICAL_HELDOUT",
     "coser": "coser:COSER",
     "d_acc": "raft:D_ACC",
     "ms_bench": "raft:MS_BENCH",

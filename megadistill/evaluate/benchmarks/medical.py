@@ -1,13 +1,16 @@
-"""MedQA-USMLE and MedXpertQA-Text: choice questions that end with `Final answer: <letter>`."""
+"""MedQA-USMLE, MedXpertQA-Text and held-out questions of ours, which end with `Final answer: <letter>`."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from megadistill.data.pools import is_heldout
 from megadistill.evaluate.protocol import Benchmark, Draw, Item, Score, user
 
 LETTERS = "ABCDEFGHIJ"
 INSTRUCTION = "Reason step by step, then end with a line `Final answer: <letter>`."
+HELDOUT_FRACTION = 0.12
+"""`data.heldout_fraction` of configs/embedded/_data.yaml."""
 _FINAL = re.compile(r"(?i:Final answer)\**:[\s*]*\(?([A-J])\b")
 """As the protocol has it (ALGORITHMS 5.4), with stars also around the words or the colon."""
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?([A-J])")
@@ -45,6 +48,13 @@ def to_item(row: Mapping[str, Any]) -> Item:
     )
 
 
+def to_heldout_item(row: Mapping[str, Any]) -> Item | None:
+    """A packaged question that the embedded runs never train on."""
+    if not is_heldout(row["id"], HELDOUT_FRACTION):
+        return None
+    return to_item({**row, "label": row["answer"]})
+
+
 MEDQA = Benchmark(
     title="MedQA-USMLE",
     block="domain",
@@ -68,4 +78,14 @@ MEDXPERTQA = Benchmark(
         "`hf download TsinghuaC3I/MedXpertQA --repo-type dataset`"
     ),
     size=2450,
+)
+MEDICAL_HELDOUT = Benchmark(
+    title="Medical questions, held out",
+    block="domain",
+    draw=Draw(max_tokens=32768),
+    rows=to_heldout_item,
+    score=score,
+    packaged="megadistill/data/sets/medical_questions.jsonl",
+    hint="`path: packaged` takes the questions that ship with this package",
+    size=28,
 )
