@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from megadistill.atomic import write_atomic
 from megadistill.config.schema import LogConfig
-from megadistill.rundir import write_atomic
 
 log = logging.getLogger(__name__)
 

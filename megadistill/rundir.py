@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from megadistill.atomic import sync_tree, write_atomic
 from megadistill.config import RunConfig, dump, load, resolve_path
 
 WHOLE = "WHOLE"
@@ -238,27 +239,6 @@ class RunDir:
         for directory in self.checkpoints():
             if directory not in kept and step_of(directory) <= newest:
                 shutil.rmtree(directory)
-
-
-def write_atomic(file: Path, text: str) -> None:
-    """Write so that a reader sees the old content or the new, never a part; survives a crash."""
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-
-
-def sync_tree(directory: Path) -> dict[str, int]:
-    """Flush every file below `directory` to disk; relative name -> size in bytes."""
-    sizes: dict[str, int] = {}
-    for file in sorted(directory.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-            sizes[str(file.relative_to(directory))] = file.stat().st_size
-    return sizes
 
 
 def hash_files(directory: Path, names: Iterable[str]) -> dict[str, str]:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from megadistill import startup
 from megadistill.assemble import Parts, publish_student
+from megadistill.atomic import remove_torn
 from megadistill.collect import Batch, timed
 from megadistill.config import resolve_path
 from megadistill.config.schema import OptimizerConfig
-from megadistill.convert.hf_files import SafetensorsWriter, remove_unfinished, resolve_model
+from megadistill.convert.hf_files import resolve_model, writing_model
 from megadistill.report.rollouts import store_rollouts
 from megadistill.state import RunState, save
 from megadistill.types import Sample, StepResult
@@ -130,8 +131,8 @@ def export(parts: Parts, target: Path) -> None:
         for _ in tensors:
             pass  # every rank takes part to the end
         return
-    remove_unfinished(target)
-    with SafetensorsWriter(target) as writer:
+    remove_torn(target.parent, target.name)
+    with writing_model(target) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor)
         writer.copy_metadata(resolve_model(parts.config.student.path))

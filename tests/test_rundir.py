@@ -13,8 +13,6 @@ from megadistill.rundir import (
     changed_settings,
     damaged_files,
     is_whole,
-    sync_tree,
-    write_atomic,
 )
 from tests.tiny import Tree, camopd_tree, make_config
 
@@ -163,30 +161,6 @@ def test_more_steps_are_refused_where_they_would_change_the_run(
         run.create(make_config(camopd_tree() | change))
 
 
-def test_an_atomic_write_replaces_the_content_and_leaves_no_other_file(tmp_path: Path) -> None:
-    file = tmp_path / "progress.json"
-    write_atomic(file, "old")
-    write_atomic(file, "néw")
-    assert file.read_text(encoding="utf-8") == "néw"
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_reader_of_an_atomic_write_keeps_the_old_content_whole(tmp_path: Path) -> None:
-    file = tmp_path / "progress.json"
-    write_atomic(file, "old" * 1000)
-    with file.open() as reader:
-        write_atomic(file, "new")
-        assert reader.read() == "old" * 1000
-
-
-def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
-    file = tmp_path / "progress.json"
-    write_atomic(file, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomic(file, "half a text \ud800")
-    assert file.read_text() == "old"
-
-
 def test_the_token_is_secret_long_and_the_same_for_everybody(run: RunDir) -> None:
     token = run.token()
     assert len(token) >= 32
@@ -314,13 +288,6 @@ def test_nothing_is_dropped_where_nothing_is_whole(run: RunDir) -> None:
     (write_checkpoint(run, 1) / WHOLE).unlink()
     run.drop_old_checkpoints(keep=1)
     assert run.checkpoint(1).exists()
-
-
-def test_sizes_are_recorded_for_every_file_below(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "b").write_bytes(b"123")
-    (tmp_path / "c").write_bytes(b"")
-    assert sync_tree(tmp_path) == {"a/b": 3, "c": 0}
 
 
 def test_rollout_files_are_numbered_by_step(run: RunDir) -> None:

@@ -15,15 +15,14 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from megadistill.atomic import atomic_directory
 from megadistill.convert.checkpoint import CheckpointReader, write_checkpoint
 from megadistill.convert.families import ModelSpec, read_spec
 from megadistill.convert.hf_files import (
     SafetensorsReader,
-    SafetensorsWriter,
     copy_companions,
-    new_directory_beside,
-    publish_directory,
     resolve_model,
+    writing_model,
 )
 from megadistill.convert.mapping import Entry, check_names, entries, to_hf
 
@@ -43,17 +42,13 @@ def hf_to_megatron(
     spec = read_spec(reader.directory)
     check_names(spec, reader.names)
     dst = Path(dst).absolute()
-    made = new_directory_beside(dst)
-    try:
+    with atomic_directory(dst) as made:
         (made / HF_DIR).mkdir()
         shutil.copyfile(reader.directory / "config.json", made / HF_DIR / "config.json")
         copy_companions(reader.directory, made / HF_DIR)
         total = sum(_num_bytes(spec, entry, reader.dtype(entry.hf[0])) for entry in entries(spec))
         with _bar(f"{spec.family} to Megatron", total, shown=progress) as advance:
             write_checkpoint(made, spec, reader, max_file_bytes=max_file_bytes, advance=advance)
-        publish_directory(made, dst)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return dst
 
 
@@ -81,7 +76,7 @@ def megatron_to_hf(
     reader = CheckpointReader(src)
     total = sum(_num_bytes(spec, entry, reader.dtype(entry.megatron)) for entry in entries(spec))
     with (
-        SafetensorsWriter(dst, max_shard_bytes) as writer,
+        writing_model(dst, max_shard_bytes) as writer,
         _bar(f"{spec.family} to Hugging Face", total, shown=progress) as advance,
     ):
         for entry in entries(spec):
@@ -91,7 +86,7 @@ def megatron_to_hf(
                 writer.write(name, tensor)
                 advance(tensor.nbytes)
         writer.copy_metadata(source)
-    return writer.out_dir
+    return Path(dst).absolute()
 
 
 def _check_shape(spec: ModelSpec, entry: Entry, full: torch.Tensor) -> None:

@@ -1,20 +1,20 @@
 """Hugging Face model directories: find one, read its tensors one by one, write one in shards."""
 
 import json
-import os
 import re
-import secrets
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
+from megadistill.atomic import atomic_directory
 from megadistill.config import resolve_path
 
 LFS_POINTER = b"version https://git-lfs"
@@ -135,43 +135,36 @@ def open_weights(file: Path) -> Any:  # a `safe_open`, which has no type annotat
         raise ValueError(f"{file}: {problem}") from error
 
 
-class SafetensorsWriter:
-    """Streams tensors into a new Hugging Face model directory; whole or absent.
+@contextmanager
+def writing_model(
+    out_dir: str | Path, max_shard_bytes: float = 5e9
+) -> Iterator["SafetensorsWriter"]:
+    """A new model directory, whole when the block ends well, otherwise absent.
 
-    Use as a context manager: files go to a hidden directory beside `out_dir`, which is renamed
-    when the block ends well and deleted when it does not. No tensor is kept in memory.
+    Raises `ValueError` when `out_dir` exists and is not an empty directory.
     """
+    with atomic_directory(Path(out_dir).absolute()) as made:
+        writer = SafetensorsWriter(made, max_shard_bytes)
+        try:
+            yield writer
+        finally:
+            writer.close()
+        writer.name_shards()
 
-    def __init__(self, out_dir: str | Path, max_shard_bytes: float = 5e9) -> None:
-        """Raises `ValueError` when `out_dir` exists and is not an empty directory."""
-        self.out_dir = Path(out_dir).absolute()
-        self.max_shard_bytes = max_shard_bytes
-        self._directory = new_directory_beside(self.out_dir)
+
+class SafetensorsWriter:
+    """Streams tensors into a Hugging Face model directory; no tensor is kept in memory."""
+
+    def __init__(self, directory: Path, max_shard_bytes: float) -> None:
+        self._directory = directory
+        self._max_shard_bytes = max_shard_bytes
         self._shards: list[_Shard] = []
         self._dtypes: Counter[torch.dtype] = Counter()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            for shard in self._shards[-1:]:
-                shard.close()
-            if kind is None:
-                self._finish()
-        finally:
-            shutil.rmtree(self._directory, ignore_errors=True)
-
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Add one tensor, from any device; it may be a view. A shard holds at least one."""
-        if not self._shards or not self._shards[-1].has_room(name, tensor, self.max_shard_bytes):
-            for shard in self._shards[-1:]:
-                shard.close()
+        if not self._shards or not self._shards[-1].has_room(name, tensor, self._max_shard_bytes):
+            self.close()
             self._shards.append(_Shard(self._directory / f"shard-{len(self._shards)}"))
         self._shards[-1].write(name, tensor)
         self._dtypes[tensor.dtype] += tensor.numel()
@@ -189,8 +182,13 @@ class SafetensorsWriter:
         (self._directory / "config.json").write_text(text, encoding="utf-8")
         copy_companions(source, self._directory)
 
-    def _finish(self) -> None:
-        """Give the shards their final names, write the index, and publish the directory."""
+    def close(self) -> None:
+        """Complete the shard that is being written."""
+        for shard in self._shards[-1:]:
+            shard.close()
+
+    def name_shards(self) -> None:
+        """Give the closed shards their final names, and write the index."""
         count = len(self._shards)
         files: dict[str, str] = {}
         for number, shard in enumerate(self._shards, start=1):
@@ -202,7 +200,6 @@ class SafetensorsWriter:
             index = {"metadata": {"total_size": total}, "weight_map": files}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (self._directory / INDEX_FILE).write_text(text, encoding="utf-8")
-        publish_directory(self._directory, self.out_dir)
 
 
 class _Shard:
@@ -276,33 +273,3 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in _COPIED:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
-
-
-def new_directory_beside(out_dir: Path) -> Path:
-    """A fresh hidden directory on the same filesystem as `out_dir`, to be renamed to it.
-
-    Raises `ValueError` when `out_dir` exists and is not an empty directory.
-    """
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise ValueError(f"{out_dir}: already exists; delete it or choose another directory")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    made = out_dir.with_name(f".{out_dir.name}.{secrets.token_hex(4)}.tmp")
-    made.mkdir()
-    return made
-
-
-def remove_unfinished(out_dir: Path) -> None:
-    """Delete what killed writers of `out_dir` left beside it; nobody else may be writing it."""
-    for left in out_dir.parent.glob(f".{out_dir.name}.*.tmp"):
-        shutil.rmtree(left)
-
-
-def publish_directory(made: Path, out_dir: Path) -> None:
-    """Flush the files of `made` to disk, open them to its readers, and rename it to `out_dir`."""
-    mode = made.stat().st_mode & 0o666
-    for file in made.rglob("*"):
-        if file.is_file():
-            file.chmod(mode)
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-    made.replace(out_dir)

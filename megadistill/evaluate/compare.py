@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from megadistill import stats
+from megadistill.atomic import write_atomic
 from megadistill.evaluate import results
 from megadistill.evaluate.benchmarks import get_benchmark
 from megadistill.evaluate.rendering import RENDERERS
 from megadistill.evaluate.tables import BLOCKS, Cell, Column, Table
 from megadistill.refine.blocks import read_rows_of
-from megadistill.rundir import write_atomic
 from megadistill.stats import Interval
 
 SEED = 0

@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from megadistill.atomic import atomic_directory, remove_torn, write_atomic
 from megadistill.config.refine import ChatModelConfig
 from megadistill.evaluate.chats import opened
 from megadistill.refine.stages import Stage
-from megadistill.rundir import write_atomic
 
 RELEASE = "2024-11-25"
 COMMAND = Path("livebench/run_livebench.py")
@@ -66,11 +66,10 @@ def run(directory: Path, arguments: Mapping[str, Any]) -> None:
 
 def copy_code(checkout: Path, place: Path) -> None:
     """The checkout without what earlier runs left in it, whole or absent."""
-    half = place.with_name(f".{place.name}")
-    shutil.rmtree(half, ignore_errors=True)
+    remove_torn(place.parent, place.name)
     ignored = shutil.ignore_patterns(".git", "data", ".venv", "assets")
-    shutil.copytree(checkout, half, ignore=ignored, symlinks=True)
-    half.replace(place)
+    with atomic_directory(place, sync=False) as made:
+        shutil.copytree(checkout, made, ignore=ignored, symlinks=True, dirs_exist_ok=True)
 
 
 def judgments(place: Path) -> str:

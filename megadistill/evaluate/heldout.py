@@ -14,9 +14,9 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from megadistill.algorithms.protocol import response_span
+from megadistill.atomic import write_atomic
 from megadistill.config.schema import AnswersConfig, HeldoutConfig
 from megadistill.data.pools import PromptPool, answer_ids
-from megadistill.rundir import write_atomic
 from megadistill.types import FloatArray, Prompt, Rollout, TokenSpan
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from megadistill.atomic import write_atomic
 from megadistill.config import EvaluateConfig, dump, resolve_path
 from megadistill.config.evaluate import ExternalConfig
 from megadistill.config.refine import ChatModelConfig, ServedConfig
@@ -26,7 +27,6 @@ from megadistill.launch.shards import fingerprint
 from megadistill.refine.blocks import read_blocks, read_rows_of, write_rows
 from megadistill.refine.pipeline import identity
 from megadistill.refine.stages import Stage
-from megadistill.rundir import write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -25,13 +25,14 @@ from megadistill.algorithms.coherence import (
 from megadistill.algorithms.mopd import Camopd, make_camopd
 from megadistill.algorithms.protocol import response_span
 from megadistill.algorithms.sketch import sketch
+from megadistill.atomic import write_atomic
 from megadistill.config import RunConfig
 from megadistill.config.algorithm import CamopdConfig
 from megadistill.config.schema import ParallelConfig
 from megadistill.losses import policy_gradient
 from megadistill.megatron.engine import STUDENT, Engine
 from megadistill.rollout.store import read_rollouts
-from megadistill.rundir import RunDir, write_atomic
+from megadistill.rundir import RunDir
 from megadistill.types import Rollout, Scored
 
 Report = dict[str, Any]  # what goes into the JSON file

@@ -23,6 +23,7 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
+from megadistill.atomic import write_atomic
 from megadistill.config import CampaignConfig, RunConfig, dump, load
 from megadistill.config.campaign import StageConfig
 from megadistill.config.cluster import ClusterConfig
@@ -42,7 +43,7 @@ from megadistill.launch.node import open_run
 from megadistill.launch.node_context import ask_slurm
 from megadistill.launch.shards import Shard, command_shard, content_hash, fingerprint, say
 from megadistill.launch.slurm import live_jobs, submit_gang
-from megadistill.rundir import RunDir, write_atomic
+from megadistill.rundir import RunDir
 
 Status = Literal["done", "running", "queued", "failed", "stopped", "not submitted"]
 

@@ -26,13 +26,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megadistill.atomic import write_atomic
 from megadistill.config.cluster import ClusterConfig
 from megadistill.launch.heartbeats import read_json
 from megadistill.launch.node import DONE, STOPPED, stop_requests
 from megadistill.launch.node_context import own_job, requeue
 from megadistill.launch.shards import Shard, ShardFolder, ShardState, Worker, command_shard, say
 from megadistill.launch.slurm import batch_executor, job_environment, live_jobs, make_sacct_usable
-from megadistill.rundir import write_atomic
 
 __all__ = [
     "FanoutResult",

@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megadistill.atomic import write_atomic
 from megadistill.config import RunConfig, dump
 from megadistill.launch.node_context import NodeContext, rendezvous_port
 from megadistill.launch.roles import Launch
-from megadistill.rundir import RunDir, write_atomic
+from megadistill.rundir import RunDir
 
 ATTEMPTS = "attempts.jsonl"
 """In state/: a line for each attempt that another has followed."""
@@ -117,14 +118,12 @@ class Heartbeats:
 
         Not flushed to the disk: it need not survive a crash, and a busy disk takes a minute.
         """
-        temporary = file.with_name(f".{file.name}.{self.node}.tmp")
         try:
-            temporary.write_text(json.dumps(values))
+            write_atomic(file, json.dumps(values), sync=False)
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
             return False
-        temporary.replace(file)
         return True
 
     @property

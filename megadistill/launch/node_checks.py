@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from megadistill.atomic import write_atomic
 from megadistill.launch.node_context import (
     LOCALHOST,
     NodeContext,
@@ -78,9 +79,7 @@ def probe_node(folder: Path, context: NodeContext) -> None:
     if context.job_id is not None:
         probe.signal_s = probe_signal(folder, context, arrived)
     probe_all_reduce(folder, context, probe)
-    temporary = folder / f".node-{context.node}.tmp"
-    temporary.write_text(json.dumps(asdict(probe)))
-    temporary.replace(folder / f"node-{context.node}.json")
+    write_atomic(folder / f"node-{context.node}.json", json.dumps(asdict(probe)), sync=False)
 
 
 def await_all(files: list[Path]) -> bool:
@@ -126,9 +125,7 @@ def probe_all_reduce(folder: Path, context: NodeContext, probe: Probe) -> None:
     meeting = folder / "meeting.json"
     if context.node == 0:
         probe.port = rendezvous_port(context, attempt=0)
-        temporary = folder / ".meeting.tmp"
-        temporary.write_text(json.dumps(probe.port))
-        temporary.replace(meeting)
+        write_atomic(meeting, json.dumps(probe.port), sync=False)
     elif not await_all([meeting]):
         return
     environment = {

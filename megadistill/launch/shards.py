@@ -26,10 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from megadistill.atomic import write_atomic
 from megadistill.launch.heartbeats import try_lock
 from megadistill.launch.processes import Exit, Processes
 from megadistill.launch.roles import visible_gpus
-from megadistill.rundir import write_atomic
 
 POLL_S = 0.2
 GRACE_S = 30.0
@@ -119,9 +119,7 @@ class ShardFolder:
         self.failures_file.unlink(missing_ok=True)
         values = {"entry": shard.entry, "arguments": dict(shard.arguments), "label": shard.label}
         # Not flushed to the disk, which can take seconds: it is written anew by every submission.
-        temporary = self.path / f".shard.json.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(values))
-        temporary.replace(self.path / "shard.json")
+        write_atomic(self.path / "shard.json", json.dumps(values), sync=False)
 
     def read(self) -> Shard:
         return Shard(**json.loads((self.path / "shard.json").read_text()))

@@ -1,15 +1,14 @@
 """One preparation from its configuration to a JSONL file with its card: all of it, or nothing."""
 
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
+from megadistill.atomic import atomic_files
 from megadistill.config import PrepareConfig, dump, resolve_path
 from megadistill.config.prepare import ConversationsConfig, MixtureConfig
 from megadistill.convert.hf_files import resolve_model
@@ -33,18 +32,31 @@ def run_preparation(config: PrepareConfig, download_only: bool = False) -> str:
         files.files_of(config, source)
     cleaner = Cleaner(config, _benchmarks(config), _measure(config))
     folder = Path(resolve_path(config.output_dir))
-    names = {mixture_part: f"{name}.jsonl" for mixture_part, name in _names(config).items()}
-    with written_together(folder, names.values()) as writing:
-        examples = _examples(config, cleaner)
-        for example in examples:
-            name = names.get(example.part, f"{config.name}.jsonl")
-            writing.add(name, json.dumps(to_row(example, config), ensure_ascii=False))
-        writing.flush()
-        settings = yaml.safe_load(dump(config))
-        made = card.make_card(config, cleaner.counts, writing.paths, settings)
-        writing.side(f"{config.name}.card.json", json.dumps(made, indent=1, ensure_ascii=False))
-        text = card.describe(made)
-        writing.side(f"{config.name}.card.md", text)
+    try:
+        with atomic_files(folder) as made:
+            return _write(config, cleaner, made)
+    except OSError as error:
+        raise ValueError(f"{error.filename or folder}: {error.strerror}") from error
+
+
+def _write(config: PrepareConfig, cleaner: Cleaner, folder: Path) -> str:
+    """Every file of the preparation; returns its card for people."""
+    names = {part: f"{name}.jsonl" for part, name in _names(config).items()}
+    outputs = {name: folder / name for name in names.values()}
+    with ExitStack() as stack:
+        streams = {
+            name: stack.enter_context(file.open("w", encoding="utf-8"))
+            for name, file in outputs.items()
+        }
+        for example in _examples(config, cleaner):
+            row = json.dumps(to_row(example, config), ensure_ascii=False)
+            streams[names.get(example.part, f"{config.name}.jsonl")].write(row + "\n")
+    settings = yaml.safe_load(dump(config))
+    made = card.make_card(config, cleaner.counts, outputs, settings)
+    text = card.describe(made)
+    side = {"json": json.dumps(made, indent=1, ensure_ascii=False), "md": text}
+    for suffix, content in side.items():
+        (folder / f"{config.name}.card.{suffix}").write_text(content, encoding="utf-8")
     return text
 
 
@@ -64,71 +76,6 @@ def to_row(example: Example, config: PrepareConfig) -> dict[str, Any]:
         row["messages"] = [{"role": "user", "content": _as_text(example)}]
     split = "heldout" if is_heldout(example.id, config.heldout_fraction) else "train"
     return row | {"answer": example.answer, "part": example.part, "split": split}
-
-
-class Writing:
-    """Files that appear together at the end of a block."""
-
-    def __init__(self, folder: Path, streams: Mapping[str, tuple[Path, IO[str]]]) -> None:
-        self._folder = folder
-        self._streams = dict(streams)
-
-    @property
-    def paths(self) -> dict[str, Path]:
-        """Final name -> the file as it is called while it is written."""
-        return {name: path for name, (path, _) in self._streams.items()}
-
-    def add(self, name: str, line: str) -> None:
-        self._streams[name][1].write(line + "\n")
-
-    def side(self, name: str, text: str) -> None:
-        """A further file, whole."""
-        path = _temporary(self._folder, name)
-        stream = path.open("w", encoding="utf-8")
-        self._streams[name] = (path, stream)
-        stream.write(text)
-
-    def flush(self) -> None:
-        for _, stream in self._streams.values():
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def finish(self) -> None:
-        self.flush()
-        for name, (path, stream) in self._streams.items():
-            stream.close()
-            path.replace(self._folder / name)
-
-    def discard(self) -> None:
-        for path, stream in self._streams.values():
-            with ExitStack() as stack:  # closing may fail again where the disk is full
-                stack.callback(path.unlink, missing_ok=True)
-                stream.close()
-
-
-@contextmanager
-def written_together(folder: Path, names: Any) -> Iterator[Writing]:  # any iterable of names
-    """Whole files, or none: a problem leaves what was there before.
-
-    Raises `ValueError` when the disk is full or cannot be written.
-    """
-    writing = Writing(folder, {})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in dict.fromkeys(names):
-            writing.side(name, "")
-        yield writing
-        writing.finish()
-    except BaseException as error:
-        with suppress(OSError):
-            writing.discard()
-        if isinstance(error, OSError):
-            raise ValueError(f"{error.filename or folder}: {error.strerror}") from error
-        raise
-
-
-def _temporary(folder: Path, name: str) -> Path:
-    return folder / f".{name}.{secrets.token_hex(4)}.tmp"
 
 
 def _names(config: PrepareConfig) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from megadistill.atomic import atomic_directory, remove_torn
 from megadistill.convert.hf_files import weight_map
 from megadistill.publish.checksum import Checksum
 
@@ -58,22 +59,19 @@ def publish_files(
     killed one left half-written is cleared first.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for left in directory.glob(".*"):
-        shutil.rmtree(left)
-    temporary = directory / ".next"
-    temporary.mkdir(mode=0o700)
-    try:
-        total, num_shards = Checksum(), 0
+    remove_torn(directory)
+    final = directory / f"version-{version:06d}"
+    total, num_shards = Checksum(), 0
+    # Nothing is flushed to disk: a crash makes the trainer publish again, and a shared
+    # filesystem shows a closed file to other nodes without it.
+    with atomic_directory(final, replace=True, sync=False) as made:
         for shard in _shards(tensors, shard_bytes):
             for name, tensor in shard.items():
                 total.add(name, tensor)
-            save_file(shard, temporary / f"model-{num_shards:05d}.safetensors")
+            save_file(shard, made / f"model-{num_shards:05d}.safetensors")
             num_shards += 1
         if not num_shards:
             raise ValueError(f"version {version}: found no tensors to publish, expected a model")
-        final = _replace(temporary, directory / f"version-{version:06d}")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     _drop_old(directory, version)
     files = tuple(final / f"model-{index:05d}.safetensors" for index in range(num_shards))
     return Published(files=files, checksum=total.hexdigest())
@@ -94,18 +92,6 @@ def _shards(
         held += tensor.nbytes
     if shard:
         yield shard
-
-
-def _replace(temporary: Path, final: Path) -> Path:
-    """Rename `temporary` to `final`; an older `final` is moved aside first and deleted after."""
-    # Nothing is flushed to disk: a crash makes the trainer publish again, and a shared
-    # filesystem shows a closed file to other nodes without it.
-    aside = temporary.with_name(".old")
-    if final.exists():
-        final.rename(aside)
-    temporary.rename(final)
-    shutil.rmtree(aside, ignore_errors=True)
-    return final
 
 
 def _drop_old(directory: Path, version: int) -> None:

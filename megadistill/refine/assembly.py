@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from megadistill.atomic import write_atomic
 from megadistill.config import RefineConfig
 from megadistill.launch.shards import content_hash
 from megadistill.refine.blocks import read_blocks, read_rows_of, write_rows
@@ -19,7 +20,6 @@ from megadistill.refine.fusing import COLUMNS as FUSION_COLUMNS
 from megadistill.refine.records import QaRecord
 from megadistill.refine.similarity import passes
 from megadistill.refine.stages import FIGURES, Stage
-from megadistill.rundir import write_atomic
 
 log = logging.getLogger(__name__)
 

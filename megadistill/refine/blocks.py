@@ -1,13 +1,13 @@
 """What a shard has finished: Parquet files of a fixed number of rows, each whole or absent."""
 
-import os
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from megadistill.atomic import atomic_file, remove_torn
 
 Row = Mapping[str, Any]  # values of several types, as its columns say
 Columns = Mapping[str, Any]
@@ -27,8 +27,7 @@ class Blocks:
         self.size = size
         self._columns = columns
         self._pending: dict[int, dict[int, Row]] = {}
-        for torn in directory.glob(".*.tmp"):
-            torn.unlink()
+        remove_torn(directory)
 
     def missing(self) -> list[int]:
         """Positions whose block is not there, in order."""
@@ -69,12 +68,8 @@ def write_rows(file: Path, rows: Sequence[Row], columns: Columns) -> None:
         [(name, getattr(pa, t)() if isinstance(t, str) else t) for name, t in columns.items()]
     )
     table = datasets.Dataset(pa.Table.from_pylist([dict(row) for row in rows], schema=schema))
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
-    with temporary.open("wb") as stream:
-        table.to_parquet(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    with atomic_file(file) as made:
+        table.to_parquet(made)
 
 
 def read_rows_of(file: Path) -> list[dict[str, Any]]:

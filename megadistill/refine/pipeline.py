@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from megadistill.atomic import write_atomic
 from megadistill.config import RefineConfig, dump, resolve_path
 from megadistill.config.refine import (
     ChatModelConfig,
@@ -31,7 +32,6 @@ from megadistill.refine.records import input_file, read_records, write_records
 from megadistill.refine.similarity import encoder_path
 from megadistill.refine.stages import Stage, part_of
 from megadistill.refine.templates import load_template
-from megadistill.rundir import write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megadistill.atomic import write_atomic
 from megadistill.refine.records import QaRecord, load_records
-from megadistill.rundir import write_atomic
 
 Item = TypeVar("Item")
 FIGURES = "figures.json"

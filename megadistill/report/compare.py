@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megadistill.atomic import write_atomic
 from megadistill.metrics import read_metrics
 from megadistill.report.curves import compared_charts
 from megadistill.report.effect import Effect, effects
@@ -11,7 +12,7 @@ from megadistill.report.groups import grouped, unique_names
 from megadistill.report.history import run_state
 from megadistill.report.page import render
 from megadistill.report.tradeoff import forgetting_charts, forgetting_curves
-from megadistill.rundir import RunDir, write_atomic
+from megadistill.rundir import RunDir
 from megadistill.stats import MeanWithCI, mean_with_ci
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from megadistill.atomic import write_atomic
 from megadistill.metrics import read_metrics
 from megadistill.report.curves import phase_timeline, run_charts
 from megadistill.report.effect import effects
@@ -20,7 +21,7 @@ from megadistill.report.history import (
 )
 from megadistill.report.ledger import ACTIVITIES, cost_ledger
 from megadistill.report.samples import SHADE_BOUNDS, sample_groups
-from megadistill.rundir import RunDir, write_atomic
+from megadistill.rundir import RunDir
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_ATTEMPTS = 100

@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megadistill.atomic import atomic_file, remove_torn
 from megadistill.collect import Batch
 from megadistill.rollout.store import columns
 
@@ -15,9 +16,9 @@ def store_rollouts(file: Path, batch: Batch) -> None:
     if not batch.scored:
         return
     table = pa.Table.from_pylist([_row(batch, index) for index in range(len(batch.scored))])
-    temporary = file.with_suffix(".tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(file)
+    remove_torn(file.parent, file.name)
+    with atomic_file(file, sync=False) as made:
+        pq.write_table(table, made, compression="zstd")
 
 
 def _row(batch: Batch, index: int) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import psutil
 
+from megadistill.atomic import write_atomic
 from megadistill.config import RunConfig, resolve_path
 from megadistill.imports import quick_imports
 from megadistill.rollout import wire
 from megadistill.rollout.serve import EngineServer, HostedEngine
-from megadistill.rundir import RunDir, write_atomic
+from megadistill.rundir import RunDir
 
 log = logging.getLogger("megadistill.rollout.vllm_server")
 

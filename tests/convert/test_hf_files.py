@@ -9,9 +9,8 @@ from megadistill.convert.hf_files import (
     INDEX_FILE,
     SINGLE_FILE,
     SafetensorsReader,
-    SafetensorsWriter,
-    remove_unfinished,
     resolve_model,
+    writing_model,
 )
 from tests.convert.conftest import assert_same, read_all
 
@@ -24,7 +23,7 @@ TENSORS = {
 
 
 def write(directory: Path, max_shard_bytes: float = 5e9) -> Path:
-    with SafetensorsWriter(directory, max_shard_bytes) as writer:
+    with writing_model(directory, max_shard_bytes) as writer:
         for name, tensor in TENSORS.items():
             writer.write(name, tensor)
     return directory
@@ -52,7 +51,7 @@ def test_shards_are_numbered_and_indexed(tmp_path: Path) -> None:
 
 def test_a_full_header_starts_a_new_shard(tmp_path: Path) -> None:
     names = [f"{'x' * 900}{number}" for number in range(300)]
-    with SafetensorsWriter(tmp_path / "model") as writer:
+    with writing_model(tmp_path / "model") as writer:
         for number, name in enumerate(names):
             writer.write(name, torch.tensor([number]))
     found = read_all(tmp_path / "model")
@@ -63,7 +62,7 @@ def test_a_full_header_starts_a_new_shard(tmp_path: Path) -> None:
 def test_views_and_odd_offsets_are_written_right(tmp_path: Path) -> None:
     base = torch.arange(12, dtype=torch.float32).reshape(3, 4)
     expected = {"bytes": torch.tensor([1, 2, 3], dtype=torch.uint8), "view": base.T[1:]}
-    with SafetensorsWriter(tmp_path / "model") as writer:
+    with writing_model(tmp_path / "model") as writer:
         for name, tensor in expected.items():
             writer.write(name, tensor)
     assert_same(read_all(tmp_path / "model"), expected)
@@ -71,7 +70,7 @@ def test_views_and_odd_offsets_are_written_right(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with SafetensorsWriter(tmp_path / "model") as writer:
+        with writing_model(tmp_path / "model") as writer:
             writer.write("a", TENSORS["a"])
             raise ZeroDivisionError
 
@@ -83,7 +82,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 def test_an_existing_model_is_not_overwritten(tmp_path: Path) -> None:
     write(tmp_path / "model")
     with pytest.raises(ValueError, match="already exists; delete it or choose another"):
-        SafetensorsWriter(tmp_path / "model")
+        write(tmp_path / "model")
 
 
 def test_metadata_is_copied_with_the_right_dtype(tmp_path: Path) -> None:
@@ -93,21 +92,13 @@ def test_metadata_is_copied_with_the_right_dtype(tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("template")
     (source / "optimizer.bin").write_text("not this")
-    with SafetensorsWriter(tmp_path / "model") as writer:
+    with writing_model(tmp_path / "model") as writer:
         writer.write("a", TENSORS["a"])
         writer.copy_metadata(source)
     found = {file.name for file in (tmp_path / "model").iterdir()}
     assert found == {"config.json", "tokenizer.json", "chat_template.jinja", SINGLE_FILE}
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config == {"torch_dtype": "bfloat16", "model_type": "llama"}
-
-
-def test_what_a_killed_writer_left_can_be_removed(tmp_path: Path) -> None:
-    SafetensorsWriter(tmp_path / "model").write("a", TENSORS["a"])  # never finished
-    SafetensorsWriter(tmp_path / "model-2").write("a", TENSORS["a"])
-    remove_unfinished(tmp_path / "model")
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".model-2.")
 
 
 def test_the_dtype_is_read_without_data(tmp_path: Path) -> None:
@@ -127,7 +118,7 @@ def test_readers_say_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_cut_or_only_a_pointer_is_named(tmp_path: Path) -> None:
-    with SafetensorsWriter(tmp_path / "model") as writer:
+    with writing_model(tmp_path / "model") as writer:
         writer.write("weight", torch.zeros(8, 8))
     file = tmp_path / "model" / SINGLE_FILE
     whole = file.read_bytes()

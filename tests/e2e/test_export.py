@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megadistill.algorithms.protocol import response_span
-from megadistill.convert.hf_files import SafetensorsWriter
+from megadistill.convert.hf_files import writing_model
 from megadistill.losses import policy_gradient
 from megadistill.megatron.engine import STUDENT, Engine
 from megadistill.types import Sample, TokenSpan
@@ -36,7 +36,7 @@ def test_an_exported_student_is_one_model_to_all_three(tmp_path: Path) -> None:
     engine = Engine(run_config(start, {}))
     before = engine.score(STUDENT, [sample(9).span])[0]
     engine.step([sample(0), sample(1)], policy_gradient, learning_rate=1e-2)
-    with SafetensorsWriter(exported) as writer:
+    with writing_model(exported) as writer:
         for name, tensor in engine.hf_tensors():
             writer.write(name, tensor)
         writer.copy_metadata(start)

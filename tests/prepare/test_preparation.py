@@ -1,6 +1,7 @@
 """Preparations from end to end, on small files of every kind."""
 
 import json
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from megadistill.config import PrepareConfig, load, parse
 from megadistill.config.schema import FileSource, PoolConfig
 from megadistill.data.pools import is_heldout
 from megadistill.data.sources import MEDICAL_CHOICE, MEDICAL_OPEN, read_pool
-from megadistill.prepare import pipeline
 from megadistill.prepare.pipeline import run_preparation
 
 Rows = list[dict[str, Any]]
@@ -206,18 +206,21 @@ def test_a_few_unusable_rows_may_be_left_out_where_the_user_says_so(tmp_path: Pa
     assert [row["answer"] for row in prepared(tmp_path)] == ["a"]
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "in.jsonl", [{"question": "why is it", "answer": "a"}])
     config = parse(PrepareConfig, tree_of(tmp_path / "out", [file], {"format": "pairs"}))
     run_preparation(config)
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
-    def full(_: Any, name: str, line: str) -> None:
-        raise OSError(28, "No space left on device", name)
-
-    monkeypatch.setattr(pipeline.Writing, "add", full)
-    with pytest.raises(ValueError, match=r"out\.jsonl: No space left on device"):
-        run_preparation(config)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (16, hard)
+    )  # a real write that fails, as on a full disk
+    try:
+        with pytest.raises(ValueError, match=r"/out: File too large"):
+            run_preparation(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
