@@ -19,12 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megadistill.config import RefineConfig, load
 from megadistill.convert.hf_files import resolve_model
+from megadistill.inference.engine import start_batch_engine
+from megadistill.inference.requests import SamplingParams
+from megadistill.inference.templates import load_template
 from megadistill.refine.blocks import Blocks
 from megadistill.refine.prompts import load_tokenizer
 from megadistill.refine.records import QaRecord, read_records
 from megadistill.refine.rewriting import COLUMNS, FIELDS, Rewriter, rewrite_all
-from megadistill.refine.templates import load_template
-from megadistill.rollout.batch import BatchSettings, Sampling, start_batch_engine
+from megadistill.rollout.vllm_arguments import IN_PROCESS, EngineSettings, vllm_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 GOAL = 0.9
@@ -59,7 +61,8 @@ def make_sides(
     config: RefineConfig, records: list[QaRecord], *, gpu: bool
 ) -> dict[str, Callable[[], int]]:
     """The two ways, each a call that returns how many tokens it sampled."""
-    settings, taken = config.rewrite, config.engine
+    settings, engine_config = config.rewrite, config.engine
+    half = engine_config.memory_fraction / 2  # two engines lie side by side
     model = resolve_model(settings.model)
     rewriter = Rewriter(
         settings=settings,
@@ -67,19 +70,15 @@ def make_sides(
         tokenizer=load_tokenizer(model),
         seed=config.seed,
     )
-    batch = BatchSettings(
+    batch = EngineSettings(
         model=model,
         precision=settings.precision,
         max_model_len=settings.max_prompt_tokens + settings.max_tokens,
         gpu=gpu,
-        tp=taken.tp,
-        max_num_seqs=taken.max_num_seqs,
-        memory_fraction=taken.memory_fraction / 2,
-        kv_cache_gib=taken.kv_cache_gib,
-        threads=taken.threads,
+        limits=engine_config.model_copy(update={"memory_fraction": half}),
     )
     engine = start_batch_engine(batch)
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_tokens
     )
     everything = range(len(records))
@@ -96,23 +95,20 @@ def make_sides(
 
 
 def make_direct(
-    rewriter: Rewriter, batch: BatchSettings, records: list[QaRecord]
+    rewriter: Rewriter, batch: EngineSettings, records: list[QaRecord]
 ) -> Callable[[], int]:
     """vLLM's own class, given every prompt at once."""
     # Not before the first engine has set the environment that vLLM reads when it is imported.
-    from vllm import LLM, SamplingParams  # noqa: PLC0415
-
-    from megadistill.rollout.vllm_batch import engine_arguments  # noqa: PLC0415
+    import vllm  # noqa: PLC0415
 
     settings = rewriter.settings
-    arguments = {**engine_arguments(batch), "skip_tokenizer_init": False}
-    del arguments["use_tqdm_on_load"], arguments["disable_log_stats"]
-    direct = LLM(**arguments, use_tqdm_on_load=False, disable_log_stats=True)
+    arguments = {**vllm_arguments(batch), **IN_PROCESS, "skip_tokenizer_init": False}
+    direct = vllm.LLM(str(batch.model), **arguments)
     with tempfile.TemporaryDirectory() as folder:
         spare = Blocks(Path(folder), COLUMNS, total=len(records), size=len(records))
         requests = list(rewriter.prompts(records, range(len(records)), spare))
     params = [
-        SamplingParams(
+        vllm.SamplingParams(
             temperature=settings.temperature,
             top_p=settings.top_p,
             max_tokens=settings.max_tokens,

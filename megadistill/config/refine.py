@@ -85,7 +85,7 @@ class RewriteConfig(Config):
     """The original instruct model; paths as in `student.path` of a run."""
     precision: Literal["bf16", "fp32"] = "bf16"
     template: str = "packaged:rewrite-v1"
-    """Prompt template: a file, or `packaged:NAME` of `megadistill/refine/templates`."""
+    """Prompt template: a file, or `packaged:NAME` of `megadistill/inference/templates`."""
     temperature: Temperature = 0.7
     top_p: Fraction = 0.95
     max_tokens: PositiveInt = 1024

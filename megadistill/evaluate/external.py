@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from megadistill.atomic import atomic_directory, remove_torn, write_atomic
 from megadistill.config.refine import ChatModelConfig
-from megadistill.evaluate.chats import opened
+from megadistill.inference.serving import open_models
 from megadistill.refine.stages import Stage
 
 RELEASE = "2024-11-25"
@@ -35,12 +35,12 @@ def run(directory: Path, arguments: Mapping[str, Any]) -> None:
     if not place.exists():
         copy_code(Path(tool["checkout"]), place)
     model = _MODEL.validate_python(runtime["systems"][system])
-    with opened({system: model}, gpu=runtime["gpu"], logs=directory) as chats:
-        chat = chats[system]
+    with open_models({system: model}, gpu=runtime["gpu"], logs=directory) as models:
+        chat = models[system]
         words = {
             "--model": chat.model,
             "--model-display-name": system,
-            "--api-base": str(chat.client.base_url),
+            "--api-base": chat.base_url,
             "--api-key-name": KEY,
             "--mode": "single",
             "--bench-name": "live_bench",
@@ -51,7 +51,7 @@ def run(directory: Path, arguments: Mapping[str, Any]) -> None:
         }
         command = [tool["python"], COMMAND.name, "--resume"]
         command += [str(word) for pair in words.items() for word in pair] + arguments["options"]
-        environment = {**os.environ, KEY: chat.client.api_key}
+        environment = {**os.environ, KEY: chat.key}
         ended = subprocess.run(
             command,
             cwd=(place / COMMAND).parent,

@@ -18,12 +18,14 @@ from megadistill.config.schema import DataConfig
 from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import answer_ids, make_pools
 from megadistill.evaluate.scoring import COLUMNS
+from megadistill.inference.engine import start_batch_engine
+from megadistill.inference.requests import BatchRequest, SamplingParams
 from megadistill.megatron.frozen import FrozenModels
 from megadistill.refine.blocks import read_rows_of, write_rows
 from megadistill.refine.prompts import load_tokenizer
 from megadistill.refine.stages import Stage
-from megadistill.rollout.batch import BatchRequest, BatchSettings, Sampling, start_batch_engine
 from megadistill.rollout.seeds import seed_for
+from megadistill.rollout.vllm_arguments import EngineSettings
 from megadistill.types import Prompt, TokenSpan
 
 TEXTS = "texts.parquet"
@@ -85,23 +87,19 @@ def sample(
     """
     context, most = lengths
     engine = start_batch_engine(
-        BatchSettings(
+        EngineSettings(
             model=resolve_model(model.path),
             precision=model.precision,
             max_model_len=context,
             gpu=gpu,
-            tp=model.engine.tp,
-            max_num_seqs=model.engine.max_num_seqs,
-            memory_fraction=model.engine.memory_fraction,
-            kv_cache_gib=model.engine.kv_cache_gib,
-            threads=model.engine.threads,
+            limits=model.engine,
         )
     )
     requests = [
         BatchRequest(key=number, token_ids=prompt.token_ids, seed=seed)
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=most)
+    sampling = SamplingParams(temperature=1.0, max_tokens=most)
     found = {r.key: list(r.token_ids) for r in engine.generate(requests, sampling)}
     engine.close()
     return [found[number] for number in range(len(prompts))]

@@ -20,8 +20,9 @@ from megadistill.config.evaluate import ExternalConfig
 from megadistill.config.refine import ChatModelConfig, ServedConfig
 from megadistill.evaluate import compare, external, requirements, results, signals
 from megadistill.evaluate.benchmarks import get_benchmark, recorded
-from megadistill.evaluate.protocol import Benchmark, Draw, benchmark_file
+from megadistill.evaluate.protocol import Benchmark, benchmark_file
 from megadistill.evaluate.scoring import COLUMNS
+from megadistill.inference.requests import SamplingParams
 from megadistill.launch.fanout import FanoutResult, Limits, Shard, run_fanout
 from megadistill.launch.shards import fingerprint
 from megadistill.refine.blocks import read_blocks, read_rows_of, write_rows
@@ -65,12 +66,12 @@ class Evaluation:
     def benchmark(self, name: str) -> Benchmark:
         return requirements.benchmark_of(self.config, name)
 
-    def draw(self, name: str) -> Draw:
+    def sampling(self, name: str) -> SamplingParams:
         """The protocol's settings with those that the configuration has."""
         chosen = self.config.benchmarks[name]
         names = ("samples", "temperature", "top_p", "top_k", "repetition_penalty", "max_tokens")
         set_here = {key: getattr(chosen, key) for key in names if getattr(chosen, key) is not None}
-        return replace(self.benchmark(name).draw, **set_here)
+        return replace(self.benchmark(name).sampling, **set_here)
 
     def generate(self, files: Mapping[str, Path]) -> dict[tuple[str, str], list[str]]:
         """(system, benchmark) -> keys of the shards with the answers."""
@@ -83,13 +84,13 @@ class Evaluation:
                     "model": identity(model),
                     "benchmark": name,
                     "items": [fingerprint(files[name]), chosen.limit, chosen.kind or name],
-                    "draw": asdict(self.draw(name)),
+                    "draw": asdict(self.sampling(name)),
                     "block": self.config.shards.block,
                     "seed": self.config.seed,
                     "of": self.config.shards.count,
                 }
                 gpus = _gpus(model)
-                if self.benchmark(name).play is not None:
+                if self.benchmark(name).multi_turn is not None:
                     director = self.config.models[chosen.judges[0]]
                     common["director"] = identity(director)
                     gpus += _gpus(director)
@@ -186,24 +187,26 @@ class Evaluation:
                 rows = read_blocks(stage.outputs("score", [scores[system, name]]))
                 write_rows(directory / f"{name}.parquet", rows, COLUMNS)
                 summary[name] = self.described(
-                    self.config.benchmarks[name].kind or name, self.draw(name), rows
+                    self.config.benchmarks[name].kind or name, self.sampling(name), rows
                 ) | {"judges": self.config.benchmarks[name].judges}
             for name, file in judged.get(system, {}).items():
                 rows = recorded.read_recorded(name, file)
                 write_rows(directory / f"{name}.parquet", rows, COLUMNS)
-                summary[name] = self.described(name, Draw(), rows)
+                summary[name] = self.described(name, SamplingParams(), rows)
             for name, signal in self.config.signals.items():
                 if (system, name) not in measured:
                     continue
                 rows = read_rows_of(measured[system, name])
                 write_rows(directory / f"{name}.parquet", rows, COLUMNS)
                 title = {"title": signals.title_of(signal)}
-                summary[name] = self.described(signal.kind, Draw(), rows) | title
+                summary[name] = self.described(signal.kind, SamplingParams(), rows) | title
             text = json.dumps(summary, indent=1)
             write_atomic(directory / results.SUMMARY, text)
         return directories
 
-    def described(self, kind: str, draw: Draw, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def described(
+        self, kind: str, sampling: SamplingParams, rows: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
         """What is kept of a benchmark beside its transcripts (any: JSON)."""
         benchmark = get_benchmark(kind)
         found = results.summarise(rows, benchmark.groups)
@@ -216,7 +219,7 @@ class Evaluation:
         return {
             "benchmark": kind,
             "title": benchmark.title,
-            "draw": asdict(draw),
+            "draw": asdict(sampling),
             "whole_set": benchmark.size in (None, len(found.items)),
             "items": len(found.items),
             "answers": found.num_answers,

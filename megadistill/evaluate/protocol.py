@@ -1,8 +1,8 @@
-"""What a benchmark is: items, how answers are drawn, what an answer is worth."""
+"""A benchmark: its items, how answers are sampled, what an answer is worth."""
 
 import heapq
 import importlib.util
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from megadistill.config import resolve_path
 from megadistill.data.files import Longest, read_rows
 from megadistill.data.pools import stable_hash
 from megadistill.evaluate.sandbox import Mode
+from megadistill.inference.requests import ChatRequest, SamplingParams
 from megadistill.types import Message
 
 PACKAGED = "packaged"
@@ -37,20 +38,6 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Draw:
-    """How answers are drawn."""
-
-    samples: int = 1
-    """Answers to each item; the score is their mean (avg@n)."""
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: off."""
-    repetition_penalty: float = 1.0
-    max_tokens: int = 32768
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """What one answer is worth."""
 
@@ -65,15 +52,6 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """One question to a judge or verifier."""
-
-    messages: tuple[Message, ...]
-    temperature: float = 0.0
-    max_tokens: int = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Tools:
     """What a benchmark needs that is no package: its own code, and where programs may run."""
 
@@ -81,21 +59,21 @@ class Tools:
     sandbox: Mode
 
 
-Chat = Callable[[Ask, int], Awaitable[str]]
-"""A model: (question, seed) -> its answer."""
-Play = Callable[[Item, Chat, Chat], Awaitable[str]]
-"""(item, the system, the judge) -> what was played, as it shall be scored."""
+Chat = Callable[[Iterable[ChatRequest]], Awaitable[str]]
+"""A model of a scene: requests, one a try -> the first answer that is not empty."""
+MultiTurn = Callable[[Item, Chat, Chat], Awaitable[str]]
+"""(item, the system, the judge) -> the scene, as `score_replies` reads it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
     """A score that another model has a say in."""
 
-    asks: Callable[[Item, str], Sequence[Ask]]
-    """What it is asked of an answer; nothing where rules suffice."""
-    usable: Callable[[str], bool]
-    """Whether a reply can be read; one that cannot is asked for once more."""
-    settle: Callable[[Item, str, Sequence[str]], Score]
+    requests: Callable[[Item, str], Sequence[ChatRequest]]
+    """Questions to it about an answer; none where rules suffice."""
+    parse: Callable[[str], object]
+    """A reply as it is read; None: it cannot be, and is asked for once more."""
+    score_replies: Callable[[Item, str, Sequence[str]], Score]
     """The score by the replies."""
     votes: bool = False
     """Whether a judge decides right or wrong, so that of several the majority counts."""
@@ -107,7 +85,7 @@ class Benchmark:
 
     title: str
     block: Block
-    draw: Draw
+    sampling: SamplingParams
     rows: Callable[[Mapping[str, Any]], Item | None]
     """A row of the file as an item, or None for one of another benchmark in the same file; raises
     `ValueError` or `KeyError` when it is wrong."""
@@ -117,8 +95,8 @@ class Benchmark:
     needs: Path | None = None
     """File that `run` uses of the benchmark's own code."""
     judged: Judged | None = None
-    play: Play | None = None
-    """How an answer comes about where it takes several turns and the judge's part in them."""
+    multi_turn: MultiTurn | None = None
+    """Makes an answer that takes several turns, with the judge's part in them."""
     remark: Callable[[Mapping[str, Sequence[Mapping[str, Any]]], float], str] | None = None
     """(system -> scored transcripts, confidence) -> what is said of all of them below a table."""
     packaged: str | None = None

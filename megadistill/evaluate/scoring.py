@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,12 @@ from pydantic import TypeAdapter
 
 from megadistill.config.refine import ChatModelConfig
 from megadistill.evaluate.benchmarks import get_benchmark
-from megadistill.evaluate.chats import opened
 from megadistill.evaluate.generating import read_share
-from megadistill.evaluate.protocol import Ask, Benchmark, Item, Judged, Score, Tools
-from megadistill.evaluate.questions import gather_bounded
+from megadistill.evaluate.protocol import Benchmark, Item, Judged, Score, Tools
+from megadistill.inference.chat import ChatError, ChatModel, Usage, run_calls
+from megadistill.inference.requests import ChatRequest, without_thinking
+from megadistill.inference.serving import open_models
 from megadistill.refine.blocks import Blocks, read_blocks
-from megadistill.refine.checking import without_thinking
-from megadistill.refine.endpoints import Asked, ChatModel, RecordError, Usage
 from megadistill.refine.stages import Stage
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def score(directory: Path, arguments: Mapping[str, Any]) -> None:
         by_rules(benchmark, items, answers, positions, blocks.add)
         return
     models = {name: _MODEL.validate_python(runtime["models"][name]) for name in settings["judges"]}
-    with opened(models, gpu=runtime["gpu"], logs=directory) as chats:
+    with open_models(models, gpu=runtime["gpu"], logs=directory) as chats:
         judges = [Judge(benchmark.judged, chats[name]) for name in models]
         calls = [
             partial(
@@ -71,7 +71,7 @@ def score(directory: Path, arguments: Mapping[str, Any]) -> None:
             )
             for at in positions
         ]
-        asyncio.run(gather_bounded(calls))
+        run_calls(calls, chats.values())
     for name, one in zip(models, judges, strict=True):
         log.info("scoring: %s: %s", name, one.usage)
 
@@ -124,7 +124,8 @@ async def judge(
     text = visible(benchmark, answer["written"])
     given = await asyncio.gather(*(one.replies(item, text) for one in judges))
     scores = [
-        one.settle(item, text, list(replies)) for one, replies in zip(judges, given, strict=True)
+        one.score_replies(item, text, list(replies))
+        for one, replies in zip(judges, given, strict=True)
     ]
     add(
         position,
@@ -152,41 +153,30 @@ class Judge:
 
     def __init__(self, judged: Judged, model: ChatModel) -> None:
         self.usage = Usage()
-        self.settle = judged.settle
+        self.score_replies = judged.score_replies
         self._judged = judged
         self._judge = model
         self._replies: dict[str, asyncio.Future[str]] = {}
 
     async def replies(self, item: Item, text: str) -> Sequence[str]:
         """To every question that an answer raises."""
-        asks = self._judged.asks(item, text)
-        return await asyncio.gather(*(self._reply(ask) for ask in asks))
+        requests = self._judged.requests(item, text)
+        return await asyncio.gather(*(self._reply(request) for request in requests))
 
-    async def _reply(self, ask: Ask) -> str:
-        key = json.dumps([ask.messages, ask.temperature, ask.max_tokens])
+    async def _reply(self, request: ChatRequest) -> str:
+        key = json.dumps(asdict(request))
         if key not in self._replies:
-            self._replies[key] = asyncio.ensure_future(self._ask(ask))
+            self._replies[key] = asyncio.ensure_future(self._ask(request))
         return await self._replies[key]
 
-    async def _ask(self, ask: Ask) -> str:
+    async def _ask(self, request: ChatRequest) -> str:
         """A reply that can be read, or the second of two that cannot; empty when there is none."""
-        text = ""
-        for number in range(2):
-            asked = Asked(
-                messages=ask.messages,
-                temperature=ask.temperature,
-                max_tokens=ask.max_tokens,
-                seed=number,
-            )
-            try:
-                text = without_thinking((await self._judge.ask(asked, self.usage)).text)
-            except RecordError as error:
-                log.warning("scoring: %s", error)
-                continue
-            if self._judged.usable(text):
-                return text
-            self.usage.unparsable += 1
-        return text
+        tries = [replace(request, seed=number) for number in range(2)]
+        try:
+            return await self._judge.ask_until_parsed(tries, self._judged.parse, self.usage)
+        except ChatError as error:
+            log.warning("scoring: %s", error)
+            return ""
 
 
 def visible(benchmark: Benchmark, written: str) -> str:

@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from megadistill.atomic import write_atomic
 from megadistill.config import RefineConfig
+from megadistill.inference.chat import Usage, cost_of
 from megadistill.launch.shards import content_hash
 from megadistill.refine.blocks import read_blocks, read_rows_of, write_rows
-from megadistill.refine.endpoints import Usage, cost_of
 from megadistill.refine.fusing import COLUMNS as FUSION_COLUMNS
 from megadistill.refine.records import QaRecord
 from megadistill.refine.similarity import passes

@@ -13,7 +13,6 @@ _FINAL = (
     re.compile(r"(?:final answer(?: is)?|the answer is)[*_\s]*[:\-]?[*_\s]*(.+)", re.IGNORECASE),
 )
 _LETTER = re.compile(rf"\(?([A-Ja-j])(?:[).:]|{_CLOSING}$)")
-_THINKING = "</think>"
 APOSTROPHE = "\u2019"
 
 
@@ -38,11 +37,6 @@ def rejection_reason(text: str, answer: str, rules: Rules) -> str | None:
     if rules.check_final_answer and not same_final_answer(text, answer):
         return "other_final_answer"
     return None
-
-
-def without_thinking(text: str) -> str:
-    """What follows the last `</think>`, without blanks around it."""
-    return text.rpartition(_THINKING)[2].strip()
 
 
 def same_final_answer(text: str, answer: str) -> bool:

@@ -17,23 +17,18 @@ from megadistill import stats
 from megadistill.config.refine import DiagnoseConfig, EngineConfig, FilterConfig, RewriteConfig
 from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import stable_hash
+from megadistill.inference.engine import BatchEngine, start_batch_engine
+from megadistill.inference.requests import BatchRequest, SamplingParams, without_thinking
 from megadistill.refine import answer_measures
 from megadistill.refine.assembly import read_result, write_json
 from megadistill.refine.blocks import read_rows_of, write_rows
-from megadistill.refine.checking import without_thinking
 from megadistill.refine.prompts import chat_ids, load_tokenizer
 from megadistill.refine.records import QaRecord
 from megadistill.refine.report import write_report
 from megadistill.refine.similarity import Encoder, SentenceEncoder, Vectors, embed
 from megadistill.refine.stages import Stage
-from megadistill.rollout.batch import (
-    BatchEngine,
-    BatchRequest,
-    BatchSettings,
-    Sampling,
-    start_batch_engine,
-)
 from megadistill.rollout.seeds import seed_for
+from megadistill.rollout.vllm_arguments import EngineSettings
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +104,6 @@ def ask_model(
     """B, and the NLL of R and F under the base model."""
     settings = _REWRITE.validate_python(arguments["rewrite"])
     most = _DIAGNOSE.validate_python(arguments["settings"]).base_max_tokens
-    taken = _ENGINE.validate_python(runtime["engine"])
     path = resolve_model(settings.model)
     tokenizer = load_tokenizer(path)
     prompts = [chat_ids(record.messages, tokenizer) for record in records]
@@ -119,16 +113,12 @@ def ask_model(
     }
     context = settings.max_prompt_tokens + max(settings.max_tokens, most)
     engine = start_batch_engine(
-        BatchSettings(
+        EngineSettings(
             model=path,
             precision=settings.precision,
             max_model_len=context,
             gpu=runtime["gpu"],
-            tp=taken.tp,
-            max_num_seqs=taken.max_num_seqs,
-            memory_fraction=taken.memory_fraction,
-            kv_cache_gib=taken.kv_cache_gib,
-            threads=taken.threads,
+            limits=_ENGINE.validate_python(runtime["engine"]),
         )
     )
     requests = [
@@ -136,7 +126,9 @@ def ask_model(
         for n, ids in enumerate(prompts)
         if len(ids) + most <= context
     ]
-    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, max_tokens=most)
+    sampling = SamplingParams(
+        temperature=settings.temperature, top_p=settings.top_p, max_tokens=most
+    )
     base = {
         response.key: str(tokenizer.decode(list(response.token_ids), skip_special_tokens=True))
         for response in engine.generate(requests, sampling)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megadistill.rollout.vllm_server import vllm_environment
+from megadistill.rollout.vllm_arguments import vllm_environment
 
 Arguments = Mapping[str, Any]  # plain JSON values
 

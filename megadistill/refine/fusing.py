@@ -8,23 +8,24 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from megadistill.config.refine import ChatModelConfig, FusionConfig, ServedConfig
+from megadistill.config.refine import ChatModelConfig, FusionConfig
+from megadistill.inference.chat import ChatError, ChatModel, Usage, run_calls
+from megadistill.inference.requests import ChatRequest, SamplingParams, without_thinking
+from megadistill.inference.serving import open_models
+from megadistill.inference.templates import Template, load_template
 from megadistill.refine.blocks import Blocks, read_blocks
-from megadistill.refine.checking import Rules, rejection_reason, without_thinking
-from megadistill.refine.endpoints import Asked, ChatModel, RecordError, Usage, open_endpoint
+from megadistill.refine.checking import Rules, rejection_reason
 from megadistill.refine.records import QaRecord
-from megadistill.refine.serving import served
 from megadistill.refine.similarity import passes
 from megadistill.refine.stages import Stage
-from megadistill.refine.templates import Template, load_template
 from megadistill.rollout.seeds import seed_for
 
 log = logging.getLogger(__name__)
@@ -99,8 +100,7 @@ class Fuser:
                 if good_enough(candidates[-1], self.settings.accept):
                     break
             reason = None
-        except RecordError as error:
-            usage[self.settings.model].failed += 1
+        except ChatError as error:
             reason = str(error)
         chosen = best(candidates)
         if chosen is None:
@@ -119,41 +119,42 @@ class Fuser:
     ) -> tuple[str, bool]:
         """One fused answer, and whether it was cut."""
         values = {"question": record.question, "answer": record.answer, "rewrite": rewrite}
-        asked = Asked(
+        request = ChatRequest(
             messages=self.template.fill(values),
-            temperature=self.settings.temperature,
-            top_p=self.settings.top_p,
-            max_tokens=self.settings.max_tokens,
+            sampling=SamplingParams(
+                temperature=self.settings.temperature,
+                top_p=self.settings.top_p,
+                max_tokens=self.settings.max_tokens,
+            ),
             seed=seed_for(self.seed, 1, record.id, number),
         )
         name = self.settings.model
-        answered = await self.models[name].ask(asked, usage[name])
-        return without_thinking(answered.text), answered.cut
+        response = await self.models[name].ask(request, usage[name])
+        return without_thinking(response.text), response.cut
 
     async def _judge(
         self, record: QaRecord, candidate: str, usage: Mapping[str, Usage]
     ) -> dict[str, float | None]:
         """Every judge's score."""
         values = {"question": record.question, "answer": record.answer, "candidate": candidate}
-        messages = self.judge_template.fill(values)
-
-        async def score_of(name: str) -> float | None:
-            for number in range(self.settings.judge_tries):
-                asked = Asked(
-                    messages=messages,
+        requests = [
+            ChatRequest(
+                messages=self.judge_template.fill(values),
+                sampling=SamplingParams(
                     temperature=self.settings.judge_temperature,
                     max_tokens=self.settings.judge_max_tokens,
-                    seed=seed_for(self.seed, 2, record.id, number),
-                )
-                try:
-                    answered = await self.models[name].ask(asked, usage[name])
-                except RecordError:
-                    usage[name].failed += 1
-                    return None
-                if (score := parse_score(answered.text)) is not None:
-                    return score
-                usage[name].unparsable += 1
-            return None
+                ),
+                seed=seed_for(self.seed, 2, record.id, number),
+            )
+            for number in range(self.settings.judge_tries)
+        ]
+
+        async def score_of(name: str) -> float | None:
+            try:
+                reply = await self.models[name].ask_until_parsed(requests, parse_score, usage[name])
+            except ChatError:
+                return None
+            return parse_score(reply)
 
         scores = await asyncio.gather(*(score_of(name) for name in self.settings.judges))
         return dict(zip(self.settings.judges, scores, strict=True))
@@ -194,12 +195,9 @@ def fuse(directory: Path, arguments: Mapping[str, Any]) -> None:
     settings = _SETTINGS.validate_python(arguments["settings"])
     configs = _MODELS.validate_python(stage.runtime["models"])
     names = dict.fromkeys((settings.model, *settings.judges))
-    with ExitStack() as stack:
-        own = {name: c for name in names if isinstance(c := configs[name], ServedConfig)}
-        models = stack.enter_context(served(own, gpu=stage.runtime["gpu"], logs=directory))
-        for name in names:
-            if not isinstance(config := configs[name], ServedConfig):
-                models[name] = open_endpoint(name, config)
+    with open_models(
+        {name: configs[name] for name in names}, gpu=stage.runtime["gpu"], logs=directory
+    ) as models:
         fuser = Fuser(
             settings=settings,
             models=models,
@@ -208,7 +206,18 @@ def fuse(directory: Path, arguments: Mapping[str, Any]) -> None:
             rules=Rules(**arguments["rules"]),
             seed=arguments["seed"],
         )
-        asyncio.run(fuse_all(fuser, work, positions, blocks))
+        calls = [partial(fuse_one, fuser, work, position, blocks) for position in positions]
+        # As many as keep the models busy.
+        most = 2 * max(model.config.concurrency for model in models.values())
+        run_calls(calls, models.values(), most)
+
+
+async def fuse_one(
+    fuser: Fuser, work: Sequence[tuple[QaRecord, str]], position: int, blocks: Blocks
+) -> None:
+    """The record at this position into its block."""
+    if blocks.add(position, await fuser.fuse_record(*work[position])):
+        log.info("fusion: a block of %d records is saved", blocks.size)
 
 
 def chosen_work(stage: Stage, arguments: Mapping[str, Any]) -> list[tuple[QaRecord, str]]:
@@ -221,31 +230,3 @@ def chosen_work(stage: Stage, arguments: Mapping[str, Any]) -> list[tuple[QaReco
         for row, found in zip(rewrites, measured, strict=True)
         if found["similarity"] is not None and passes(found["similarity"], arguments["tau"])
     ]
-
-
-async def fuse_all(
-    fuser: Fuser,
-    work: Sequence[tuple[QaRecord, str]],
-    positions: Sequence[int],
-    blocks: Blocks,
-) -> None:
-    """Every position, as many at once as keep the models busy; raises the first failure."""
-    waiting = iter(positions)
-
-    async def work_off() -> None:
-        for position in waiting:
-            record, rewrite = work[position]
-            if blocks.add(position, await fuser.fuse_record(record, rewrite)):
-                log.info("fusion: a block of %d records is saved", blocks.size)
-
-    limits = [model.config.concurrency for model in fuser.models.values()]
-    workers = min(len(positions), 2 * max(limits))
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(workers):
-                tasks.create_task(work_off())
-    except* ValueError as group:
-        raise group.exceptions[0] from None
-    finally:
-        for model in fuser.models.values():
-            await model.client.close()

@@ -25,13 +25,13 @@ from megadistill.config.refine import (
     RewriteConfig,
     ServedConfig,
 )
+from megadistill.inference.templates import load_template
 from megadistill.launch.fanout import FanoutResult, Limits, Shard, run_fanout
 from megadistill.launch.shards import content_hash, fingerprint
 from megadistill.refine import assembly, fusing, rewriting
 from megadistill.refine.records import input_file, read_records, write_records
 from megadistill.refine.similarity import encoder_path
 from megadistill.refine.stages import Stage, part_of
-from megadistill.refine.templates import load_template
 
 log = logging.getLogger(__name__)
 

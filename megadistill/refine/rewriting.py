@@ -13,20 +13,16 @@ from transformers import PreTrainedTokenizerBase
 
 from megadistill.config.refine import EngineConfig, RewriteConfig
 from megadistill.convert.hf_files import resolve_model
+from megadistill.inference.engine import BatchEngine, start_batch_engine
+from megadistill.inference.requests import BatchRequest, SamplingParams, without_thinking
+from megadistill.inference.templates import Template, load_template
 from megadistill.refine.blocks import Blocks
-from megadistill.refine.checking import Rules, rejection_reason, without_thinking
+from megadistill.refine.checking import Rules, rejection_reason
 from megadistill.refine.prompts import chat_ids, load_tokenizer, special_tokens
 from megadistill.refine.records import QaRecord
 from megadistill.refine.stages import Stage, part_of
-from megadistill.refine.templates import Template, load_template
-from megadistill.rollout.batch import (
-    BatchEngine,
-    BatchRequest,
-    BatchSettings,
-    Sampling,
-    start_batch_engine,
-)
 from megadistill.rollout.seeds import seed_for
+from megadistill.rollout.vllm_arguments import EngineSettings
 from megadistill.types import Message
 
 log = logging.getLogger(__name__)
@@ -140,21 +136,16 @@ def rewrite(directory: Path, arguments: Mapping[str, Any]) -> None:
         tokenizer=load_tokenizer(model),
         seed=arguments["seed"],
     )
-    taken = _ENGINE.validate_python(stage.runtime["engine"])
     engine = start_batch_engine(
-        BatchSettings(
+        EngineSettings(
             model=model,
             precision=settings.precision,
             max_model_len=settings.max_prompt_tokens + settings.max_tokens,
             gpu=stage.runtime["gpu"],
-            tp=taken.tp,
-            max_num_seqs=taken.max_num_seqs,
-            memory_fraction=taken.memory_fraction,
-            kv_cache_gib=taken.kv_cache_gib,
-            threads=taken.threads,
+            limits=_ENGINE.validate_python(stage.runtime["engine"]),
         )
     )
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_tokens
     )
     figures = rewrite_all(rewriter, records, positions, blocks, engine=engine, sampling=sampling)
@@ -170,7 +161,7 @@ def rewrite_all(
     blocks: Blocks,
     *,
     engine: BatchEngine,
-    sampling: Sampling,
+    sampling: SamplingParams,
 ) -> dict[str, float]:
     """Rewrite the records at these positions into their blocks; returns counts and seconds."""
     begun, num_tokens = time.monotonic(), 0

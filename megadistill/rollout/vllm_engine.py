@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm import SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -17,17 +16,12 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from megadistill.config import RunConfig
 from megadistill.convert.hf_files import resolve_model
 from megadistill.rollout import wire
-from megadistill.rollout.model_files import eos_token_ids, kv_bytes_per_token, read_model_config
+from megadistill.rollout.model_files import eos_token_ids
 from megadistill.rollout.serve import RequestError
+from megadistill.rollout.vllm_arguments import IN_PROCESS, EngineSettings, vllm_arguments
 from megadistill.rollout.vllm_worker import BACKEND, WorkerExtension
 
 log = logging.getLogger(__name__)
-
-CPU_BLOCK = 128
-"""Tokens in one block of vLLM's key/value cache on a CPU."""
-
-PREFILL_TOKENS = 2048
-"""Most prompt tokens in one engine step on a CPU, unless one prompt is longer."""
 
 
 class VllmEngine:
@@ -39,9 +33,9 @@ class VllmEngine:
         self.checksum: str | None = None
         self._gpu = gpu
         self._colocated = config.rollout.placement == "colocated"
-        path = resolve_model(config.student.path)
-        self._stop_ids = eos_token_ids(path)
-        arguments = engine_arguments(config, path, gpu=gpu)
+        settings = engine_settings(config, gpu=gpu)
+        self._stop_ids = eos_token_ids(settings.model)
+        arguments = engine_arguments(config, settings)
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._max_model_len: int = self._engine.model_config.max_model_len
         self._vocabulary: int = self._engine.model_config.get_vocab_size()
@@ -159,43 +153,34 @@ class VllmEngine:
         )
 
 
-def engine_arguments(config: RunConfig, path: Path, *, gpu: bool) -> dict[str, Any]:
-    """vLLM's arguments (a dict because that is what `EngineArgs` takes)."""
+def engine_settings(config: RunConfig, *, gpu: bool) -> EngineSettings:
+    """The student's engine as a run configures it."""
     rollout = config.rollout
-    assert rollout is not None
+    assert rollout is not None, "an engine needs config.rollout"
     precision = config.student.precision or config.precision
-    max_model_len = rollout.max_model_len or config.data.max_prompt_tokens + rollout.max_tokens
-    extension = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
-    arguments: dict[str, Any] = {
-        "model": str(path),
-        "dtype": "float32" if precision == "fp32" else "bfloat16",
-        "max_model_len": max_model_len,
-        "max_num_seqs": rollout.max_num_seqs,
-        "tensor_parallel_size": rollout.tp,
+    return EngineSettings(
+        model=resolve_model(config.student.path),
+        precision="fp32" if precision == "fp32" else "bf16",
+        max_model_len=rollout.max_model_len or config.data.max_prompt_tokens + rollout.max_tokens,
+        gpu=gpu,
+        limits=rollout,
+    )
+
+
+def engine_arguments(config: RunConfig, settings: EngineSettings) -> dict[str, Any]:
+    """vLLM's arguments for rollouts (a dict because that is what `EngineArgs` takes)."""
+    assert config.rollout is not None
+    sleeps = settings.gpu and config.rollout.placement == "colocated"
+    return {
+        **vllm_arguments(settings),
+        **IN_PROCESS,
+        "model": str(settings.model),
         "seed": config.seed,
-        # Token ids go in and out; the end-of-sequence ids are read from the model's files.
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",
         # Log-probabilities of the distribution that was really sampled from.
         "logprobs_mode": "processed_logprobs",
         # A cached prefix changes how a prompt is cut into batches, and so its bits.
         "enable_prefix_caching": False,
+        "enable_sleep_mode": sleeps,
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
-        "worker_extension_cls": extension,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
+        "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
     }
-    if gpu:
-        arguments["gpu_memory_utilization"] = rollout.memory_fraction
-        arguments["enable_sleep_mode"] = rollout.placement == "colocated"
-        return arguments
-    # Zeroing the cache is a good part of the start-up, so no more than can be filled.
-    block_tokens = CPU_BLOCK * (-(-max_model_len // CPU_BLOCK) * rollout.max_num_seqs + 1)
-    bytes_per_value = torch.float32.itemsize if precision == "fp32" else torch.bfloat16.itemsize
-    needed = block_tokens * kv_bytes_per_token(read_model_config(path), bytes_per_value)
-    arguments["kv_cache_memory_bytes"] = min(rollout.kv_cache_gib << 30, needed)
-    arguments["enforce_eager"] = True
-    # A prompt cut in two makes vLLM rewind its sampling generator, which a CPU generator cannot.
-    arguments["enable_chunked_prefill"] = False
-    arguments["max_num_batched_tokens"] = max(max_model_len, PREFILL_TOKENS)
-    return arguments

@@ -24,6 +24,7 @@ from megadistill.config import RunConfig, resolve_path
 from megadistill.imports import quick_imports
 from megadistill.rollout import wire
 from megadistill.rollout.serve import EngineServer, HostedEngine
+from megadistill.rollout.vllm_arguments import vllm_environment
 from megadistill.rundir import RunDir
 
 log = logging.getLogger("megadistill.rollout.vllm_server")
@@ -87,29 +88,6 @@ def start_engine(config: RunConfig, version: int) -> HostedEngine:
 
         gc.freeze()
         return VllmEngine(config, version, gpu=gpu)
-
-
-def vllm_environment(threads: int, *, gpu: bool) -> dict[str, str]:
-    """Variables that vLLM, torch and the hub read when they are imported."""
-    environment = {
-        # The engine lives in this process; its workers (tp > 1) are vLLM's own.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if not gpu:
-        environment |= {
-            "OMP_NUM_THREADS": str(threads),
-            # Threads that spin while they wait slow each other down eightfold on shared cores.
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # vLLM compiles one function of its sampler even when eager: 30 s the first time,
-            # and it needs a C++ compiler.
-            "TORCHDYNAMO_DISABLE": "1",
-        }
-    return environment
 
 
 def listen_address(config: RunConfig) -> str:

@@ -12,7 +12,7 @@ from megadistill.config import EvaluateConfig, dump, parse
 from megadistill.launch import fanout
 from tests.e2e.local_slurm import Cluster, local_cluster
 from tests.evaluate.test_evaluation import medqa_row
-from tests.refine.world import Endpoint, endpoint_tree
+from tests.inference.scripted import Endpoint, endpoint_tree
 
 pytestmark = pytest.mark.slurm
 SHARED = {"exclusive": False, "cpus_per_node": 1, "time_minutes": 30, "signal_seconds": 60}

@@ -14,8 +14,8 @@ from megadistill.launch import fanout, slurm
 from megadistill.launch.fanout import Limits, run_fanout, submit_fanout
 from megadistill.launch.shards import Shard
 from tests.e2e.local_slurm import ROOT, Cluster, local_cluster, wait_until
+from tests.inference import serving_shard
 from tests.launch.test_fanout import items_shard, ledger
-from tests.refine import serving_shard
 from tests.tiny import write_model_config
 
 pytestmark = pytest.mark.slurm

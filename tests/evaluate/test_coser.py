@@ -13,7 +13,7 @@ from megadistill.evaluate.benchmarks import coser, read_items
 from megadistill.evaluate.coser_gca import Line
 from megadistill.evaluate.requirements import check
 from tests.evaluate.test_evaluation import World
-from tests.refine.world import Endpoint, endpoint_tree
+from tests.inference.scripted import Endpoint, endpoint_tree
 
 
 def scene_row(number: int = 0) -> dict[str, Any]:
@@ -141,9 +141,9 @@ def test_another_director_plays_the_scenes_again_and_an_actor_that_fails_scores_
 def test_a_verdict_that_cannot_be_read_takes_the_scene_out(file: Path) -> None:
     (item, _) = read_items("coser", str(file))
     scene = json.dumps([["Fox", "Sing."], ["Environment", "Wind."]])
-    found = coser.settle(item, scene, ["[]", "[]", "no idea", "[]"])
+    found = coser.score_replies(item, scene, ["[]", "[]", "no idea", "[]"])
     assert (found.weight, dict(found.details)) == (0.0, {"no_verdict": 1.0})
-    assert coser.settle(item, scene, ["[]"] * 4).value == 1.0
+    assert coser.score_replies(item, scene, ["[]"] * 4).value == 1.0
 
 
 @pytest.mark.parametrize(

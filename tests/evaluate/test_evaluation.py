@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,13 @@ import pytest
 from megadistill.cli import main
 from megadistill.config import EvaluateConfig, parse
 from megadistill.data.files import Longest
-from megadistill.evaluate import chats, generating, protocol
+from megadistill.evaluate import generating, protocol
 from megadistill.evaluate.benchmarks import read_items
 from megadistill.evaluate.pipeline import Evaluation
 from megadistill.launch.fanout import FanoutResult, Limits, Shard
 from megadistill.launch.shards import ShardFolder, run_shard
-from megadistill.refine.endpoints import Answered, Asked, RecordError, Usage
-from megadistill.rollout.batch import BatchSettings
-from tests.refine.world import Killed, ScriptedEngine
+from megadistill.rollout.vllm_arguments import EngineSettings
+from tests.inference.scripted import Endpoint, Killed, ScriptedEngine, endpoint_tree
 from tests.tiny import make_tokenizer, write_model_config
 
 QUESTIONS = 12
@@ -96,7 +95,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
         tokenizer.save_pretrained(model)
         engines[name] = ScriptedEngine(tokenizer, reply)
 
-    def start(settings: BatchSettings) -> ScriptedEngine:
+    def start(settings: EngineSettings) -> ScriptedEngine:
         return engines[settings.model.name]
 
     monkeypatch.setattr(generating, "start_batch_engine", start)
@@ -190,32 +189,24 @@ def test_results_of_several_runs_and_seeds_are_compared_by_the_command(
     assert "expected RUN/results/SYSTEM" in capsys.readouterr().err
 
 
-@dataclass
-class ScriptedJudge:
+def verify(number: int, body: dict[str, Any]) -> str:
     """Says yes where the response has the truth in it; its first reply to anything is no use."""
-
-    asked: list[str] = field(default_factory=list)
-    fail: bool = False
-
-    async def ask(self, asked: Asked, usage: Usage) -> Answered:
-        text = asked.messages[-1]["content"]
-        self.asked.append(text)
-        usage.requests += 1
-        if self.fail:
-            raise RecordError("endpoint_failed")
-        if asked.seed == 0:
-            return Answered(text="let me think", cut=False)
-        truth = text.partition("<ground_truth_answer>")[2].split()[0]
-        response = text.partition("<response>")[2].partition("</response>")[0]
-        decision = "yes" if f"answer: {truth}" in response else "No"
-        return Answered(text=f"<decision>{decision}</decision>", cut=False)
+    if body["seed"] == 0:
+        return "let me think"
+    text = body["messages"][-1]["content"]
+    truth = text.partition("<ground_truth_answer>")[2].split()[0]
+    response = text.partition("<response>")[2].partition("</response>")[0]
+    return f"<decision>{'yes' if f'answer: {truth}' in response else 'No'}</decision>"
 
 
-def test_a_verifier_is_asked_again_and_decides(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judge = ScriptedJudge()
-    monkeypatch.setattr(chats, "open_endpoint", lambda name, config: judge)
+@pytest.fixture
+def judge() -> Iterator[Endpoint]:
+    endpoint = Endpoint(verify)
+    yield endpoint
+    endpoint.stop()
+
+
+def test_a_verifier_is_asked_again_and_decides(world: World, judge: Endpoint) -> None:
     rows = [
         {
             "Question": f"question {number} ?",
@@ -231,32 +222,32 @@ def test_a_verifier_is_asked_again_and_decides(
         "path": str(file),
         "judge": "verifier",
         "samples": 2,
-        "top_k": 0,
-        "repetition_penalty": 1.0,
     }
-    endpoint = {"kind": "endpoint", "base_url": "http://localhost:1/v1", "model": "v"}
     systems = {"stubborn": world.tree["systems"]["stubborn"]}
     settings = {"systems": systems, "benchmarks": {"gpqa": benchmark}}
-    world.run(**settings, models={"verifier": endpoint})
+    world.run(**settings, models={"verifier": endpoint_tree(judge.url)})
     found = world.results("stubborn", "gpqa")
     assert len(found) == 2 * QUESTIONS
     right = {row["item"] for row in found if row["value"] == 1.0}
     assert 0 < len(right) < QUESTIONS
-    assert "Final answer: D" not in judge.asked[0]  # what was thought is not judged
-    assert len(judge.asked) == 2 * QUESTIONS  # both samples say the same: asked once, then again
+    asked = [body["messages"][-1]["content"] for body in judge.bodies]
+    assert "Final answer: D" not in asked[0]  # what was thought is not judged
+    assert len(asked) == 2 * QUESTIONS  # both samples say the same: asked once, then again
+    sampled = {(s.top_k, s.repetition_penalty) for s in world.engines["stubborn"].sampling}
+    assert sampled == {(20, 1.05)}  # as GPQA's protocol says
 
 
 def test_a_judge_that_fails_makes_answers_wrong_and_is_counted(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, judge: Endpoint
 ) -> None:
-    monkeypatch.setattr(chats, "open_endpoint", lambda name, config: ScriptedJudge(fail=True))
+    judge.script = lambda *_: (400, "too long")
     row = {"problem_idx": 1, "problem": "question 1 ?", "answer": "7"}
     (world.path / "hmmt.jsonl").write_text(json.dumps(row))
     benchmark = {"path": str(world.path / "hmmt.jsonl"), "judge": "v", "samples": 1}
-    benchmark |= {"top_k": 0, "repetition_penalty": 1.0}
-    endpoint = {"kind": "endpoint", "base_url": "http://localhost:1/v1", "model": "v"}
     systems = {"base": world.tree["systems"]["base"]}
-    world.run(systems=systems, benchmarks={"hmmt25": benchmark}, models={"v": endpoint})
+    world.run(
+        systems=systems, benchmarks={"hmmt25": benchmark}, models={"v": endpoint_tree(judge.url)}
+    )
     (found,) = world.results("base", "hmmt25")
     assert found["value"] == 0.0
     assert json.loads(found["details"]) == {"no_decision": 1.0}

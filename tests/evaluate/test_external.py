@@ -10,7 +10,7 @@ from megadistill.config import ConfigError, EvaluateConfig, parse
 from megadistill.evaluate import external
 from megadistill.evaluate.requirements import check
 from tests.evaluate.test_evaluation import World
-from tests.refine.world import Endpoint, endpoint_tree
+from tests.inference.scripted import Endpoint, endpoint_tree
 
 COMMAND = """
 import json, os, sys, urllib.request

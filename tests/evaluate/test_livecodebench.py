@@ -16,7 +16,7 @@ from megadistill.evaluate.protocol import Item, Tools
 from megadistill.evaluate.requirements import check
 from megadistill.evaluate.sandbox import missing
 from tests.evaluate.test_evaluation import World
-from tests.refine.world import Endpoint, endpoint_tree
+from tests.inference.scripted import Endpoint, endpoint_tree
 
 boxed = pytest.mark.skipif(bool(missing()), reason="no namespaces on this machine")
 TESTING = '''

@@ -13,7 +13,7 @@ from megadistill.evaluate.benchmarks.raft import ms_bench_item
 from megadistill.evaluate.protocol import Score
 from megadistill.evaluate.scoring import majority
 from tests.evaluate.test_evaluation import World
-from tests.refine.world import Endpoint, endpoint_tree
+from tests.inference.scripted import Endpoint, endpoint_tree
 
 Script = Callable[[int, dict[str, Any]], Any]
 

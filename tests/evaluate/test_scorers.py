@@ -34,7 +34,8 @@ def test_arena_hards_worked_example() -> None:
     assert 100 * np.mean(np.concatenate(found)) == 50.0
     item = Item(id="1", messages=(), text="q", reference={"baseline": "b"})
     scores = [
-        arena_hard.settle(item, "", [f"so [[A>B]] or rather [[{a}]]", f"[[{b}]]"]) for a, b in GAMES
+        arena_hard.score_replies(item, "", [f"so [[A>B]] or rather [[{a}]]", f"[[{b}]]"])
+        for a, b in GAMES
     ]
     assert 100 * weighted_mean(scores) == pytest.approx(50.0)
 
@@ -42,8 +43,8 @@ def test_arena_hards_worked_example() -> None:
 def test_a_question_without_both_verdicts_weighs_nothing() -> None:
     item = Item(id="1", messages=(), text="q", reference={"baseline": "b"})
     scores = [
-        arena_hard.settle(item, "", ["[[A<B]]", "no idea"]),
-        arena_hard.settle(item, "", ["[[A<B]]", "[[A>B]]"]),
+        arena_hard.score_replies(item, "", ["[[A<B]]", "no idea"]),
+        arena_hard.score_replies(item, "", ["[[A<B]]", "[[A>B]]"]),
     ]
     assert [score.weight for score in scores] == [0.0, 2.0]
     assert weighted_mean(scores) == 1.0
@@ -62,11 +63,11 @@ def test_the_bundled_baselines_against_themselves_get_the_official_aggregate(
     scores, records = [], []
     assert benchmark.judged is not None
     for item in items:
-        asks = benchmark.judged.asks(item, item.reference["baseline"])
-        assert item.reference["baseline"] in asks[0].messages[1]["content"]
-        assert asks[0].messages[0]["content"].startswith("Please act as an impartial judge")
-        replies = [f"[[{verdicts.choice(list(arena_hard.ENTRIES))}]]" for _ in asks]
-        scores.append(benchmark.judged.settle(item, "", replies))
+        requests = benchmark.judged.requests(item, item.reference["baseline"])
+        assert item.reference["baseline"] in requests[0].messages[1]["content"]
+        assert requests[0].messages[0]["content"].startswith("Please act as an impartial judge")
+        replies = [f"[[{verdicts.choice(list(arena_hard.ENTRIES))}]]" for _ in requests]
+        scores.append(benchmark.judged.score_replies(item, "", replies))
         games = [{"score": reply.strip("[]")} for reply in replies]
         records.append({"uid": item.id, "category": item.reference["category"], "games": games})
     official = object.__new__(task.ArenaHardTask)

@@ -14,9 +14,9 @@ from megadistill.config import ConfigError, EvaluateConfig, parse
 from megadistill.evaluate import measuring
 from megadistill.evaluate.requirements import without_missing
 from megadistill.refine.blocks import read_rows_of
-from megadistill.rollout.batch import BatchSettings
+from megadistill.rollout.vllm_arguments import EngineSettings
 from tests.evaluate.test_evaluation import World
-from tests.refine.world import ScriptedEngine
+from tests.inference.scripted import ScriptedEngine
 from tests.tiny import Tree, make_tokenizer
 
 WORDS = [f"word{number}" for number in range(40)]
@@ -50,7 +50,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     engine = ScriptedEngine(make_tokenizer(WORDS), lambda prompt: "word1 word2 word9 word5")
 
-    def start(_: BatchSettings) -> ScriptedEngine:
+    def start(_: EngineSettings) -> ScriptedEngine:
         return engine
 
     monkeypatch.setattr(measuring, "start_batch_engine", start)

@@ -3,12 +3,7 @@
 import pytest
 
 from megadistill.config.refine import RewriteConfig
-from megadistill.refine.checking import (
-    final_answer,
-    rejection_reason,
-    same_final_answer,
-    without_thinking,
-)
+from megadistill.refine.checking import final_answer, rejection_reason, same_final_answer
 from megadistill.refine.rewriting import rules_of
 
 RULES = rules_of(RewriteConfig(model="m"))
@@ -76,8 +71,3 @@ def test_a_checkable_answer_must_stay(text: str, answer: str, same: bool) -> Non
     assert (rejection_reason(text, answer, RULES) is None) == same
     lenient = rules_of(RewriteConfig(model="m", check_final_answer=False))
     assert rejection_reason(text, answer, lenient) is None
-
-
-def test_thoughts_are_dropped() -> None:
-    assert without_thinking("<think>well</think>\n\nRest. ") == "Rest."
-    assert without_thinking("Rest.") == "Rest."

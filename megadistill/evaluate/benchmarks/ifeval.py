@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from megadistill.evaluate.protocol import Benchmark, Draw, Item, Score, user
+from megadistill.evaluate.protocol import Benchmark, Item, Score, user
+from megadistill.inference.requests import SamplingParams
 
 
 def to_item(row: Mapping[str, Any]) -> Item:
@@ -81,7 +82,7 @@ def checker() -> ModuleType:
 IFEVAL = Benchmark(
     title="IF-Eval",
     block="general",
-    draw=Draw(max_tokens=16384),
+    sampling=SamplingParams(max_tokens=16384),
     rows=to_item,
     score=score,
     packaged="eval_framework/tasks/ifeval/data/input_data.jsonl",

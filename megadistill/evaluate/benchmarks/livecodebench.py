@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megadistill.evaluate.protocol import Benchmark, Draw, Item, Score, Tools
+from megadistill.evaluate.protocol import Benchmark, Item, Score, Tools
 from megadistill.evaluate.sandbox import Limits, run_python
+from megadistill.inference.requests import SamplingParams
 
 WINDOWS = {
     "livecodebench_v5": (date(2024, 8, 1), date(2025, 2, 1)),
@@ -138,7 +139,7 @@ def _benchmark(version: str, title: str, size: int) -> Benchmark:
     return Benchmark(
         title=title,
         block="general",
-        draw=Draw(max_tokens=32768),
+        sampling=SamplingParams(max_tokens=32768),
         rows=partial(to_item, version=version),
         run=run,
         needs=TESTING,

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megadistill.data.pools import is_heldout
-from megadistill.evaluate.protocol import Benchmark, Draw, Item, Score, user
+from megadistill.evaluate.protocol import Benchmark, Item, Score, user
+from megadistill.inference.requests import SamplingParams
 
 LETTERS = "ABCDEFGHIJ"
 INSTRUCTION = "Reason step by step, then end with a line `Final answer: <letter>`."
@@ -58,7 +59,7 @@ def to_heldout_item(row: Mapping[str, Any]) -> Item | None:
 MEDQA = Benchmark(
     title="MedQA-USMLE",
     block="domain",
-    draw=Draw(max_tokens=32768),
+    sampling=SamplingParams(max_tokens=32768),
     rows=to_item,
     score=score,
     hint=(
@@ -70,7 +71,7 @@ MEDQA = Benchmark(
 MEDXPERTQA = Benchmark(
     title="MedXpertQA-Text",
     block="domain",
-    draw=Draw(max_tokens=32768),
+    sampling=SamplingParams(max_tokens=32768),
     rows=to_item,
     score=score,
     hint=(
@@ -82,7 +83,7 @@ MEDXPERTQA = Benchmark(
 MEDICAL_HELDOUT = Benchmark(
     title="Medical questions, held out",
     block="domain",
-    draw=Draw(max_tokens=32768),
+    sampling=SamplingParams(max_tokens=32768),
     rows=to_heldout_item,
     score=score,
     packaged="megadistill/data/sets/medical_questions.jsonl",

@@ -7,15 +7,14 @@ import ast
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from megadistill.evaluate.benchmarks.verified import decision, settle
-from megadistill.evaluate.protocol import Ask, Benchmark, Draw, Item, Judged, user
-from megadistill.refine.templates import load_template
+from megadistill.evaluate.benchmarks.verified import decision, score_replies
+from megadistill.evaluate.protocol import Benchmark, Item, Judged, user
+from megadistill.inference.requests import ChatRequest, SamplingParams
+from megadistill.inference.templates import load_template
 from megadistill.types import Message
 
-TEMPLATES = Path(__file__).parents[1] / "templates"
 FIELDS = ("prompt", "response", "reference")
 SYSTEM = "You are a helpful assistant."
 """A first turn that MS-Bench's rows have for nothing."""
@@ -63,15 +62,15 @@ def ms_bench_item(row: Mapping[str, Any]) -> Item | None:
     )
 
 
-def asks(item: Item, answer: str, *, template: str) -> Sequence[Ask]:
+def requests(item: Item, answer: str, *, template: str) -> Sequence[ChatRequest]:
     """One question to a judge."""
     values = {
         "prompt": item.messages[-1]["content"],
         "response": answer,
         "reference": item.reference,
     }
-    found = load_template(str(TEMPLATES / f"{template}.txt"), FIELDS).fill(values)
-    return [Ask(messages=tuple(found), max_tokens=1024)]
+    messages = load_template(template, FIELDS).fill(values)
+    return [ChatRequest(messages=messages, sampling=SamplingParams(max_tokens=1024))]
 
 
 def _parsed(text: str) -> Any:  # whatever the row holds
@@ -88,9 +87,9 @@ def _parsed(text: str) -> Any:  # whatever the row holds
 
 def _judged(template: str) -> Judged:
     return Judged(
-        asks=partial(asks, template=template),
-        usable=lambda reply: decision(reply) is not None,
-        settle=settle,
+        requests=partial(requests, template=template),
+        parse=decision,
+        score_replies=score_replies,
         votes=True,
     )
 
@@ -98,17 +97,17 @@ def _judged(template: str) -> Judged:
 D_ACC = Benchmark(
     title="D-Acc",
     block="domain",
-    draw=Draw(max_tokens=1024),
+    sampling=SamplingParams(max_tokens=1024),
     rows=d_acc_item,
-    judged=_judged("correct-v1"),
+    judged=_judged("packaged:correct-v1"),
     hint="your test questions as JSONL with question and answer, or messages and answer",
 )
 MS_BENCH = Benchmark(
     title="MS-Bench",
     block="general",
-    draw=Draw(max_tokens=1024),
+    sampling=SamplingParams(max_tokens=1024),
     rows=ms_bench_item,
-    judged=_judged("acceptable-v1"),
+    judged=_judged("packaged:acceptable-v1"),
     draws=200,
     hint=(
         "ModelScope's data set iic/ms_bench as .jsonl, .csv or .parquet: `modelscope download "

@@ -12,7 +12,8 @@ from typing import Any
 
 from megadistill.data.files import read_rows
 from megadistill.evaluate.benchmarks.livecodebench import WINDOWS
-from megadistill.evaluate.protocol import Benchmark, Draw, Item, user
+from megadistill.evaluate.protocol import Benchmark, Item, user
+from megadistill.inference.requests import SamplingParams
 
 
 def livebench_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -93,7 +94,7 @@ _HINTS = {
 LIVEBENCH = Benchmark(
     title="LiveBench 2024-11-25",
     block="general",
-    draw=Draw(),
+    sampling=SamplingParams(),
     rows=livebench_item,
     hint=_HINTS["livebench"],
     groups="mean_of_means",

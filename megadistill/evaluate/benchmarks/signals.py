@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megadistill.evaluate.protocol import Benchmark, Draw, Item
+from megadistill.evaluate.protocol import Benchmark, Item
+from megadistill.inference.requests import SamplingParams
 
 
 def _no_item(row: Mapping[str, Any]) -> Item:
@@ -11,7 +12,7 @@ def _no_item(row: Mapping[str, Any]) -> Item:
 
 
 def _signal(title: str) -> Benchmark:
-    return Benchmark(title=title, block="heldout", draw=Draw(), rows=_no_item)
+    return Benchmark(title=title, block="heldout", sampling=SamplingParams(), rows=_no_item)
 
 
 FORWARD_KL = _signal("KL(teacher ‖ system)")

@@ -7,14 +7,13 @@ unequal; without a verifier math-verify (for GPQA the letter) decides alone.
 import random
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from megadistill.evaluate.benchmarks.medical import final_letter
-from megadistill.evaluate.protocol import Ask, Benchmark, Draw, Item, Judged, Score, user
-from megadistill.refine.templates import load_template
+from megadistill.evaluate.protocol import Benchmark, Item, Judged, Score, user
+from megadistill.inference.requests import ChatRequest, SamplingParams
+from megadistill.inference.templates import load_template
 
-VERIFIER = Path(__file__).parents[1] / "templates" / "verifier-v1.txt"
 FIELDS = ("prompt", "response", "truth")
 _DECISION = re.compile(r"<decision>\s*(yes|no)\s*</decision>", re.IGNORECASE)
 _EXTRACTED = re.compile(r"<extracted_answer>(.*?)</extracted_answer>", re.DOTALL | re.IGNORECASE)
@@ -28,18 +27,19 @@ def decision(reply: str) -> bool | None:
     return found[-1].lower() == "yes" if found else None
 
 
-def asks(item: Item, answer: str) -> Sequence[Ask]:
+def requests(item: Item, answer: str) -> Sequence[ChatRequest]:
     """One question to the verifier, at the paper's temperature."""
     values = {
         "prompt": item.messages[-1]["content"],
         "response": answer,
         "truth": str(item.reference),
     }
-    messages = load_template(str(VERIFIER), FIELDS).fill(values)
-    return [Ask(messages=tuple(messages), temperature=0.2, max_tokens=512)]
+    messages = load_template("packaged:verifier-v1", FIELDS).fill(values)
+    sampling = SamplingParams(temperature=0.2, max_tokens=512)
+    return [ChatRequest(messages=messages, sampling=sampling)]
 
 
-def settle(item: Item, answer: str, replies: Sequence[str]) -> Score:
+def score_replies(item: Item, answer: str, replies: Sequence[str]) -> Score:
     """Right where the verifier says yes; a reply without a decision counts as no, and is counted."""
     verdict = decision(replies[-1])
     found = _EXTRACTED.findall(replies[-1])
@@ -74,14 +74,14 @@ def by_mathematics(item: Item, answer: str) -> Score:
     )
 
 
-def hmmt_asks(item: Item, answer: str) -> Sequence[Ask]:
+def hmmt_requests(item: Item, answer: str) -> Sequence[ChatRequest]:
     """Nothing where the answers are equal already."""
-    return [] if by_mathematics(item, answer).value else asks(item, answer)
+    return [] if by_mathematics(item, answer).value else requests(item, answer)
 
 
-def hmmt_settle(item: Item, answer: str, replies: Sequence[str]) -> Score:
+def hmmt_score_replies(item: Item, answer: str, replies: Sequence[str]) -> Score:
     """By the verifier where it was asked."""
-    return settle(item, answer, replies) if replies else by_mathematics(item, answer)
+    return score_replies(item, answer, replies) if replies else by_mathematics(item, answer)
 
 
 def gpqa_item(row: Mapping[str, Any]) -> Item:
@@ -108,19 +108,15 @@ def hmmt_item(row: Mapping[str, Any]) -> Item:
     return Item(id=name, messages=messages, text=row["problem"], reference=str(row["answer"]))
 
 
-def _readable(reply: str) -> bool:
-    return decision(reply) is not None
-
-
 GPQA_DIAMOND = Benchmark(
     title="GPQA-Diamond",
     block="general",
-    draw=Draw(
+    sampling=SamplingParams(
         samples=4, temperature=0.7, top_p=0.95, top_k=20, repetition_penalty=1.05, max_tokens=32768
     ),
     rows=gpqa_item,
     score=by_letter,
-    judged=Judged(asks=asks, usable=_readable, settle=settle, votes=True),
+    judged=Judged(requests=requests, parse=decision, score_replies=score_replies, votes=True),
     hint=(
         "gpqa_diamond.csv of the gated data set Idavidrein/gpqa: accept its terms on the hub, then "
         "`hf download Idavidrein/gpqa gpqa_diamond.csv --repo-type dataset`"
@@ -130,12 +126,14 @@ GPQA_DIAMOND = Benchmark(
 HMMT25 = Benchmark(
     title="HMMT25",
     block="general",
-    draw=Draw(
+    sampling=SamplingParams(
         samples=16, temperature=0.6, top_p=0.95, top_k=20, repetition_penalty=1.05, max_tokens=32768
     ),
     rows=hmmt_item,
     score=by_mathematics,
-    judged=Judged(asks=hmmt_asks, usable=_readable, settle=hmmt_settle, votes=True),
+    judged=Judged(
+        requests=hmmt_requests, parse=decision, score_replies=hmmt_score_replies, votes=True
+    ),
     hint="`hf download MathArena/hmmt_feb_2025 --repo-type dataset`",
     size=30,
 )

@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megadistill.evaluate.protocol import Benchmark, Draw, Item, Score, user
+from megadistill.evaluate.protocol import Benchmark, Item, Score, user
+from megadistill.inference.requests import SamplingParams
 
 EXAMPLE = """# Example
 
@@ -81,7 +82,7 @@ def _same(given: Any, truth: Any) -> bool:
 ZEBRALOGIC = Benchmark(
     title="ZebraLogic",
     block="general",
-    draw=Draw(max_tokens=32768),
+    sampling=SamplingParams(max_tokens=32768),
     rows=to_item,
     score=score,
     hint=(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.refine import templates
-from megadistill.refine.templates import load_template
+from megadistill.inference import templates
+from megadistill.inference.templates import load_template
 
 
 def test_values_are_put_in_as_they_are(tmp_path: Path) -> None:

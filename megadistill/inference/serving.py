@@ -1,13 +1,12 @@
-"""Models that a shard serves for itself: one `vllm serve` each, on loopback, behind a token.
+"""Models to talk to: behind an endpoint, or served by the shard itself while it needs them.
 
-Under Slurm each is a job step.
+A served model is one `vllm serve` on loopback behind a token; under Slurm a job step of its own.
 """
 
 import logging
 import os
 import secrets
 import shutil
-import socket
 import sys
 import time
 import urllib.error
@@ -16,12 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megadistill.config.refine import ServedConfig
+from megadistill.config.refine import ChatModelConfig, EndpointConfig, ServedConfig
 from megadistill.convert.hf_files import resolve_model
+from megadistill.inference.chat import ChatModel, open_endpoint
+from megadistill.launch.node_context import free_port
 from megadistill.launch.processes import Processes
 from megadistill.launch.roles import visible_gpus
-from megadistill.refine.endpoints import ChatModel, open_client
-from megadistill.rollout.vllm_server import vllm_environment
+from megadistill.rollout.vllm_arguments import EngineSettings, vllm_arguments, vllm_environment
 
 log = logging.getLogger(__name__)
 
@@ -31,30 +31,31 @@ GRACE_S = 20.0
 
 
 @contextmanager
-def served(
-    models: Mapping[str, ServedConfig], *, gpu: bool, logs: Path
+def open_models(
+    models: Mapping[str, ChatModelConfig], *, gpu: bool, logs: Path
 ) -> Iterator[dict[str, ChatModel]]:
-    """Start the models side by side, each on its own GPUs, and end them with the block."""
+    """Models by name; those of kind `serve` run while the block lasts, each on its own GPUs."""
     processes = Processes()
     token = secrets.token_urlsafe(32)
+    opened: dict[str, ChatModel] = {}
+    num_gpus = 0
     try:
-        ports, first = {}, 0
         for name, config in models.items():
-            own = tuple(range(first, first + config.engine.tp)) if gpu else ()
-            first += len(own)
-            ports[name] = free_port()
-            command = serve_command(config, name, ports[name], gpu=gpu)
+            if isinstance(config, EndpointConfig):
+                opened[name] = open_endpoint(name, config)
+                continue
+            own = tuple(range(num_gpus, num_gpus + config.engine.tp)) if gpu else ()
+            num_gpus += len(own)
+            port = free_port()
+            command = serve_command(config, name, port, gpu=gpu)
             environment = serve_environment(config, token, own, gpu=gpu)
             command = step_command(command, name, environment.get("CUDA_VISIBLE_DEVICES"))
             processes.start(name, command, environment, logs / f"serve-{name}.log")
+            opened[name] = ChatModel(name, name, f"http://{HOST}:{port}/v1", token, config)
         for name, config in models.items():
-            wait_until_up(processes, ports[name], name, config.start_timeout_s)
-        yield {
-            name: ChatModel(
-                name, name, open_client(f"http://{HOST}:{ports[name]}/v1", token), config
-            )
-            for name, config in models.items()
-        }
+            if isinstance(config, ServedConfig):
+                wait_until_up(processes, opened[name], config.start_timeout_s)
+        yield opened
     finally:
         processes.end(GRACE_S)
         processes.close()
@@ -62,25 +63,21 @@ def served(
 
 def serve_command(config: ServedConfig, name: str, port: int, *, gpu: bool) -> list[str]:
     """The command line of one model's server; the token goes by the environment."""
-    engine = config.engine
-    words = {
-        "--served-model-name": name,
-        "--host": HOST,
-        "--port": port,
-        "--dtype": "float32" if config.precision == "fp32" else "bfloat16",
-        "--max-model-len": config.max_model_len,
-        "--max-num-seqs": engine.max_num_seqs,
-        "--tensor-parallel-size": engine.tp,
-        "--generation-config": "vllm",
-    }
-    if gpu:
-        words["--gpu-memory-utilization"] = engine.memory_fraction
-    command = [sys.executable, "-m", "megadistill.rollout.vllm_serve"]
-    command += [str(resolve_model(config.path)), *(str(w) for pair in words.items() for w in pair)]
-    if not gpu:
-        # A prompt cut in two makes vLLM rewind its sampling generator, which a CPU cannot.
-        command += ["--enforce-eager", "--no-enable-chunked-prefill", "--no-enable-prefix-caching"]
-        command += ["--max-num-batched-tokens", str(max(config.max_model_len, 2048))]
+    settings = EngineSettings(
+        model=resolve_model(config.path),
+        precision=config.precision,
+        max_model_len=config.max_model_len,
+        gpu=gpu,
+        limits=config.engine,
+    )
+    words = {"served_model_name": name, "host": HOST, "port": port, **vllm_arguments(settings)}
+    command = [sys.executable, "-m", "megadistill.inference.vllm_serve", str(settings.model)]
+    for word, value in words.items():
+        no, text = (
+            ("no-" if value is False else ""),
+            ([] if isinstance(value, bool) else [str(value)]),
+        )
+        command += [f"--{no}{word.replace('_', '-')}", *text]
     return [*command, *config.options]
 
 
@@ -114,35 +111,25 @@ def serve_environment(
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
     if gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus(gpus, os.environ))
-    else:
-        environment["VLLM_CPU_KVCACHE_SPACE"] = str(config.engine.kv_cache_gib)
     return environment
 
 
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def wait_until_up(processes: Processes, port: int, name: str, timeout_s: float) -> None:
+def wait_until_up(processes: Processes, model: ChatModel, timeout_s: float) -> None:
     """Until the server answers. Raises `ValueError` with its last lines when it cannot."""
     begun = time.monotonic()
-    while not _answers(port):
+    while not _answers(model.base_url.removesuffix("v1") + "health"):
         if exited := processes.next_exit(POLL_S):
             raise ValueError(f"models.{exited.name}: {exited.describe()}:\n{exited.tail()}")
         if time.monotonic() - begun > timeout_s:
             raise ValueError(
-                f"models.{name}.start_timeout_s: the server was not up after {timeout_s:g} s"
+                f"models.{model.name}.start_timeout_s: the server was not up after {timeout_s:g} s"
             )
-    log.info("%s: served after %.0f s", name, time.monotonic() - begun)
+    log.info("%s: served after %.0f s", model.name, time.monotonic() - begun)
 
 
-def _answers(port: int) -> bool:
+def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5) as response:
+        with urllib.request.urlopen(url, timeout=5) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from megadistill.config.refine import EngineConfig, ServedConfig
-from megadistill.refine import serving
-from megadistill.refine.endpoints import Asked, Usage
-from megadistill.refine.serving import HOST, serve_command, serve_environment, served
-from megadistill.rollout.vllm_serve import name_vllm
-from tests.refine.world import completion
+from megadistill.inference import serving
+from megadistill.inference.chat import Usage
+from megadistill.inference.requests import ChatRequest, SamplingParams
+from megadistill.inference.serving import HOST, open_models, serve_command, serve_environment
+from megadistill.inference.vllm_serve import name_vllm
+from tests.inference.scripted import completion
 from tests.tiny import write_model_config
 
 SERVER = """
@@ -55,14 +56,16 @@ def test_models_are_served_for_the_block(
     usage = Usage()
 
     async def ask() -> list[str]:
-        asked = Asked(messages=[{"role": "user", "content": "?"}], temperature=0, max_tokens=9)
-        answers = [(await model.ask(asked, usage)).text for model in models.values()]
+        request = ChatRequest(
+            messages=[{"role": "user", "content": "?"}], sampling=SamplingParams(max_tokens=9)
+        )
+        answers = [(await model.ask(request, usage)).text for model in models.values()]
         for model in models.values():
-            await model.client.close()
+            await model.close()
         return answers
 
-    with served({"one": config, "two": config}, gpu=False, logs=tmp_path) as models:
-        urls = [str(model.client.base_url) for model in models.values()]
+    with open_models({"one": config, "two": config}, gpu=False, logs=tmp_path) as models:
+        urls = [model.base_url for model in models.values()]
         assert asyncio.run(ask()) == ["I am one", "I am two"]
         assert all(url.startswith(f"http://{HOST}:") for url in urls)
     assert (usage.requests, usage.completion_tokens) == (2, 10)
@@ -78,7 +81,7 @@ def test_a_server_that_ends_is_reported_with_its_last_words(
     models = {"one": config, "broken": config}
     with (
         pytest.raises(ValueError, match=r"(?s)models.broken: broken ended .*no such weights"),
-        served(models, gpu=False, logs=tmp_path),
+        open_models(models, gpu=False, logs=tmp_path),
     ):
         pass
 

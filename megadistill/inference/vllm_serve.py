@@ -1,4 +1,4 @@
-"""`vllm serve` as `python -m megadistill.rollout.vllm_serve MODEL ...`, ended with its parent.
+"""`vllm serve` as `python -m megadistill.inference.vllm_serve MODEL ...`, ended with its parent.
 
 vLLM's command line asks for the version of a distribution called `vllm`, which the CPU build is not
 called; a directory that says so much is put on the path for it.

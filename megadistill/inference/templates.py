@@ -55,7 +55,7 @@ def load_template(path: str, names: tuple[str, ...]) -> Template:
     Raises `ValueError` saying which file is wrong and how.
     """
     if path.startswith(PACKAGED):
-        folder = importlib.resources.files("megadistill.refine") / "templates"
+        folder = importlib.resources.files("megadistill.inference") / "templates"
         file = Path(str(folder / f"{path.removeprefix(PACKAGED)}.txt"))
     else:
         file = Path(resolve_path(path))

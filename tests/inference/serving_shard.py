@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.config.refine import ServedConfig
-from megadistill.refine import serving
+from megadistill.inference import serving
 
 SERVER = """
 import os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from megadistill.rollout.vllm_serve import follow_asker
+from megadistill.inference.vllm_serve import follow_asker
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
@@ -36,6 +36,6 @@ def serve_two(directory: Path, arguments: Mapping[str, Any]) -> None:
         seen[name] = directory / f"{name}.{0 if first else 1}"
     serving.serve_command = command
     model = ServedConfig(path=arguments["model"])
-    with serving.served(dict.fromkeys(seen, model), gpu=False, logs=directory):
+    with serving.open_models(dict.fromkeys(seen, model), gpu=False, logs=directory):
         if first:
             os.kill(os.getpid(), 9)

@@ -18,14 +18,21 @@ import json, sys
 from pathlib import Path
 import torch  # before the engine's variables are set, as a tokenizer does
 torch.set_num_threads(2)
-from megadistill.rollout.batch import BatchRequest, BatchSettings, Sampling, start_batch_engine
+from megadistill.config.refine import EngineConfig
+from megadistill.inference.engine import start_batch_engine
+from megadistill.inference.requests import BatchRequest, SamplingParams
+from megadistill.rollout.vllm_arguments import EngineSettings
 prompts = json.loads(sys.argv[2])
-settings = BatchSettings(
-    model=Path(sys.argv[1]), precision="fp32", max_model_len=96, gpu=False, max_num_seqs=2
+settings = EngineSettings(
+    model=Path(sys.argv[1]),
+    precision="fp32",
+    max_model_len=96,
+    gpu=False,
+    limits=EngineConfig(max_num_seqs=2),
 )
 engine = start_batch_engine(settings)
 requests = (BatchRequest(key=n, token_ids=ids, seed=n) for n, ids in enumerate(prompts))
-sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=12)
+sampling = SamplingParams(max_tokens=12)
 answers = {r.key: [list(r.token_ids), r.finish_reason] for r in engine.generate(requests, sampling)}
 nll = engine.mean_nll([(ids, 3) for ids in prompts])
 engine.close()

@@ -1,0 +1,1 @@
+"""Models that answer: vLLM's engine in this process, models served beside it, models elsewhere."""

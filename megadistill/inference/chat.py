@@ -1,0 +1,260 @@
+"""Models behind OpenAI-compatible HTTP: bounded concurrency, retries, time limits, an account.
+
+Retries are the openai client's own: timeouts, lost connections, 408, 409, 429 and 5xx, with its
+exponential waits, or the endpoint's `Retry-After`.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, NoReturn, Self
+
+import httpx2
+import openai
+from pydantic import Field, TypeAdapter, ValidationError
+
+from megadistill.config.refine import EndpointConfig, ServedConfig
+from megadistill.inference.requests import ChatRequest, ChatResponse, without_thinking
+
+log = logging.getLogger(__name__)
+
+REFUSED = (400, 413, 422)
+"""This request cannot be answered, others can."""
+RETRIED = (408, 409, 429)
+"""As every status from 500 on; other ones mean that no request can be answered."""
+MOST_ALIVE = 1024
+"""Coroutines alive at a time; far fewer have a request under way."""
+NO_KEY = "none"
+"""The client wants some key, also where the endpoint wants none."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    message: _Message
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Completion:
+    """The part of a chat completion that is read."""
+
+    choices: Annotated[list[_Choice], Field(min_length=1)]
+    usage: _Tokens | None = None
+
+
+_COMPLETION: TypeAdapter[_Completion] = TypeAdapter(_Completion)
+
+
+class ChatError(ValueError):
+    """This request has failed for good; others may do well. Its message is the reason."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Usage:
+    """What one model was asked, and what it cost."""
+
+    requests: int = 0
+    """Sent, retries included."""
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    failed: int = 0
+    """Given up after every try, or refused."""
+    unparsable: int = 0
+    """Answers that could not be read, such as a judge's without a score."""
+
+    def add(self, other: Self) -> None:
+        for item in fields(self):
+            total = getattr(self, item.name) + getattr(other, item.name)
+            setattr(self, item.name, total)
+
+
+class _CheckedClient(openai.DefaultAsyncHttpxClient):
+    """Makes of a try that takes too long in all, or is no chat completion, one that is retried."""
+
+    def __init__(self, name: str, timeout_s: float) -> None:
+        super().__init__(timeout=None)
+        self._name = name
+        self._timeout_s = timeout_s
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                response = await super().send(request, **options)
+            if response.is_success:
+                # The openai client hands on whatever an endpoint says as if it were an answer.
+                _COMPLETION.validate_json(response.content)
+        except TimeoutError:
+            problem = f"no answer in {self._timeout_s:g} s"
+        except ValidationError as error:
+            problem = f"an answer that is no chat completion: {error.errors()[0]['msg']}"
+        except httpx2.RequestError as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            if response.is_error:
+                log.warning("%s: status %d", self._name, response.status_code)
+            return response
+        log.warning("%s: %s", self._name, problem)
+        raise httpx2.RequestError(problem, request=request)
+
+
+@dataclass(slots=True)
+class ChatModel:
+    """One model; requests may come from many tasks of one event loop."""
+
+    name: str
+    model: str
+    base_url: str
+    key: str = field(repr=False)
+    config: EndpointConfig | ServedConfig
+    _client: openai.AsyncOpenAI = field(init=False)
+    _slots: asyncio.Semaphore = field(init=False)
+    _failed_in_row: int = 0
+
+    def __post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(self.config.concurrency)
+        self._client = openai.AsyncOpenAI(
+            base_url=self.base_url,
+            api_key=self.key,
+            max_retries=self.config.tries - 1,
+            timeout=None,
+            http_client=_CheckedClient(self.name, self.config.timeout_s),
+        )
+
+    async def ask(self, request: ChatRequest, usage: Usage) -> ChatResponse:
+        """The model's answer, after as many tries as it takes.
+
+        Raises `ChatError` when this request cannot be answered, and `ValueError` when the
+        endpoint cannot be used at all.
+        """
+        sampling = request.sampling
+        extra = {**self.config.extra_body}
+        if request.seed is not None:
+            extra.setdefault("seed", request.seed)
+        # What OpenAI's interface has no name for goes along as vLLM calls it.
+        if sampling.top_k:
+            extra["top_k"] = sampling.top_k
+        if sampling.repetition_penalty != 1.0:
+            extra["repetition_penalty"] = sampling.repetition_penalty
+        try:
+            async with self._slots:
+                raw = await self._client.chat.completions.with_raw_response.create(
+                    model=self.model,
+                    messages=[dict(message) for message in request.messages],  # type: ignore[misc]
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_tokens,
+                    extra_body=extra,
+                )
+        except openai.APIError as error:
+            retries = int(error.request.headers.get("x-stainless-retry-count", 0))
+            usage.requests += 1 + retries
+            usage.retries += retries
+            self._give_up(error, usage)
+        self._failed_in_row = 0
+        usage.requests += 1 + raw.retries_taken
+        usage.retries += raw.retries_taken
+        completion = _COMPLETION.validate_json(raw.content)
+        if completion.usage is not None:
+            usage.prompt_tokens += completion.usage.prompt_tokens
+            usage.completion_tokens += completion.usage.completion_tokens
+        choice = completion.choices[0]
+        return ChatResponse(text=choice.message.content, cut=choice.finish_reason == "length")
+
+    async def ask_until_parsed(
+        self, requests: Iterable[ChatRequest], parse: Callable[[str], object], usage: Usage
+    ) -> str:
+        """The first answer, its thinking left out, of which `parse` makes something; else the last."""
+        text = ""
+        for request in requests:
+            text = without_thinking((await self.ask(request, usage)).text)
+            if parse(text) is not None:
+                break
+            usage.unparsable += 1
+        return text
+
+    def _give_up(self, error: openai.APIError, usage: Usage) -> NoReturn:
+        problem = str(error.__cause__ or error)
+        if isinstance(error, openai.APIStatusError):
+            status, said = error.status_code, error.response.text[:200]
+            problem = f"status {status}: {said}"
+            if status not in (*REFUSED, *RETRIED) and status < 500:
+                raise ValueError(
+                    f"models.{self.name}: the endpoint answered {status} ({said}); check "
+                    "base_url, model and api_key_env"
+                ) from error
+            if status in REFUSED:
+                usage.failed += 1
+                log.warning("%s: refused: %s", self.name, said)
+                raise ChatError("endpoint_refused") from error
+        usage.failed += 1
+        self._failed_in_row += 1
+        if self._failed_in_row >= self.config.give_up_after:
+            raise ValueError(
+                f"models.{self.name}: {self._failed_in_row} requests in a row failed every one of "
+                f"{self.config.tries} tries; the last: {problem}. What is finished is kept: mend "
+                "the endpoint and run this again"
+            ) from error
+        raise ChatError("endpoint_failed") from error
+
+    async def close(self) -> None:
+        """Close its connections; it belongs to the event loop that has used it."""
+        await self._client.close()
+
+
+def open_endpoint(name: str, config: EndpointConfig) -> ChatModel:
+    """A model that is served elsewhere."""
+    key = NO_KEY
+    if config.api_key_env is not None:
+        if config.api_key_env not in os.environ:
+            raise ValueError(f"models.{name}.api_key_env: {config.api_key_env} is not set")
+        key = os.environ[config.api_key_env]
+    return ChatModel(name, config.model, config.base_url, key, config)
+
+
+def run_calls(
+    calls: Sequence[Callable[[], Awaitable[None]]],
+    models: Iterable[ChatModel],
+    most: int = MOST_ALIVE,
+) -> None:
+    """Run coroutines that ask these models, `most` alive at a time, to their end or the first problem."""
+
+    async def run() -> None:
+        waiting = iter(calls)
+
+        async def work() -> None:
+            for call in waiting:
+                await call()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(most, len(calls))):
+                    group.create_task(work())
+        except* ValueError as group_of_problems:
+            raise group_of_problems.exceptions[0] from None
+        finally:
+            for model in models:
+                await model.close()
+
+    asyncio.run(run())
+
+
+def cost_of(usage: Mapping[str, int], config: EndpointConfig | ServedConfig) -> float:
+    """Price of what a model was asked; models that the shard serves cost nothing here."""
+    if isinstance(config, ServedConfig):
+        return 0.0
+    prompt = usage["prompt_tokens"] * config.price_prompt
+    return (prompt + usage["completion_tokens"] * config.price_completion) / 1e6
