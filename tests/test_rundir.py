@@ -139,8 +139,8 @@ def test_a_run_of_an_older_version_resumes_with_the_defaults_of_newer_settings(
     assert "  warmup_steps: 0\n" in text
     run.config_file.write_text(text.replace("  warmup_steps: 0\n", ""))
     run.create(make_config())
-    with pytest.raises(ValueError, match="warmup_steps: 0 -> 5"):
-        run.create(make_config(camopd_tree(optimizer={"warmup_steps": 5})))
+    with pytest.raises(ValueError, match="warmup_steps: 0 -> 2"):
+        run.create(make_config(camopd_tree(optimizer={"warmup_steps": 2})))
 
 
 @pytest.mark.parametrize(

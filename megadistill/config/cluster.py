@@ -1,5 +1,6 @@
 """The `cluster` section: what a job asks of Slurm, and what the site's nodes have."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -57,3 +58,10 @@ class ClusterConfig(Config):
     """Absent: processes run on the node itself, in this environment."""
     setup: list[str] = Field(default_factory=list)
     """Shell lines run on the first node before the job, as they are."""
+
+    def contradictions(self) -> Iterator[str]:
+        if self.signal_seconds >= 60 * self.time_minutes:
+            yield (
+                f"signal_seconds: found {self.signal_seconds}, expected less than time_minutes = "
+                f"{self.time_minutes}: the job would be asked to stop as soon as it starts"
+            )

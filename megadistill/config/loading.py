@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from megadistill.config.core_yaml import read_yaml, write_yaml
 from megadistill.config.fields import Config
 
 Kind = TypeVar("Kind", bound=Config)
@@ -46,7 +47,7 @@ def parse(kind: type[Kind], tree: Mapping[str, Any], source: str = "config") -> 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML, itself a valid input."""
     tree = config.model_dump(mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return write_yaml(tree)
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -76,13 +77,15 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: includes itself")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found {type(tree).__name__}, expected a mapping of settings")
     tree = _unshared(tree)
@@ -131,7 +134,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {name!r} is not a section")
         node = child
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
 

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from megadistill.config.algorithm import AlgorithmConfig
 from megadistill.config.cluster import ClusterConfig
-from megadistill.config.fields import Config, Fraction, NaturalInt, PositiveFloat, PositiveInt
+from megadistill.config.fields import Config, Fraction, Name, NaturalInt, PositiveFloat, PositiveInt
 from megadistill.config.work import WorkConfig
 
 HeadBackend = Literal["auto", "torch", "triton"]
@@ -275,7 +275,7 @@ class ChecksConfig(Config):
 class RunConfig(Config):
     """One training run; `megadistill train` takes exactly this."""
 
-    name: str
+    name: Name
     """Names the run directory and the Slurm job."""
     runs_dir: str = "runs"
     """The run directory is `runs_dir/name`."""
@@ -313,6 +313,16 @@ class RunConfig(Config):
             yield "evaluate.heldout: needs rollout engines to sample the teachers' answers"
         elif not algorithm.needs_rollouts and self.rollout and not self.evaluate.heldout:
             yield f"rollout: found one, expected none for {algorithm.kind} without evaluate.heldout"
+        if self.optimizer.warmup_steps >= self.steps:
+            yield (
+                f"optimizer.warmup_steps: found {self.optimizer.warmup_steps}, expected less than "
+                f"steps = {self.steps}"
+            )
+        if self.checkpoint.export_every > self.steps:
+            yield (
+                f"checkpoint.export_every: found {self.checkpoint.export_every}, expected at most "
+                f"steps = {self.steps}, or nothing would be exported on the way"
+            )
 
     def _references(self) -> Iterator[tuple[str, str, Mapping[str, object]]]:
         """Key, name found there, and what it may be the name of."""

@@ -266,7 +266,10 @@ def inherit(own: ClusterConfig, site: ClusterConfig) -> ClusterConfig:
 
 def with_resources(cluster: ClusterConfig, work: WorkConfig) -> ClusterConfig:
     """`cluster`, changed as the work's `resources` say."""
-    return cluster.model_copy(update=work.resources.model_dump(exclude_none=True))
+    changed = cluster.model_copy(update=work.resources.model_dump(exclude_none=True))
+    for problem in changed.contradictions():
+        raise ValueError(f"resources.{problem}")
+    return changed
 
 
 @dataclass(kw_only=True)

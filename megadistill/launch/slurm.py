@@ -138,6 +138,10 @@ def batch_executor(
 
     The job starts once the jobs `after` have ended well, and is cancelled when one has not.
     """
+    if not str(root).isprintable() or "%" in str(root):
+        raise ValueError(
+            f"runs_dir: found {str(root)!r}, expected printable text without %, which Slurm fills in"
+        )
     folder = root / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     python = shlex.join(python_words(cluster))
     executor = (GangExecutor if check else DryGangExecutor)(folder, python=python)

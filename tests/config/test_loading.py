@@ -76,7 +76,7 @@ def test_the_count_in_the_message_is_the_number_of_lines() -> None:
 def test_keys_inside_tagged_unions_are_written_as_in_yaml() -> None:
     tree = camopd_tree()
     tree["algorithm"]["general"]["mass"] = 2
-    tree["data"]["pools"]["file"] = {"sources": [{"kind": "file", "path": 3, "limit": 0}]}
+    tree["data"]["pools"]["file"] = {"sources": [{"kind": "file", "path": 3.5, "limit": 0}]}
     keys = {line.split(":")[0].strip() for line in error_lines(tree)}
     assert keys == {
         "algorithm.general.mass",
