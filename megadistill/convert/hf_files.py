@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import SafetensorError, safe_open
 
 from megadistill.atomic import atomic_directory
 from megadistill.config import resolve_path
+from megadistill.convert.weight_files import INDEX_FILE, SINGLE_FILE, open_weights, weight_map
 
-LFS_POINTER = b"version https://git-lfs"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICEN[CS]E*", "NOTICE*")
 _COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -30,10 +27,15 @@ _COPIED = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
     "chat_template.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
-"""What a model directory needs beside its weights and `config.json`."""
+"""What belongs to a model beside its weights and `config.json`; its terms go with it, too."""
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -92,47 +94,9 @@ class SafetensorsReader:
             raise ValueError(f"{self.directory}: no tensor {name!r} among {len(self._files)}")
         file = self._files[name]
         if self._open is None or file != self._open_name:
-            self._open = open_weights(self.directory / file)
+            self._open = open_weights(self.directory / file, "pt")
             self._open_name = file
         return self._open
-
-
-def weight_map(directory: Path) -> dict[str, str]:
-    """Tensor name to file name, from the index or from the single weights file.
-
-    Raises `ValueError` when there is neither, or when the index names a file that is missing.
-    """
-    index = directory / INDEX_FILE
-    if index.exists():
-        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if strange := sorted({file for file in files.values() if Path(file).name != file}):
-            raise ValueError(f"{index}: found {strange}, expected plain file names")
-        missing = sorted({file for file in files.values() if not (directory / file).exists()})
-        if missing:
-            raise ValueError(f"{index}: names missing files {missing}; download the model again")
-        return files
-    if not (directory / SINGLE_FILE).exists():
-        raise ValueError(
-            f"{directory}: found neither {INDEX_FILE} nor {SINGLE_FILE}; "
-            "only safetensors weights are read"
-        )
-    with open_weights(directory / SINGLE_FILE) as file:
-        return dict.fromkeys(file.keys(), SINGLE_FILE)
-
-
-def open_weights(file: Path) -> Any:  # a `safe_open`, which has no type annotations
-    """A safetensors file, for reading. Raises `ValueError` when it is cut, or is none."""
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        with file.open("rb") as stream:
-            is_pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
-        problem = (
-            "found a Git LFS pointer, expected weights; run `git lfs pull`"
-            if is_pointer
-            else f"found no whole safetensors file ({error}); download it again"
-        )
-        raise ValueError(f"{file}: {problem}") from error
 
 
 @contextmanager
@@ -270,6 +234,8 @@ def set_dtype(config: dict[str, object], dtype: torch.dtype) -> None:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template and generation settings, those that exist."""
-    for name in _COPIED:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+    for pattern in _COPIED:
+        for file in source.glob(pattern):
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)

@@ -18,8 +18,8 @@ from transformers import (
 from megadistill.atomic import atomic_directory
 from megadistill.config import cache_dir
 from megadistill.convert.families import read_spec
-from megadistill.convert.hf_files import SINGLE_FILE
 from megadistill.convert.mapping import hf_names
+from megadistill.convert.weight_files import SINGLE_FILE
 
 NAME = "smollm2-135m-instruct"
 END_OF_TURN = "<|im_end|>"

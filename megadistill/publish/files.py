@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megadistill.atomic import atomic_directory, remove_torn
-from megadistill.convert.hf_files import weight_map
+from megadistill.convert.weight_files import weight_map
 from megadistill.publish.checksum import Checksum
 
 SHARD_BYTES = 1 << 30

@@ -6,12 +6,11 @@ import torch
 from safetensors.torch import load_file
 
 from megadistill.convert.hf_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
     SafetensorsReader,
     resolve_model,
     writing_model,
 )
+from megadistill.convert.weight_files import INDEX_FILE, SINGLE_FILE
 from tests.convert.conftest import assert_same, read_all
 
 TENSORS = {

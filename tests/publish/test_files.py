@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megadistill.convert.hf_files import INDEX_FILE
+from megadistill.convert.weight_files import INDEX_FILE
 from megadistill.publish.checksum import checksum
 from megadistill.publish.files import publish_files, published_at
 
