@@ -14,7 +14,7 @@ from megadistill.config import ConfigError, RunConfig, resolve_path
 from megadistill.convert.families import read_spec
 from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import PromptPool, make_pools
-from megadistill.evaluate.heldout import HeldoutAnswers, HeldoutKl, Measurement
+from megadistill.evaluate.heldout import Heldout, Texts, answer_texts, teacher_texts
 from megadistill.megatron.engine import Engine
 from megadistill.metrics import MetricWriter
 from megadistill.preflight import used_pools
@@ -39,7 +39,7 @@ class Parts:
     algorithm: Algorithm = field(init=False)
     collector: Collector = field(init=False)
     sampler: Sampler | None = None
-    heldout: Sequence[Measurement] = ()
+    heldout: Heldout = field(default_factory=Heldout)
     metrics: MetricWriter | None = None
     published: int = 0
     """Version of the weights that the rollout engines hold; they start with the student's, 0."""
@@ -150,18 +150,19 @@ def _connect(run: RunDir, config: RunConfig) -> Sampler:
 
 def _heldout(
     parts: Parts, pools: Mapping[str, PromptPool], tokenizer: PreTrainedTokenizerBase
-) -> list[Measurement]:
+) -> Heldout:
     """What the configuration wants measured."""
     evaluate = parts.config.evaluate
-    found: list[Measurement] = []
-    if evaluate.every and evaluate.heldout:
-        found.append(_heldout_kl(parts, pools))
-    if evaluate.every and evaluate.answers:
-        found.append(HeldoutAnswers(evaluate.answers, pools, tokenizer))
-    return found
+    if not evaluate.every:
+        return Heldout()
+    texts = _teacher_texts(parts, pools) if evaluate.heldout else {}
+    return Heldout(
+        texts=texts | answer_texts(evaluate.answers, pools, tokenizer),
+        teachers={name: config.teacher for name, config in evaluate.heldout.items()},
+    )
 
 
-def _heldout_kl(parts: Parts, pools: Mapping[str, PromptPool]) -> HeldoutKl:
+def _teacher_texts(parts: Parts, pools: Mapping[str, PromptPool]) -> Texts:
     """Sample the teachers' held-out answers once; leaves the last teacher in the engines."""
     config = parts.config
 
@@ -181,4 +182,4 @@ def _heldout_kl(parts: Parts, pools: Mapping[str, PromptPool]) -> HeldoutKl:
         return parts.engine.broadcast(rollouts)
 
     file = parts.run.path / "state" / "heldout.json"
-    return HeldoutKl.prepare(config.evaluate.heldout, pools, file, sample, parts.engine)
+    return teacher_texts(config.evaluate.heldout, pools, file, sample, parts.engine)

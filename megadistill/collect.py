@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +19,7 @@ from megadistill.data.pools import PromptPool, answer_ids
 from megadistill.publish.files import Published
 from megadistill.rollout.protocol import RolloutEngine
 from megadistill.rollout.seeds import seed_for
-from megadistill.types import FloatArray, Prompt, Rollout, Scored, TokenSpan, TopK
+from megadistill.types import FloatArray, Prompt, Rollout, Scored, TokenSpan, TopK, TrainingEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,24 +31,6 @@ class Batch:
     selection: Selection
     scored: Sequence[Scored] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-Value = TypeVar("Value")
-
-
-class Scorer(Protocol):
-    """The training engine as the collector sees it."""
-
-    def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
-        """Log-probabilities of each span's scored tail, on every rank."""
-
-    def score_top_k(
-        self, model: str, spans: Sequence[TokenSpan], *, top_k: int, temperature: float
-    ) -> tuple[list[FloatArray], list[TopK]]:
-        """As `score`, and the most probable ids of each scored token."""
-
-    def broadcast(self, value: Value) -> Value:
-        """Rank 0's value on every rank."""
 
 
 class Collector(Protocol):
@@ -91,7 +73,7 @@ class OnPolicyCollector:
         self,
         algorithm: OnPolicy,
         pools: Mapping[str, PromptPool],
-        scorer: Scorer,
+        engine: TrainingEngine,
         sampler: "Sampler | None",
         cursors: Mapping[str, int],
     ) -> None:
@@ -101,7 +83,7 @@ class OnPolicyCollector:
         self.cursors = dict.fromkeys(drawn, 0) | dict(cursors)
         self._algorithm = algorithm
         self._pools = pools
-        self._scorer = scorer
+        self._engine = engine
         self._sampler = sampler
 
     def collect(self, step: int) -> Batch:
@@ -111,7 +93,7 @@ class OnPolicyCollector:
             self.cursors[self._branches[branch].pool] += len(prompts)
         branch_of = [branch for branch, prompts in drawn.items() for _ in prompts]
         with timed(times, "time/rollout"):
-            rollouts = self._scorer.broadcast(self._sample(step, drawn))
+            rollouts = self._engine.broadcast(self._sample(step, drawn))
         with timed(times, "time/score"):
             scored = self._score(rollouts, branch_of)
         selection = self._algorithm.select(scored)
@@ -143,7 +125,7 @@ class OnPolicyCollector:
 
     def _score(self, rollouts: Sequence[Rollout], branch_of: Sequence[str]) -> list[Scored]:
         """Student and teacher log-probs from one engine; only mu came from elsewhere."""
-        student = self._scorer.score("student", [response_span(rollout) for rollout in rollouts])
+        student = self._engine.score("student", [response_span(rollout) for rollout in rollouts])
         spans = self._algorithm.teacher_spans(rollouts)
         teacher: dict[int, FloatArray] = {}
         tops: dict[int, TopK] = {}
@@ -168,8 +150,8 @@ class OnPolicyCollector:
         """Log-probabilities of each span's scored tail, and the top-K where the algorithm wants it."""
         request = self._algorithm.top_k
         if request is None:
-            return self._scorer.score(teacher, spans), []
-        return self._scorer.score_top_k(
+            return self._engine.score(teacher, spans), []
+        return self._engine.score_top_k(
             teacher, spans, top_k=request.size, temperature=request.temperature
         )
 

@@ -5,36 +5,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 from megadistill.config import RunConfig
 from megadistill.convert.hf_files import resolve_model
 from megadistill.preflight import model_paths
 from megadistill.rollout.store import read_rollouts, write_rollouts
 from megadistill.rundir import RunDir, damaged_files, is_whole, step_of, was_whole
-from megadistill.types import Rollout
+from megadistill.types import Rollout, TrainingEngine
 
 log = logging.getLogger(__name__)
-
-
-class Checkpointed(Protocol):
-    """The training engine as this module sees it; every method is collective."""
-
-    @property
-    def is_writer(self) -> bool:
-        """Whether this rank writes files."""
-
-    def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
-        """Weights, optimizer, random states, and rank 0's `extra` (JSON) into `directory`."""
-
-    def load(self, directory: Path) -> dict[str, Any]:
-        """The reverse, in this or another parallel layout; returns `extra`."""
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-
-    def broadcast(self, value: Any) -> Any:  # any picklable value: rank 0's, on every rank
-        """Rank 0's value on every rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +44,7 @@ AHEAD = "ahead.parquet"
 
 
 def save(
-    run: RunDir, engine: Checkpointed, state: RunState, keep: int, ahead: Sequence[Rollout] = ()
+    run: RunDir, engine: TrainingEngine, state: RunState, keep: int, ahead: Sequence[Rollout] = ()
 ) -> None:
     """Write a checkpoint that is whole or absent, then delete old ones. Collective.
 
@@ -85,7 +64,7 @@ def save(
     run.drop_old_checkpoints(keep)
 
 
-def restore(run: RunDir, engine: Checkpointed, config: RunConfig) -> RunState:
+def restore(run: RunDir, engine: TrainingEngine, config: RunConfig) -> RunState:
     """Load the newest whole checkpoint, or start anew. Collective.
 
     Raises `ValueError` when a teacher or the starting student changed since the run began.

@@ -60,12 +60,11 @@ def take_step(parts: Parts, samples: Sequence[Sample], rate: float) -> StepResul
 def evaluate(parts: Parts, steps_taken: int) -> dict[str, float]:
     """What is held out, measured where this number of steps calls for it."""
     every = parts.config.evaluate.every
-    if not parts.heldout or (steps_taken % every and steps_taken != parts.config.steps):
+    if not parts.heldout.texts or (steps_taken % every and steps_taken != parts.config.steps):
         return {}
     found: dict[str, float] = {}
     with timed(found, "time/evaluate"):
-        for measurement in parts.heldout:
-            found |= measurement.measure(parts.engine)
+        found |= parts.heldout.measure(parts.engine)
     return found
 
 

@@ -3,9 +3,10 @@
 Shape legend: N prompt+response tokens, R response tokens, T packed tokens, W weighted rows, K ids.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -130,3 +131,43 @@ class StepResult:
     num_tokens: int
     """Tokens that went through forward and backward, over all ranks."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+Value = TypeVar("Value")
+
+
+class Scorer(Protocol):
+    """Models by name that score texts; every method is collective."""
+
+    def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
+        """Log-probabilities of each span's scored tail, on every rank."""
+
+    def divergences(
+        self, student: str, teacher: str, spans: Sequence[TokenSpan]
+    ) -> tuple[FloatArray, FloatArray]:
+        """Per span the mean KL(teacher || student) and KL(student || teacher), on every rank."""
+
+
+class TrainingEngine(Scorer, Protocol):
+    """What a run needs of student and teachers beside optimizer steps; `megatron.Engine` is the real one."""
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes files: rank 0."""
+
+    def score_top_k(
+        self, model: str, spans: Sequence[TokenSpan], *, top_k: int, temperature: float
+    ) -> tuple[list[FloatArray], list[TopK]]:
+        """As `score`, and the most probable ids of each scored token."""
+
+    def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
+        """Weights, optimizer, random states, and rank 0's `extra` (JSON) into `directory`."""
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """The reverse, in this or another parallel layout; returns `extra`."""
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+
+    def broadcast(self, value: Value) -> Value:
+        """Rank 0's value on every rank."""

@@ -1,14 +1,16 @@
 """Fakes of the two engines that a run needs, for tests of what stands between them."""
 
+import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from megadistill.types import FloatArray, Prompt, Rollout, TokenSpan, TopK
+from tests.tiny import float32
 
 Value = TypeVar("Value")
 
@@ -67,16 +69,24 @@ class FakeRolloutEngine:
 
 
 @dataclass
-class FakeScorer:
-    """A training engine whose log-probs are the negated ids, less what `offsets` says."""
+class FakeTrainingEngine:
+    """One rank of an engine whose log-probs are the negated ids, less what `offsets` says.
+
+    Its weights are one number, which it saves and loads.
+    """
 
     offsets: dict[str, float] = field(default_factory=dict)
     """Model -> how much likelier than the student it finds every token."""
     asked: list[tuple[str, list[list[int]]]] = field(default_factory=list)
     """(model, token ids of the spans) of every call."""
+    weights: float = 0
     rank: int = 0
     meeting: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
-    board: list[object] = field(default_factory=lambda: [None])
+    board: list[Any] = field(default_factory=lambda: [None])
+
+    @property
+    def is_writer(self) -> bool:
+        return self.rank == 0
 
     def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
         self.asked.append((model, [span.token_ids_N.tolist() for span in spans]))
@@ -97,10 +107,29 @@ class FakeScorer:
             tops.append(TopK(ids_RK=ids_RK.astype(np.int32), logprobs_RK=logprobs_RK))
         return scores, tops
 
+    def divergences(
+        self, student: str, teacher: str, spans: Sequence[TokenSpan]
+    ) -> tuple[FloatArray, FloatArray]:
+        return float32([self.weights] * len(spans)), float32([2 * self.weights] * len(spans))
+
+    def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
+        (directory / f"rank-{self.rank}.txt").write_text(str(self.weights))
+        if self.is_writer:
+            (directory / "extra.json").write_text(json.dumps(extra))
+        self.barrier()
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        self.weights = float((directory / f"rank-{self.rank}.txt").read_text())
+        extra: dict[str, Any] = json.loads((directory / "extra.json").read_text())
+        return extra
+
+    def barrier(self) -> None:
+        self.meeting.wait(timeout=20)
+
     def broadcast(self, value: Value) -> Value:
-        if self.rank == 0:
+        if self.is_writer:
             self.board[0] = value
-        self.meeting.wait(timeout=20)
-        received: Value = self.board[0]  # type: ignore[assignment]
-        self.meeting.wait(timeout=20)
+        self.barrier()
+        received: Value = self.board[0]
+        self.barrier()
         return received

@@ -11,7 +11,7 @@ from megadistill.collect import AnswerCollector, Batch, OnPolicyCollector, Sampl
 from megadistill.data.pools import PromptPool, answer_ids
 from megadistill.publish.files import Published
 from megadistill.types import Prompt
-from tests.fake_engines import FakeRolloutEngine, FakeScorer
+from tests.fake_engines import FakeRolloutEngine, FakeTrainingEngine
 from tests.tiny import Tree, camopd_tree, decisions, make_prompt, make_tokenizer
 
 NUM_STEPS = 6
@@ -31,7 +31,7 @@ def make_sampler(engines: FakeRolloutEngine, *, look_ahead: bool = False, seed: 
 
 def make_collector(
     engines: FakeRolloutEngine | None = None,
-    scorer: FakeScorer | None = None,
+    scorer: FakeTrainingEngine | None = None,
     *,
     tree: Tree | None = None,
     cursors: Mapping[str, int] | None = None,
@@ -40,7 +40,9 @@ def make_collector(
     algorithm = decisions(tree)
     assert isinstance(algorithm, Camopd | Mopd)
     sampler = sampler or make_sampler(engines or FakeRolloutEngine())
-    return OnPolicyCollector(algorithm, POOLS, scorer or FakeScorer(), sampler, cursors or {})
+    return OnPolicyCollector(
+        algorithm, POOLS, scorer or FakeTrainingEngine(), sampler, cursors or {}
+    )
 
 
 def prompt_ids(batch: Batch) -> list[str]:
@@ -77,7 +79,7 @@ def test_a_collector_continues_from_its_cursors() -> None:
 
 
 def test_each_branch_is_scored_by_its_own_teacher() -> None:
-    scorer = FakeScorer()
+    scorer = FakeTrainingEngine()
     collector = make_collector(scorer=scorer)
     for step in (2, 3):
         collector.collect(step)
@@ -85,7 +87,7 @@ def test_each_branch_is_scored_by_its_own_teacher() -> None:
 
 
 def test_student_and_teacher_score_the_same_ids() -> None:
-    scorer = FakeScorer()
+    scorer = FakeTrainingEngine()
     batch = make_collector(scorer=scorer).collect(0)
     (_, student_ids), (_, teacher_ids) = scorer.asked
     assert student_ids == teacher_ids
@@ -96,7 +98,7 @@ def test_student_and_teacher_score_the_same_ids() -> None:
 
 
 def test_gaps_come_from_the_scorer_and_mu_from_the_rollout_engine() -> None:
-    batch = make_collector(scorer=FakeScorer({"general": 0.25})).collect(0)
+    batch = make_collector(scorer=FakeTrainingEngine({"general": 0.25})).collect(0)
     for item in batch.scored:
         assert item.gap_R.tolist() == [0.25] * 3
         assert item.student_logprobs_R.tolist() == (-item.rollout.response_ids_R).tolist()
@@ -110,7 +112,7 @@ def test_a_mixed_batch_gives_each_rollout_the_score_of_its_teacher() -> None:
         "general": branch,
         "domain": {"pool": "medical", "teacher": "domain"},
     }
-    scorer = FakeScorer({"general": 0.5, "domain": -0.25})
+    scorer = FakeTrainingEngine({"general": 0.5, "domain": -0.25})
     batch = make_collector(scorer=scorer, tree=camopd_tree(algorithm=algorithm)).collect(0)
     assert batch.branch == "general+domain"
     found = {item.branch: float(item.gap_R[0]) for item in batch.scored}
@@ -293,7 +295,7 @@ def test_every_rank_ends_with_the_same_batch() -> None:
     assert isinstance(algorithm, Camopd)
 
     def collect(rank: int) -> list[Batch]:
-        scorer = FakeScorer({"general": 1.0}, rank=rank, meeting=meeting, board=board)
+        scorer = FakeTrainingEngine({"general": 1.0}, rank=rank, meeting=meeting, board=board)
         sampler = make_sampler(FakeRolloutEngine()) if rank == 0 else None
         collector = OnPolicyCollector(algorithm, POOLS, scorer, sampler, {})
         return [collector.collect(step) for step in range(4)]

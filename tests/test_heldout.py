@@ -1,20 +1,18 @@
 """Held-out divergences: texts sampled once, measured on the same tokens ever after."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pytest
 
 from megadistill.config.schema import AnswersConfig, HeldoutConfig
 from megadistill.data.pools import PromptPool
-from megadistill.evaluate.heldout import HeldoutAnswers, HeldoutKl
+from megadistill.evaluate.heldout import Heldout, answer_texts, teacher_texts
 from megadistill.types import FloatArray, Prompt, Rollout, TokenSpan
+from tests.fake_engines import FakeTrainingEngine
 from tests.tiny import float32, make_prompt, make_rollout, make_tokenizer
-
-Value = TypeVar("Value")
 
 CONFIGS = {
     "recovery": HeldoutConfig(pool="general", teacher="base", prompts=3, max_tokens=5),
@@ -22,17 +20,18 @@ CONFIGS = {
 }
 
 
-class FakeTrainer:
+class FakeTrainer(FakeTrainingEngine):
     """Measures what it is told to, and keeps what it was asked."""
 
     def __init__(self, values: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+        super().__init__()
         self.values = values
-        self.asked: list[tuple[str, str, list[list[int]]]] = []
+        self.compared: list[tuple[str, str, list[list[int]]]] = []
 
     def divergences(
         self, student: str, teacher: str, spans: Sequence[TokenSpan]
     ) -> tuple[FloatArray, FloatArray]:
-        self.asked.append((student, teacher, [span.token_ids_N.tolist() for span in spans]))
+        self.compared.append((student, teacher, [span.token_ids_N.tolist() for span in spans]))
         forward, reverse = self.values[teacher]
         assert len(forward) == len(reverse) == len(spans)
         return float32(forward), float32(reverse)
@@ -65,18 +64,15 @@ def make_pools() -> dict[str, PromptPool]:
 VALUES = {"base": ((0.1, 0.2, 0.6), (0.3, 0.3, 0.3)), "specialist": ((1.0, 3.0), (0.0, 0.5))}
 
 
-@dataclass(frozen=True)
-class OneRank:
-    """A world of one process."""
-
-    is_writer: bool
-
-    def broadcast(self, value: Value) -> Value:
-        return value
-
-
-def prepare(file: Path, teachers: FakeTeachers, is_writer: bool = True) -> HeldoutKl:
-    return HeldoutKl.prepare(CONFIGS, make_pools(), file, teachers.sample, OneRank(is_writer))
+def prepare(
+    file: Path,
+    teachers: FakeTeachers,
+    rank: int = 0,
+    configs: Mapping[str, HeldoutConfig] = CONFIGS,
+) -> Heldout:
+    engine = FakeTrainingEngine(rank=rank)
+    texts = teacher_texts(configs, make_pools(), file, teachers.sample, engine)
+    return Heldout(texts=texts, teachers={name: one.teacher for name, one in configs.items()})
 
 
 def test_teachers_answer_the_first_heldout_prompts_of_their_pool(tmp_path: Path) -> None:
@@ -107,7 +103,7 @@ def test_measurements_are_means_with_standard_errors(tmp_path: Path) -> None:
 def test_the_student_is_measured_against_each_teacher_on_whole_sequences(tmp_path: Path) -> None:
     trainer = FakeTrainer(VALUES)
     prepare(tmp_path / "heldout.json", FakeTeachers()).measure(trainer)
-    assert trainer.asked == [
+    assert trainer.compared == [
         ("student", "base", [[11, 12, 13, 20, 21, 22, 23, 24]] * 3),
         ("student", "specialist", [[11, 12, 13, 20, 21, 22, 23]] * 2),
     ]
@@ -115,8 +111,7 @@ def test_the_student_is_measured_against_each_teacher_on_whole_sequences(tmp_pat
 
 def test_one_prompt_has_no_spread(tmp_path: Path) -> None:
     configs = {"x": HeldoutConfig(pool="general", teacher="base", prompts=1, max_tokens=2)}
-    file = tmp_path / "heldout.json"
-    heldout = HeldoutKl.prepare(configs, make_pools(), file, FakeTeachers().sample, OneRank(True))
+    heldout = prepare(tmp_path / "heldout.json", FakeTeachers(), configs=configs)
     metrics = heldout.measure(FakeTrainer({"base": ((0.5,), (0.25,))}))
     assert metrics["heldout/x/forward_kl"] == 0.5
     assert metrics["heldout/x/forward_kl_stderr"] == 0.0
@@ -129,23 +124,20 @@ def test_a_resumed_run_measures_on_the_same_texts_without_asking_again(tmp_path:
     teachers = FakeTeachers()
     metrics = prepare(file, teachers).measure(again)
     assert teachers.asked == []
-    assert again.asked == first.asked
+    assert again.compared == first.compared
     assert metrics["heldout/domain/forward_kl"] == pytest.approx(2.0)
 
 
 def test_only_the_writer_keeps_the_texts(tmp_path: Path) -> None:
     file = tmp_path / "heldout.json"
-    prepare(file, FakeTeachers(), is_writer=False)
+    prepare(file, FakeTeachers(), rank=1)
     assert not file.exists()
-    prepare(file, FakeTeachers(), is_writer=True)
+    prepare(file, FakeTeachers(), rank=0)
     assert file.exists()
 
 
-class LengthScorer:
+class LengthScorer(FakeTrainingEngine):
     """Gives token number n of an answer the log-probability -n, and keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, list[list[int]]]] = []
 
     def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
         self.asked.append((model, [span.token_ids_N.tolist() for span in spans]))
@@ -165,7 +157,7 @@ def test_answers_are_measured_with_their_end_token() -> None:
     tokenizer = make_tokenizer(["one two three"])
     configs = {"domain": AnswersConfig(pool="refined", prompts=2)}
     trainer = LengthScorer()
-    metrics = HeldoutAnswers(configs, answered_pool(), tokenizer).measure(trainer)
+    metrics = Heldout(texts=answer_texts(configs, answered_pool(), tokenizer)).measure(trainer)
     # Four and two scored tokens: means (1+2+3+4)/4 and (1+2)/2.
     assert metrics == pytest.approx(
         {"heldout/domain/nll": 2.0, "heldout/domain/nll_stderr": 0.5}, abs=1e-6
@@ -180,4 +172,4 @@ def test_held_out_answers_must_be_there() -> None:
     pools = make_pools()
     configs = {"domain": AnswersConfig(pool="medical", prompts=2)}
     with pytest.raises(ValueError, match="has no answer"):
-        HeldoutAnswers(configs, pools, make_tokenizer(["one"]))
+        answer_texts(configs, pools, make_tokenizer(["one"]))

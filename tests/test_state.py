@@ -4,54 +4,16 @@ import json
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
 from megadistill.config import RunConfig
 from megadistill.rundir import WHOLE, RunDir, is_whole
 from megadistill.state import RunState, fingerprint, restore, save
+from tests.fake_engines import FakeTrainingEngine
 from tests.tiny import camopd_tree, make_config
-
-Value = TypeVar("Value")
-
-
-@dataclass
-class FakeEngine:
-    """One rank of a training engine whose weights are a number."""
-
-    weights: int = 0
-    rank: int = 0
-    meeting: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
-    board: list[Any] = field(default_factory=lambda: [None])
-
-    @property
-    def is_writer(self) -> bool:
-        return self.rank == 0
-
-    def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
-        (directory / f"rank-{self.rank}.txt").write_text(str(self.weights))
-        if self.is_writer:
-            (directory / "extra.json").write_text(json.dumps(extra))
-        self.barrier()
-
-    def load(self, directory: Path) -> dict[str, Any]:
-        self.weights = int((directory / f"rank-{self.rank}.txt").read_text())
-        extra: dict[str, Any] = json.loads((directory / "extra.json").read_text())
-        return extra
-
-    def barrier(self) -> None:
-        self.meeting.wait(timeout=20)
-
-    def broadcast(self, value: Value) -> Value:
-        if self.is_writer:
-            self.board[0] = value
-        self.barrier()
-        received: Value = self.board[0]
-        self.barrier()
-        return received
 
 
 @pytest.fixture
@@ -75,7 +37,7 @@ def run(tmp_path: Path, config: RunConfig) -> RunDir:
 
 def train_to(run: RunDir, config: RunConfig, steps: int, keep: int = 9) -> RunState:
     """Pretend to train: weights equal the step; a checkpoint after each."""
-    engine = FakeEngine()
+    engine = FakeTrainingEngine()
     state = restore(run, engine, config)
     for step in range(state.step, steps):
         engine.weights = step + 1
@@ -85,7 +47,7 @@ def train_to(run: RunDir, config: RunConfig, steps: int, keep: int = 9) -> RunSt
 
 
 def test_a_new_run_starts_at_step_zero_and_marks_its_models(run: RunDir, config: RunConfig) -> None:
-    state = restore(run, FakeEngine(), config)
+    state = restore(run, FakeTrainingEngine(), config)
     assert (state.step, dict(state.cursors)) == (0, {})
     assert set(state.models) == {"student", "teachers.general", "teachers.domain"}
     assert state.models["student"] == state.models["teachers.domain"]
@@ -94,7 +56,7 @@ def test_a_new_run_starts_at_step_zero_and_marks_its_models(run: RunDir, config:
 
 def test_a_saved_state_is_restored_with_the_weights(run: RunDir, config: RunConfig) -> None:
     saved = train_to(run, config, steps=3)
-    engine = FakeEngine()
+    engine = FakeTrainingEngine()
     assert restore(run, engine, config) == saved
     assert engine.weights == 3
     assert saved.cursors == {"general": 12}
@@ -105,7 +67,7 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
 ) -> None:
     train_to(run, config, steps=3)
     (run.checkpoint(3) / "rank-0.txt").unlink()
-    engine = FakeEngine()
+    engine = FakeTrainingEngine()
     with caplog.at_level(logging.WARNING):
         state = restore(run, engine, config)
     assert (state.step, engine.weights) == (2, 2)
@@ -117,7 +79,7 @@ def test_several_torn_checkpoints_are_passed_over(run: RunDir, config: RunConfig
     for step in (2, 3, 4):
         (run.checkpoint(step) / "extra.json").write_text("{")
     (run.checkpoint(3) / WHOLE).write_bytes(b"\xff")
-    assert restore(run, FakeEngine(), config).step == 1
+    assert restore(run, FakeTrainingEngine(), config).step == 1
 
 
 def test_a_checkpoint_with_other_content_of_the_same_size_is_passed_over(
@@ -127,7 +89,7 @@ def test_a_checkpoint_with_other_content_of_the_same_size_is_passed_over(
     train_to(run, config, steps=3)
     (run.checkpoint(3) / "rank-0.txt").write_text("\0")
     assert is_whole(run.checkpoint(3))
-    assert restore(run, FakeEngine(), config).step == 2
+    assert restore(run, FakeTrainingEngine(), config).step == 2
     assert "step-000003 is torn or damaged and is passed over: rank-0.txt" in caplog.text
 
 
@@ -135,7 +97,7 @@ def test_a_run_killed_while_it_first_saves_starts_anew(run: RunDir, config: RunC
     train_to(run, config, steps=1)
     run.write_progress({"step": 1})  # logged before the checkpoint that a kill left unfinished
     (run.checkpoint(1) / WHOLE).unlink()
-    assert restore(run, FakeEngine(), config).step == 0
+    assert restore(run, FakeTrainingEngine(), config).step == 0
 
 
 @pytest.mark.parametrize("damage", ["content", "mark"])
@@ -147,24 +109,24 @@ def test_with_every_checkpoint_damaged_a_run_is_refused_unless_told_to_start_ove
     for directory in run.checkpoints():
         (directory / (WHOLE if damage == "mark" else "rank-0.txt")).unlink()
     with pytest.raises(ValueError, match="found no checkpoint to go on from") as caught:
-        restore(run, FakeEngine(), config)
+        restore(run, FakeTrainingEngine(), config)
     assert "step-000002 is torn or damaged: not finished" in str(caught.value)
     assert "step-000003 is torn or damaged: not finished" in str(caught.value)
     assert "checkpoint.start_over=true" in str(caught.value)
     text = run.config_file.read_text()
     run.config_file.write_text(text.replace("start_over: false", "start_over: true"))
-    assert restore(run, FakeEngine(), config).step == 0
+    assert restore(run, FakeTrainingEngine(), config).step == 0
 
 
 def test_a_save_that_fails_leaves_the_last_checkpoint(run: RunDir, config: RunConfig) -> None:
-    class FullDisk(FakeEngine):
+    class FullDisk(FakeTrainingEngine):
         def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
             raise OSError("no space left")
 
     state = train_to(run, config, steps=2)
     with pytest.raises(OSError, match="no space left"):
         save(run, FullDisk(), state.after(2, {}, {}), keep=1)
-    assert restore(run, FakeEngine(), config).step == 2
+    assert restore(run, FakeTrainingEngine(), config).step == 2
 
 
 def test_only_the_newest_checkpoints_are_kept(run: RunDir, config: RunConfig) -> None:
@@ -182,7 +144,7 @@ def test_a_changed_model_is_refused_by_its_keys(
     train_to(run, config, steps=2)
     (tmp_path / model / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(ValueError, match=f"^{keys}: the files changed since"):
-        restore(run, FakeEngine(), config)
+        restore(run, FakeTrainingEngine(), config)
 
 
 def test_fingerprints_notice_content_size_and_name(tmp_path: Path) -> None:
@@ -235,21 +197,22 @@ def test_two_ranks_save_one_checkpoint_that_is_whole_only_when_both_have_written
     """Rank 1 holds its part back until it has seen what rank 0 calls whole meanwhile."""
     seen: list[bool] = []
 
-    class Slow(FakeEngine):
+    class Slow(FakeTrainingEngine):
         def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
             assert directory.is_dir()
             seen.append(is_whole(directory))
             super().save(directory, extra)
 
-    meeting, board = threading.Barrier(2), [None]
-    ranks = [FakeEngine(7, 0, meeting, board), Slow(8, 1, meeting, board)]
+    first, second = two_ranks(7, 8)
+    slow = Slow(**vars(second))
+    ranks = [first, slow]
     state = RunState(step=5, models={})
     on_both(ranks, lambda engine: save(run, engine, state, 2))
     assert seen == [False]
     assert is_whole(run.checkpoint(5))
-    loaded = [FakeEngine(0, rank, meeting, board) for rank in (0, 1)]
+    loaded = two_ranks(0, 0)
     with pytest.raises(ValueError, match="the files changed"):
-        restore(run, FakeEngine(), config)  # this state names no models
+        restore(run, FakeTrainingEngine(), config)  # this state names no models
     on_both(loaded, lambda engine: engine.load(run.checkpoint(5)))
     assert [engine.weights for engine in loaded] == [7, 8]
 
@@ -257,11 +220,10 @@ def test_two_ranks_save_one_checkpoint_that_is_whole_only_when_both_have_written
 def test_two_ranks_restore_the_checkpoint_that_rank_zero_names(
     run: RunDir, config: RunConfig
 ) -> None:
-    meeting, board = threading.Barrier(2), [None]
-    ranks = [FakeEngine(rank + 1, rank, meeting, board) for rank in (0, 1)]
+    ranks = two_ranks(1, 2)
     states: dict[int, RunState] = {}
 
-    def save_and_restore(engine: FakeEngine) -> None:
+    def save_and_restore(engine: FakeTrainingEngine) -> None:
         state = restore(run, engine, config)
         save(run, engine, state.after(0, {}, {}), 2)
         states[engine.rank] = restore(run, engine, config)
@@ -271,11 +233,20 @@ def test_two_ranks_restore_the_checkpoint_that_rank_zero_names(
     assert states[0].step == 1
 
 
-def on_both(ranks: list[FakeEngine], work: Any) -> None:
+def two_ranks(*weights: int) -> list[FakeTrainingEngine]:
+    """Two ranks that meet."""
+    meeting, board = threading.Barrier(2), [None]
+    return [
+        FakeTrainingEngine(weights=value, rank=rank, meeting=meeting, board=board)
+        for rank, value in enumerate(weights)
+    ]
+
+
+def on_both(ranks: list[FakeTrainingEngine], work: Any) -> None:
     """Run `work` on both ranks at once; what goes wrong on either is raised."""
     errors: list[BaseException] = []
 
-    def guarded(engine: FakeEngine) -> None:
+    def guarded(engine: FakeTrainingEngine) -> None:
         try:
             work(engine)
         except BaseException as error:  # noqa: BLE001 - handed to the main thread

@@ -18,18 +18,17 @@ from megadistill.assemble import Parts
 from megadistill.collect import OnPolicyCollector, Sampler
 from megadistill.config.schema import OptimizerConfig
 from megadistill.data.pools import PromptPool
-from megadistill.evaluate.heldout import HeldoutKl
+from megadistill.evaluate.heldout import Heldout, teacher_texts
 from megadistill.megatron.engine import Engine
 from megadistill.metrics import MetricWriter, read_metrics
 from megadistill.rundir import RunDir
 from megadistill.state import RunState, restore, restore_ahead
 from megadistill.train import learning_rate, train
 from megadistill.types import FloatArray, Prompt, Rollout, Sample, StepResult, TokenSpan
-from tests.fake_engines import FakeRolloutEngine, FakeScorer
+from tests.fake_engines import FakeRolloutEngine, FakeTrainingEngine
 from tests.tiny import (
     Tree,
     camopd_tree,
-    float32,
     make_config,
     make_prompt,
     make_tokenizer,
@@ -40,17 +39,15 @@ pytestmark = pytest.mark.megatron  # the loop names the real engine's type
 
 
 @dataclass
-class FakeTrainer(FakeScorer):
+class FakeTrainer(FakeTrainingEngine):
     """An engine whose single weight follows the token weights that it is trained on."""
 
-    weight: float = 0.0
     rates: list[float] = field(default_factory=list)
-    is_writer: bool = True
 
     def step(self, samples: Sequence[Sample], loss: object, *, learning_rate: float) -> StepResult:
         self.rates.append(learning_rate)
         total = sum(float(sample.weights_R.sum()) for sample in samples)
-        self.weight += learning_rate * total
+        self.weights += learning_rate * total
         return StepResult(
             loss=total,
             grad_norm=2.0 if samples[0].component == "domain" else 0.5,
@@ -61,26 +58,10 @@ class FakeTrainer(FakeScorer):
 
     def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
         scores = super().score(model, spans)
-        return [one + np.float32(self.weight) for one in scores] if model == "student" else scores
+        return [one + np.float32(self.weights) for one in scores] if model == "student" else scores
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield "model.weight", torch.tensor([self.weight], dtype=torch.float64)
-
-    def divergences(
-        self, student: str, teacher: str, spans: Sequence[TokenSpan]
-    ) -> tuple[FloatArray, FloatArray]:
-        return float32([self.weight] * len(spans)), float32([2 * self.weight] * len(spans))
-
-    def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
-        (directory / "trainer.json").write_text(json.dumps([self.weight, extra]))
-
-    def load(self, directory: Path) -> dict[str, Any]:
-        extra: dict[str, Any]
-        self.weight, extra = json.loads((directory / "trainer.json").read_text())
-        return extra
-
-    def barrier(self) -> None:
-        self.meeting.wait(timeout=20)
+        yield "model.weight", torch.tensor([self.weights], dtype=torch.float64)
 
     def memory_gib(self) -> float:
         return 1.5
@@ -92,7 +73,7 @@ class AgreeingEngine(FakeRolloutEngine):
     def __init__(self, trainer: FakeTrainer) -> None:
         super().__init__()
         self.trainer = trainer
-        self.weight = trainer.weight
+        self.weight = trainer.weights
         self.error = 0.0
 
     def generate(self, *arguments: Any, **options: Any) -> list[Rollout]:
@@ -104,7 +85,7 @@ class AgreeingEngine(FakeRolloutEngine):
 
     def publish(self, version: int, files: Sequence[Path], checksum: str) -> None:
         super().publish(version, files, checksum)
-        self.weight = self.trainer.weight
+        self.weight = self.trainer.weights
 
 
 def make_pool(name: str) -> PromptPool:
@@ -178,7 +159,8 @@ def attempt(folder: Path, **changes: Any) -> Stage:
         return sampler.generate(prompts, [0] * len(prompts), max_tokens)
 
     file = run.path / "state" / "heldout.json"
-    parts.heldout = [HeldoutKl.prepare(config.evaluate.heldout, POOLS, file, sample, trainer)]
+    texts = teacher_texts(config.evaluate.heldout, POOLS, file, sample, trainer)
+    parts.heldout = Heldout(texts=texts, teachers={"all": "domain"})
     return Stage(parts, state, trainer, engines)
 
 
@@ -205,7 +187,7 @@ def test_every_step_samples_from_the_weights_that_the_last_one_made(tmp_path: Pa
         assert {row["policy_version"] for row in rows} == {step}
     assert [version for version, _, _ in stage.engines.published] == [1, 2, 3, 4, 5]
     _, files, _ = stage.engines.published[-1]
-    assert float(load_file(files[0])["model.weight"]) == stage.trainer.weight
+    assert float(load_file(files[0])["model.weight"]) == stage.trainer.weights
 
 
 def test_metrics_begin_before_training_and_have_a_line_for_every_step(tmp_path: Path) -> None:
@@ -227,7 +209,7 @@ def test_heldout_is_measured_first_last_and_between(tmp_path: Path) -> None:
     measured = {row["step"]: row.get("heldout/all/forward_kl") for row in stage.rows}
     assert [step for step, value in measured.items() if value is not None] == [0, 2, 4, 5]
     assert measured[0] == 0.0
-    assert measured[5] == pytest.approx(stage.trainer.weight)
+    assert measured[5] == pytest.approx(stage.trainer.weights)
 
 
 def test_checkpoints_come_as_configured_and_at_the_end(tmp_path: Path) -> None:
@@ -262,7 +244,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_stopped(
     assert resumed.state.step == stop_at
     resumed.train()
     assert [numbers(row) for row in resumed.rows] == [numbers(row) for row in whole.rows]
-    assert resumed.trainer.weight == whole.trainer.weight
+    assert resumed.trainer.weights == whole.trainer.weights
     assert resumed.run.read_progress()["done"]
 
 
@@ -291,7 +273,7 @@ def test_a_killed_run_repeats_what_it_had_not_saved(tmp_path: Path, kill_at: int
 def test_the_final_student_is_exported_with_its_configuration(tmp_path: Path) -> None:
     stage = attempt(tmp_path).train()
     tensors = load_file(stage.run.export / "model.safetensors")
-    assert float(tensors["model.weight"]) == stage.trainer.weight
+    assert float(tensors["model.weight"]) == stage.trainer.weights
     assert json.loads((stage.run.export / "config.json").read_text())["model_type"] == "llama"
 
 
@@ -315,7 +297,7 @@ def test_students_are_exported_while_the_run_goes_on(tmp_path: Path) -> None:
     stage = attempt(tmp_path, checkpoint={"every": 1, "export_every": 2})
 
     def look() -> None:
-        seen[len(stage.rows) - 1] = stage.trainer.weight
+        seen[len(stage.rows) - 1] = stage.trainer.weights
 
     stage.engines.before_generate = look
     stage.train()
@@ -340,7 +322,7 @@ def test_an_export_that_a_kill_prevented_is_made_up_for(tmp_path: Path) -> None:
         killed.train()
     shutil.rmtree(killed.run.step_export(2))
     resumed = attempt(tmp_path, checkpoint=kept)
-    weight = resumed.trainer.weight
+    weight = resumed.trainer.weights
     resumed.train()
     tensors = load_file(resumed.run.step_export(2) / "model.safetensors")
     assert float(tensors["model.weight"]) == weight

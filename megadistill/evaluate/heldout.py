@@ -1,13 +1,14 @@
-"""What a run measures on held-out prompts, at every evaluation on the same tokens.
+"""Measurements on held-out texts, the same texts every time: by a run while it trains, and by an
+evaluation of finished models (`heldout_metrics`).
 
-Two quantities: the full-vocabulary KL between the student and a teacher, on answers that the teacher
-gave once, before training; and the negative log-likelihood of reference answers.
+Two kinds: the full-vocabulary KL between a student and a teacher, on answers that the teacher gave
+once; and the negative log-likelihood (NLL) of given answers. Both in nats per token.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,142 +18,103 @@ from megadistill.algorithms.protocol import response_span
 from megadistill.atomic import write_atomic
 from megadistill.config.schema import AnswersConfig, HeldoutConfig
 from megadistill.data.pools import PromptPool, answer_ids
-from megadistill.types import FloatArray, Prompt, Rollout, TokenSpan
+from megadistill.types import FloatArray, Prompt, Rollout, Scorer, TokenSpan, TrainingEngine
 
-
-class Diverger(Protocol):
-    """The training engine as the measurement of divergences sees it."""
-
-    def divergences(
-        self, student: str, teacher: str, spans: Sequence[TokenSpan]
-    ) -> tuple[FloatArray, FloatArray]:
-        """Per span the mean KL(teacher || student) and KL(student || teacher), on every rank."""
-
-
-class Scorer(Protocol):
-    """The training engine as the measurement of likelihoods sees it."""
-
-    def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
-        """Log-probabilities of each span's scored tail, on every rank."""
-
-
-class Measurer(Diverger, Scorer, Protocol):
-    """The training engine as every measurement sees it."""
-
-
-class Measurement(Protocol):
-    """Something held out, measured on the student as it is now."""
-
-    def measure(self, engine: Measurer) -> dict[str, float]:
-        """`heldout/NAME/QUANTITY` and `..._stderr` of each. Collective."""
-
-
-Value = TypeVar("Value")
-
-
-class Ranks(Protocol):
-    """The other processes as this measurement sees them."""
-
-    @property
-    def is_writer(self) -> bool:
-        """Whether this is rank 0."""
-
-    def broadcast(self, value: Value) -> Value:
-        """Rank 0's value on every rank."""
-
+Texts = dict[str, list[TokenSpan]]
+"""Name of a measurement -> what it scores."""
 
 SampleFrom = Callable[[str, Sequence[Prompt], int], list[Rollout]]
 """(teacher, prompts, max_tokens) -> the teacher's answers, on every rank."""
 
 
-class HeldoutKl:
-    """All held-out measurements of a run."""
+def measure_texts(
+    engine: Scorer,
+    student: str,
+    teacher: str | None,
+    spans: Sequence[TokenSpan],
+    mean: type[np.floating] = np.float32,
+) -> dict[str, FloatArray | npt.NDArray[np.float64]]:
+    """Quantity -> its value for each text: both divergences to a teacher, without one the NLL.
 
-    def __init__(
-        self, texts: Mapping[str, Sequence[TokenSpan]], teachers: Mapping[str, str]
-    ) -> None:
-        self._texts = texts
-        self._teachers = teachers
-
-    @classmethod
-    def prepare(
-        cls,
-        configs: Mapping[str, HeldoutConfig],
-        pools: Mapping[str, PromptPool],
-        file: Path,
-        sample: SampleFrom,
-        ranks: Ranks,
-    ) -> "HeldoutKl":
-        """Read the teachers' answers from `file`, or sample them and write it. Collective.
-
-        Rank 0 alone looks at the file: a shared filesystem may show it to some ranks only.
-        """
-        teachers = {name: config.teacher for name, config in configs.items()}
-        saved = ranks.broadcast(_read(file) if ranks.is_writer and file.exists() else None)
-        if saved is not None:
-            return cls(saved, teachers)
-        texts = {
-            name: [
-                response_span(rollout)
-                for rollout in sample(
-                    config.teacher, pools[config.pool].heldout[: config.prompts], config.max_tokens
-                )
-            ]
-            for name, config in configs.items()
-        }
-        if ranks.is_writer:
-            _write(file, texts)
-        return cls(texts, teachers)
-
-    def measure(self, engine: Diverger) -> dict[str, float]:
-        """`heldout/NAME/forward_kl`, `.../reverse_kl`, and the standard error of each."""
-        metrics: dict[str, float] = {}
-        for name, spans in self._texts.items():
-            found = engine.divergences("student", self._teachers[name], spans)
-            for quantity, values in zip(("forward_kl", "reverse_kl"), found, strict=True):
-                metrics |= _mean(f"heldout/{name}/{quantity}", values)
-        return metrics
+    `mean`: the precision in which the mean of a text's log-probabilities is taken.
+    """
+    if teacher is None:
+        logprobs = engine.score(student, spans)
+        return {"nll": np.asarray([-float(found.mean(dtype=mean)) for found in logprobs])}
+    forward, reverse = engine.divergences(student, teacher, spans)
+    return {"forward_kl": forward, "reverse_kl": reverse}
 
 
-class HeldoutAnswers:
-    """NLL of reference answers, end token included, in nats per token: mean of the answers' means."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heldout:
+    """All that a run measures on held-out texts."""
 
-    def __init__(
-        self,
-        configs: Mapping[str, AnswersConfig],
-        pools: Mapping[str, PromptPool],
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        self._texts = {
-            name: [
-                _answer_span(prompt, answer_ids(prompt, tokenizer))
-                for prompt in pools[config.pool].heldout[: config.prompts]
-            ]
-            for name, config in configs.items()
-        }
+    texts: Texts = field(default_factory=dict)
+    teachers: Mapping[str, str] = field(default_factory=dict)
+    """Whom a measurement compares with; the others are of the NLL."""
 
     def measure(self, engine: Scorer) -> dict[str, float]:
-        """`heldout/NAME/nll`, and its standard error over the answers."""
+        """`heldout/NAME/QUANTITY`, mean over the texts, and `..._stderr` of each. Collective."""
         metrics: dict[str, float] = {}
-        for name, spans in self._texts.items():
-            scores = engine.score("student", spans)
-            means = np.asarray([-float(found.mean()) for found in scores])
-            metrics |= _mean(f"heldout/{name}/nll", means)
+        for name, spans in self.texts.items():
+            found = measure_texts(engine, "student", self.teachers.get(name), spans)
+            for quantity, values in found.items():
+                key = f"heldout/{name}/{quantity}"
+                error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+                metrics |= {key: float(values.mean()), f"{key}_stderr": float(error)}
         return metrics
 
 
-def _mean(name: str, values: FloatArray | npt.NDArray[np.float64]) -> dict[str, float]:
-    """Mean and standard error."""
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {name: float(values.mean()), f"{name}_stderr": float(error)}
+def teacher_texts(
+    configs: Mapping[str, HeldoutConfig],
+    pools: Mapping[str, PromptPool],
+    file: Path,
+    sample: SampleFrom,
+    engine: TrainingEngine,
+) -> Texts:
+    """The teachers' answers, read from `file`, or sampled and written to it. Collective.
+
+    Rank 0 alone looks at the file: a shared filesystem may show it to some ranks only.
+    """
+    saved = engine.broadcast(_read(file) if engine.is_writer and file.exists() else None)
+    if saved is not None:
+        return {name: saved[name] for name in configs}
+    texts = {
+        name: [
+            response_span(rollout)
+            for rollout in sample(
+                config.teacher, pools[config.pool].heldout[: config.prompts], config.max_tokens
+            )
+        ]
+        for name, config in configs.items()
+    }
+    if engine.is_writer:
+        _write(file, texts)
+    return texts
 
 
-def _answer_span(prompt: Prompt, ids: Sequence[int]) -> TokenSpan:
-    joined = np.asarray([*prompt.token_ids, *ids], dtype=np.int32)
-    return TokenSpan(token_ids_N=joined, num_scored=len(ids))
+def answer_texts(
+    configs: Mapping[str, AnswersConfig],
+    pools: Mapping[str, PromptPool],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Texts:
+    """Prompts with their reference answers, end token included."""
+    return {
+        name: [
+            text_span(prompt.token_ids, answer_ids(prompt, tokenizer))
+            for prompt in pools[config.pool].heldout[: config.prompts]
+        ]
+        for name, config in configs.items()
+    }
 
 
-def _write(file: Path, texts: Mapping[str, Sequence[TokenSpan]]) -> None:
+def text_span(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> TokenSpan:
+    """A prompt and an answer, of which the answer is scored."""
+    joined = np.asarray([*prompt_ids, *answer_ids], dtype=np.int32)
+    return TokenSpan(token_ids_N=joined, num_scored=len(answer_ids))
+
+
+def _write(file: Path, texts: Texts) -> None:
     rows = {
         name: [[span.token_ids_N.tolist(), span.num_scored] for span in spans]
         for name, spans in texts.items()
@@ -160,7 +122,7 @@ def _write(file: Path, texts: Mapping[str, Sequence[TokenSpan]]) -> None:
     write_atomic(file, json.dumps(rows))
 
 
-def _read(file: Path) -> dict[str, list[TokenSpan]]:
+def _read(file: Path) -> Texts:
     return {
         name: [
             TokenSpan(token_ids_N=np.asarray(ids, dtype=np.int32), num_scored=count)

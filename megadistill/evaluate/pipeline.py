@@ -18,7 +18,7 @@ from megadistill.atomic import write_atomic
 from megadistill.config import EvaluateConfig, dump, resolve_path
 from megadistill.config.evaluate import ExternalConfig
 from megadistill.config.refine import ChatModelConfig, ServedConfig
-from megadistill.evaluate import compare, external, requirements, results, signals
+from megadistill.evaluate import compare, external, heldout_metrics, requirements, results
 from megadistill.evaluate.benchmarks import get_benchmark, recorded
 from megadistill.evaluate.protocol import Benchmark, benchmark_file
 from megadistill.evaluate.scoring import COLUMNS
@@ -128,17 +128,21 @@ class Evaluation:
             return {}
         texts = {
             name: self.shard(
-                "measuring:write_texts", signals.text_arguments(self.config, name), name
+                "heldout_metrics:write_texts",
+                heldout_metrics.text_arguments(self.config, name),
+                name,
             )
             for name in self.config.signals
         }
-        chosen = signals.measured_systems(self.config)
+        chosen = heldout_metrics.measured_systems(self.config)
         gpus = max(_gpus(model) for model in (*chosen.values(), *self.config.models.values()))
         self.fan_out("texts", list({shard.key: shard for shard in texts.values()}.values()), gpus)
         keys = {name: shard.key for name, shard in texts.items()}
         shards = {
             system: self.shard(
-                "measuring:measure", signals.measure_arguments(self.config, system, keys), system
+                "heldout_metrics:measure",
+                heldout_metrics.measure_arguments(self.config, system, keys),
+                system,
             )
             for system in chosen
         }
@@ -198,7 +202,7 @@ class Evaluation:
                     continue
                 rows = read_rows_of(measured[system, name])
                 write_rows(directory / f"{name}.parquet", rows, COLUMNS)
-                title = {"title": signals.title_of(signal)}
+                title = {"title": heldout_metrics.title_of(signal)}
                 summary[name] = self.described(signal.kind, SamplingParams(), rows) | title
             text = json.dumps(summary, indent=1)
             write_atomic(directory / results.SUMMARY, text)

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
-
 from megadistill.config.schema import ParallelConfig, Precision
 from megadistill.convert.families import read_spec
 from megadistill.data.packing import PackingRules, num_inputs
@@ -36,12 +34,12 @@ class FrozenModels:
                 loaded[key] = self._load(*key)
         self._models = {name: loaded[key] for name, key in models.items()}
 
-    def mean_nll(self, model: str, spans: Sequence[TokenSpan]) -> FloatArray:
-        """Per span the mean of -log p over its scored tokens, in nats."""
+    def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
+        """Log-probabilities of each span's scored tail."""
         scorable = self._models[model]
         with self._offloader.on_device(scorable.model):
             found, _ = score_spans(scorable, spans, self._rules(spans), with_entropy=False)
-        return np.array([-values_R.mean(dtype=np.float64) for values_R in found], np.float32)
+        return found
 
     def divergences(
         self, student: str, teacher: str, spans: Sequence[TokenSpan]

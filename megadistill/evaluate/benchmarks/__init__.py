@@ -24,17 +24,17 @@ BENCHMARKS = {
 }
 """Name -> `module:NAME` of this package."""
 
-SIGNALS = {
-    "forward_kl": "signals:FORWARD_KL",
-    "reverse_kl": "signals:REVERSE_KL",
-    "nll": "signals:NLL",
+HELDOUT_METRICS = {
+    "forward_kl": "heldout:FORWARD_KL",
+    "reverse_kl": "heldout:REVERSE_KL",
+    "nll": "heldout:NLL",
 }
 """What `signals` measures; its numbers are compared as a benchmark's are."""
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """A benchmark or signal. Raises `ValueError` for a name that is neither."""
-    known = BENCHMARKS | SIGNALS
+    """A benchmark or held-out metric. Raises `ValueError` for a name that is neither."""
+    known = BENCHMARKS | HELDOUT_METRICS
     if name not in known:
         raise ValueError(f"found benchmark {name!r}, expected one of {', '.join(known)}")
     module, _, constant = known[name].partition(":")

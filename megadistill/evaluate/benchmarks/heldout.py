@@ -1,4 +1,4 @@
-"""Held-out divergences and likelihoods as columns: measured by the training engine, see `measuring`."""
+"""Held-out divergences and likelihoods as columns: measured by the training engine, see `heldout_metrics`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +11,10 @@ def _no_item(row: Mapping[str, Any]) -> Item:
     raise ValueError("this is measured on held-out texts; name it in `signals`")
 
 
-def _signal(title: str) -> Benchmark:
+def _metric(title: str) -> Benchmark:
     return Benchmark(title=title, block="heldout", sampling=SamplingParams(), rows=_no_item)
 
 
-FORWARD_KL = _signal("KL(teacher ‖ system)")
-REVERSE_KL = _signal("KL(system ‖ teacher)")
-NLL = _signal("NLL")
+FORWARD_KL = _metric("KL(teacher ‖ system)")
+REVERSE_KL = _metric("KL(system ‖ teacher)")
+NLL = _metric("NLL")

@@ -1,10 +1,12 @@
-"""Held-out texts, and what the training engine says of them for one system.
+"""Held-out metrics of an evaluation, the configuration's `signals`: their shards and their columns.
 
-The texts are a teacher's own answers or the pool's, written once and the same for every system.
+The texts are a teacher's own answers or the pool's, written once and the same for every system; the
+training engine scores them as it does during a run.
 """
 
+import importlib.resources
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,28 @@ import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter
 
+from megadistill.config import EvaluateConfig, resolve_path
 from megadistill.config.evaluate import SignalConfig
 from megadistill.config.refine import ServedConfig
-from megadistill.config.schema import DataConfig
+from megadistill.config.schema import (
+    DataConfig,
+    DatasetSource,
+    FileSource,
+    PackagedSource,
+    PoolConfig,
+)
 from megadistill.convert.hf_files import resolve_model
+from megadistill.data.files import resolve_dataset
 from megadistill.data.pools import answer_ids, make_pools
+from megadistill.evaluate.benchmarks.recorded import scored
+from megadistill.evaluate.heldout import measure_texts
 from megadistill.evaluate.scoring import COLUMNS
 from megadistill.inference.engine import start_batch_engine
 from megadistill.inference.requests import BatchRequest, SamplingParams
+from megadistill.launch.shards import fingerprint
 from megadistill.megatron.frozen import FrozenModels
 from megadistill.refine.blocks import read_rows_of, write_rows
+from megadistill.refine.pipeline import identity
 from megadistill.refine.prompts import load_tokenizer
 from megadistill.refine.stages import Stage
 from megadistill.rollout.seeds import seed_for
@@ -39,10 +53,75 @@ _DATA: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
 _SIGNAL: TypeAdapter[SignalConfig] = TypeAdapter(SignalConfig)
 _MODEL: TypeAdapter[ServedConfig] = TypeAdapter(ServedConfig)
 Row = dict[str, Any]  # as the columns say
+Arguments = dict[str, Any]  # plain JSON values
+
+
+def measured_systems(config: EvaluateConfig) -> dict[str, ServedConfig]:
+    """The systems that are directories, not endpoints."""
+    return {n: model for n, model in config.systems.items() if isinstance(model, ServedConfig)}
+
+
+def writer_of(config: EvaluateConfig, signal: SignalConfig) -> str:
+    """Whose tokenizer writes the texts: the teacher's, or, for the pool's own answers, the first's."""
+    return signal.teacher or next(iter(measured_systems(config)))
+
+
+def text_arguments(config: EvaluateConfig, name: str) -> Arguments:
+    """Of the shard that writes the texts of a signal; two signals on the same texts share it."""
+    assert config.data is not None
+    signal = config.signals[name]
+    writer = writer_of(config, signal)
+    kind = {} if signal.teacher is None else {"kind": "forward_kl"}
+    pool = config.data.pools[signal.pool]
+    data = _DATA.dump_python(config.data, mode="json")
+    return {
+        "signal": _SIGNAL.dump_python(signal, mode="json") | kind,
+        "data": data | {"pools": {signal.pool: data["pools"][signal.pool]}},
+        "files": [fingerprint(file) for file in source_files(pool)],
+        "writer": writer,
+        "model": identity(_local(config, writer)),
+        "seed": config.seed,
+    }
+
+
+def measure_arguments(config: EvaluateConfig, system: str, texts: Mapping[str, str]) -> Arguments:
+    """Of the shard that measures a system; `texts`: signal -> key of its texts' shard."""
+    teachers = {signal.teacher for signal in config.signals.values() if signal.teacher}
+    return {
+        "system": system,
+        "model": identity(config.systems[system]),
+        "teachers": {name: identity(_local(config, name)) for name in sorted(teachers)},
+        "signals": {n: _SIGNAL.dump_python(s, mode="json") for n, s in config.signals.items()},
+        "writers": {name: writer_of(config, signal) for name, signal in config.signals.items()},
+        "texts": dict(texts),
+    }
+
+
+def title_of(signal: SignalConfig) -> str:
+    """The head of its column."""
+    match signal.kind:
+        case "forward_kl":
+            return f"KL({signal.teacher} ‖ system), {signal.pool}"
+        case "reverse_kl":
+            return f"KL(system ‖ {signal.teacher}), {signal.pool}"
+    whose = f"{signal.teacher}'s answers" if signal.teacher else "reference answers"
+    return f"NLL of {whose}, {signal.pool}"
+
+
+def source_files(pool: PoolConfig) -> Iterator[Path]:
+    """The files and directories that a pool is read from."""
+    for source in pool.sources:
+        if isinstance(source, FileSource):
+            yield Path(resolve_path(source.path))
+        elif isinstance(source, DatasetSource):
+            yield resolve_dataset(source.path, source.revision)
+        elif isinstance(source, PackagedSource):
+            sets = Path(str(importlib.resources.files("megadistill.data") / "sets"))
+            yield from sorted(sets.glob(f"{source.name}_*.jsonl"))
 
 
 def write_texts(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """The shard: the texts of one signal. See `signals` for the arguments."""
+    """The shard: the texts of one signal. See `text_arguments`."""
     runtime = Stage.of(directory).runtime
     signal = _SIGNAL.validate_python(arguments["signal"])
     data = _DATA.validate_python(arguments["data"])
@@ -106,7 +185,7 @@ def sample(
 
 
 def measure(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """The shard: every signal of one system, a file each. See `signals` for the arguments."""
+    """The shard: every signal of one system, a file each. See `measure_arguments`."""
     stage = Stage.of(directory)
     runtime, system = stage.runtime, arguments["system"]
     signals = {n: _SIGNAL.validate_python(given) for n, given in arguments["signals"].items()}
@@ -127,55 +206,43 @@ def measure(directory: Path, arguments: Mapping[str, Any]) -> None:
     for name, signal in signals.items():
         (folder,) = stage.outputs("texts", [arguments["texts"][name]])
         texts = read_rows_of(folder / TEXTS)
-        values = values_of(engine, system, signal, texts)
-        rows = [
-            to_row(text, value, str(tokenizer.decode(text["token_ids"][-text["num_scored"] :])))
-            for text, value in zip(texts, values, strict=True)
-        ]
+        written = [str(tokenizer.decode(t["token_ids"][-t["num_scored"] :])) for t in texts]
+        found = zip(rows_of(engine, system, signal, texts), written, strict=True)
+        rows = [{**row, "written": text} for row, text in found]
         write_rows(directory / f"{name}.parquet", rows, COLUMNS)
     engine.close()
 
 
-def values_of(
+def rows_of(
     engine: FrozenModels, system: str, signal: SignalConfig, texts: Sequence[Row]
-) -> list[dict[str, float]]:
-    """What the signal measures of each text under its own name, and beside it what came along."""
+) -> Iterator[Row]:
+    """Rows without what was written: the signal's value, and in the details what came along."""
     spans = [
         TokenSpan(
             token_ids_N=np.asarray(text["token_ids"], np.int32), num_scored=text["num_scored"]
         )
         for text in texts
     ]
-    if signal.kind == "nll":
-        return [{"nll": float(value)} for value in engine.mean_nll(system, spans)]
-    assert signal.teacher is not None
-    forward, reverse = engine.divergences(system, signal.teacher, spans)
-    order = {"forward_kl": forward, "reverse_kl": reverse}
-    own = order.pop(signal.kind)
-    ((other, others),) = order.items()
-    return [
-        {signal.kind: float(one), other: float(two)} for one, two in zip(own, others, strict=True)
-    ]
-
-
-def to_row(text: Row, values: Mapping[str, float], written: str) -> Row:
-    """As scoring leaves it; the text stands where a transcript has the answer."""
-    return {
-        "item": text["item"],
-        "sample": 0,
-        "group": "all",
-        "value": next(iter(values.values())),
-        "weight": 1.0,
-        "details": json.dumps(values),
-        "messages": text["messages"],
-        "written": written,
-        "num_tokens": text["num_scored"],
-        "finish_reason": "measured",
-        "extracted": None,
-        "replies": None,
-    }
+    teacher = None if signal.kind == "nll" else signal.teacher
+    found = measure_texts(engine, system, teacher, spans, mean=np.float64)
+    quantities = sorted(found, key=lambda quantity: quantity != signal.kind)
+    for number, text in enumerate(texts):
+        values = {quantity: float(np.float32(found[quantity][number])) for quantity in quantities}
+        yield {
+            **scored(text["item"], values[signal.kind], "all"),
+            "details": json.dumps(values),
+            "messages": text["messages"],
+            "num_tokens": text["num_scored"],
+            "finish_reason": "measured",
+        }
 
 
 def _model(runtime: Mapping[str, Any], name: str) -> ServedConfig:
     known = {**runtime["models"], **runtime["systems"]}
     return _MODEL.validate_python(known[name])
+
+
+def _local(config: EvaluateConfig, name: str) -> ServedConfig:
+    model = {**config.models, **config.systems}[name]
+    assert isinstance(model, ServedConfig)
+    return model

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megadistill.config import ConfigError, EvaluateConfig, parse
-from megadistill.evaluate import measuring
+from megadistill.evaluate import heldout_metrics
 from megadistill.evaluate.requirements import without_missing
 from megadistill.refine.blocks import read_rows_of
 from megadistill.rollout.vllm_arguments import EngineSettings
@@ -53,7 +53,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     def start(_: EngineSettings) -> ScriptedEngine:
         return engine
 
-    monkeypatch.setattr(measuring, "start_batch_engine", start)
+    monkeypatch.setattr(heldout_metrics, "start_batch_engine", start)
     pool = {"kind": "file", "path": str(tmp_path / "pool.jsonl"), "answer": "answer"}
     texts = {"pool": "words", "teacher": "instruct", "max_tokens": 3}
     tree: Tree = {
@@ -85,7 +85,7 @@ def oracle(world: World, system: str, text: dict[str, Any]) -> torch.Tensor:
 
 
 def texts_of(world: World, sampled: bool) -> list[dict[str, Any]]:
-    files = (world.path / "runs/tiny/stages/texts").rglob(measuring.TEXTS)
+    files = (world.path / "runs/tiny/stages/texts").rglob(heldout_metrics.TEXTS)
     found = [read_rows_of(file) for file in files]
     (chosen,) = [rows for rows in found if (rows[0]["num_scored"] == 3) == sampled]
     return chosen
