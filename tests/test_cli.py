@@ -10,33 +10,24 @@ import pytest
 import yaml
 
 from megadistill.cli import main
+from megadistill.cli.verbs import Verb, check_words
 from megadistill.config import RunConfig, parse
 from megadistill.rundir import RunDir
 from tests.tiny import Tree, camopd_tree, make_config, write_model_config
 
-VERBS = (
-    ["train"],
-    ["node"],
-    ["submit"],
-    ["campaign"],
-    ["refine"],
-    ["eval"],
-    ["doctor"],
-    ["shard"],
-    ["config"],
-    ["config", "show"],
-    ["config", "check"],
-    ["config", "schema"],
-    ["status"],
-    ["report"],
-    ["prepare"],
-    ["probe"],
-    ["prepare-model"],
-    ["convert"],
-    ["recipes"],
-    ["recipes", "list"],
-    ["recipes", "copy"],
-)
+FAMILIES = {
+    "campaign": ["submit", "status", "cancel", "resume"],
+    "eval": ["run", "compare"],
+    "config": ["show", "check", "schema"],
+    "recipes": ["list", "copy"],
+    "convert": ["megatron", "hf", "fapm"],
+}
+VERBS = [
+    *("train", "node", "submit", "status", "report", "probe", "doctor", "shard"),
+    *("prepare", "refine", "prepare-model"),
+    *FAMILIES,
+]
+LINES = [[name] for name in VERBS] + [[name, verb] for name in FAMILIES for verb in FAMILIES[name]]
 
 
 def run_cli(*arguments: str) -> int:
@@ -52,19 +43,75 @@ def write(file: Path, tree: Tree) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_every_verb_has_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("verb", LINES, ids=" ".join)
+def test_every_verb_has_help_with_an_example_that_can_be_read(
+    verb: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_cli(*verb, "--help") == 0
     text = capsys.readouterr().out
-    assert text.startswith(f"usage: megadistill {' '.join(verb)}")
-    assert len(text.split("\n\n")) >= 3  # usage, what it does, its arguments
+    assert text.startswith(f"Usage: megadistill {' '.join(verb)} ")
+    _, what, *_ = text.split("\n\n")
+    assert what.endswith(".")
+    example = text.split("Example: megadistill ")[1].split("    (")[0].split()
+    assert example[: len(verb)] == verb
+    check_words("example", example)
 
 
-def test_the_list_of_verbs_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli("--help") == 0
-    text = capsys.readouterr().out
-    listed = set(re.findall(r"^    (\S+)", text, flags=re.MULTILINE))
-    assert listed == {verb[0] for verb in VERBS}
+@pytest.mark.parametrize("family", ["", *FAMILIES])
+def test_the_list_of_verbs_is_complete(family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(*family.split(), "--help") == 0
+    listed = re.findall(r"^  ([a-z-]+)  ", capsys.readouterr().out.split("Commands:")[1], re.M)
+    assert sorted(listed) == sorted(FAMILIES.get(family, VERBS))
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("campaign CONFIG --local k=v", "campaign submit CONFIG --local k=v"),
+        ("campaign --local CONFIG", "campaign submit --local CONFIG"),
+        ("eval CONFIG k=v", "eval run CONFIG k=v"),
+        ("eval --compare --output DIR a b", "eval compare --output DIR a b"),
+        ("eval a b --compare --confidence 0.9", "eval compare a b --confidence 0.9"),
+    ],
+)
+def test_earlier_spellings_mean_the_same(
+    before: str, now: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[str, Tree]] = []
+    monkeypatch.setattr(
+        Verb, "invoke", lambda _, ctx: called.append((ctx.command_path, ctx.params))
+    )
+    for line in (before, now):
+        assert run_cli(*line.split()) == 0
+    assert called[0] == called[1]
+
+
+def test_a_command_line_is_read_without_running_it() -> None:
+    check_words("key", ["train", "nowhere.yaml", "steps=3"])
+    check_words("key", ["eval", "--compare", "a"])
+    for words, said in {
+        ("train",): "Missing argument 'CONFIG'",
+        ("trian", "a"): "No such command 'trian'. Did you mean 'train'?",
+        ("probe", "a", "--samples", "few"): "Invalid value for '--samples'",
+        ("report", "a", "--page"): "'--page' requires an argument",
+    }.items():
+        with pytest.raises(ValueError, match=r"^key: ") as caught:
+            check_words("key", words)
+        assert said in str(caught.value)
+
+
+def test_completion_knows_verbs_and_kinds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_MEGADISTILL_COMPLETE", "complete_bash")
+    for line, word, expected in (
+        ("megadistill campaign ", "2", "submit\nresume\nstatus\ncancel"),
+        ("megadistill config schema --kind re", "4", "refine"),
+    ):
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", word)
+        assert run_cli() == 0
+        assert capsys.readouterr().out.strip() == expected
 
 
 def test_help_needs_no_machine_learning_library() -> None:
@@ -128,7 +175,9 @@ def test_a_wrong_command_line_is_code_two_with_usage(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_cli(*arguments) == 2
-    assert "usage: megadistill" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Usage: megadistill" in said
+    assert not re.search("[\u2500-\u257f]|Traceback", said)  # no boxes drawn
 
 
 def test_config_show_prints_what_would_run(
@@ -264,9 +313,10 @@ def test_config_check_looks_into_models_only_when_asked(
     assert "student.path" in capsys.readouterr().err
 
 
-def test_config_schema_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli("config", "schema") == 0
-    assert "steps" in json.loads(capsys.readouterr().out)["properties"]
+@pytest.mark.parametrize(("kind", "key"), [("run", "steps"), ("campaign", "stages")])
+def test_config_schema_prints_json(kind: str, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("config", "schema", "--kind", kind) == 0
+    assert key in json.loads(capsys.readouterr().out)["properties"]
 
 
 @pytest.fixture
@@ -311,7 +361,7 @@ def test_ctrl_c_ends_a_command_with_one_line(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megadistill.configfiles.check_run", interrupted)
+    monkeypatch.setattr("megadistill.cli.check.check_run", interrupted)
     with pytest.raises(SystemExit) as ended:
         main(["config", "check", "configs/embedded/sft_medical.yaml"])
     assert ended.value.code == 130

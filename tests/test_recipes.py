@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megadistill import recipes
-from megadistill.configfiles import problem_of
+from megadistill.cli.check import problem_of
 from tests.test_cli import run_cli
 
 ROOT = Path(__file__).parents[1]

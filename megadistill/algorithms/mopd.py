@@ -152,7 +152,8 @@ def make_camopd(config: CamopdConfig, batch_size: int) -> Camopd:
     period = ({"general": batch_size},) * schedule.general + (
         {"domain": batch_size},
     ) * schedule.domain
-    return Camopd(config.branches, config.importance, period)
+    branches = {"general": config.general, "domain": config.domain}
+    return Camopd(branches, config.importance, period)
 
 
 def _score(branch: str, scored: Scored) -> float:

@@ -48,8 +48,8 @@ class BaseAlgorithmConfig(Config):
 
     @property
     def branches(self) -> Mapping[str, BranchConfig]:
-        """Pool and teacher of each branch, by its name in metrics."""
-        return {}
+        """Pool and teacher of each branch, by its name in metrics: its key, unless said otherwise."""
+        return {key: value for key, value in self if isinstance(value, BranchConfig)}
 
     @property
     def pools(self) -> dict[str, str]:
@@ -103,10 +103,6 @@ class MopdConfig(BaseAlgorithmConfig):
     """Share of the batch drawn from the general branch."""
     importance: ImportanceConfig = Field(default_factory=ImportanceConfig)
 
-    @property
-    def branches(self) -> Mapping[str, BranchConfig]:
-        return {"general": self.general, "domain": self.domain}
-
 
 class CamopdConfig(BaseAlgorithmConfig):
     """CaMOPD, Eq. (5)-(9): alternating branches, gap-mass selection, scaled recovery."""
@@ -116,10 +112,6 @@ class CamopdConfig(BaseAlgorithmConfig):
     domain: SelectiveBranchConfig
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     importance: ImportanceConfig = Field(default_factory=ImportanceConfig)
-
-    @property
-    def branches(self) -> Mapping[str, SelectiveBranchConfig]:
-        return {"general": self.general, "domain": self.domain}
 
 
 class RaftConfig(BaseAlgorithmConfig):

@@ -24,10 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from megadistill.atomic import write_atomic
-from megadistill.config import CampaignConfig, RunConfig, dump, load
+from megadistill.config import CampaignConfig, RunConfig, dump, load, read_tree
 from megadistill.config.campaign import StageConfig
 from megadistill.config.cluster import ClusterConfig
-from megadistill.config.loading import read_tree
 from megadistill.config.work import WorkConfig
 from megadistill.launch.allowed_paths import check_root
 from megadistill.launch.fanout import (

@@ -17,10 +17,10 @@ from megadistill.config import (
     dump,
     load,
     parse,
+    read_tree,
     resolve_path,
 )
 from megadistill.config.algorithm import CamopdConfig, MopdConfig
-from megadistill.config.loading import read_tree
 from megadistill.config.schema import FileSource, PackagedSource
 from tests.tiny import Tree, camopd_tree, sft_tree
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.config import KINDS, CampaignConfig, RunConfig, kind_of, load
+from megadistill.config import KINDS, CampaignConfig, KindName, RunConfig, kind_of, load
 
 ROOT = Path(__file__).parents[2]
 CAMPAIGNS = [
@@ -12,8 +12,13 @@ CAMPAIGNS = [
     for path in sorted((ROOT / "configs").rglob("*.yaml"))
     if not path.name.startswith("_") and kind_of(path) == "campaign"
 ]
-VERBS = {"train": "run"}
-"""Verbs that are not called as the kind of their configuration."""
+KIND_OF: dict[str, KindName] = {
+    "train": "run",
+    "eval": "eval",
+    "refine": "refine",
+    "prepare": "prepare",
+}
+"""A verb -> what its configuration is."""
 
 
 @pytest.mark.parametrize("path", CAMPAIGNS, ids=lambda path: path.name)
@@ -23,7 +28,7 @@ def test_stages_load_and_runs_have_their_own_names(
     monkeypatch.chdir(ROOT)
     stages = load(CampaignConfig, path).stages
     loaded = {
-        name: load(KINDS[VERBS.get(stage.verb, stage.verb)], stage.config, stage.args)
+        name: load(KINDS[KIND_OF[stage.verb]], stage.config, stage.args)
         for name, stage in stages.items()
         if stage.config is not None
     }

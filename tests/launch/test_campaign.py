@@ -196,7 +196,7 @@ def test_a_command_line_that_cannot_be_read_is_refused_before_anything_starts(
     stages = {"odd": {"verb": "convert", "args": ["jax", "a", "b"]}}
     assert run_cli("campaign", str(write_campaign(folder, stages=stages)), "--local") == 2
     assert "megadistill: stages.odd: " in (printed := capsys.readouterr().err)
-    assert "invalid choice: 'jax'" in printed
+    assert "No such command 'jax'" in printed
     assert not (folder / "runs").exists()
     stages = {"odd": {"verb": "config", "args": ["schema"], "inputs": ["nowhere"]}}
     assert run_cli("campaign", str(write_campaign(folder, stages=stages)), "--local") == 2

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megadistill.config import ConfigError
+from megadistill.config import ConfigError, read_tree
 from megadistill.config.cluster import ClusterConfig
-from megadistill.config.loading import read_tree
 from megadistill.launch import sbatch_options, slurm
 from tests.launch.configs import make_config
 

@@ -1,19 +1,16 @@
-"""Configuration files of every kind: what one resolves to, and what is wrong with it."""
+"""What keeps a run from starting, and what is wrong with a configuration file of any kind."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megadistill.config import KINDS, ConfigError, RunConfig, kind_of, load, parse
-from megadistill.config.loading import read_tree
+from megadistill.cli.verbs import check_words
+from megadistill.config import KINDS, ConfigError, RunConfig, kind_of, load, parse, read_tree
 from megadistill.launch.allowed_paths import check_run_roots
 from megadistill.launch.layout import layout
 from megadistill.launch.node import gpus_per_node
 from megadistill.launch.node_context import NodeContext
 from megadistill.preflight import machine_problems
 from megadistill.rundir import RunDir
-
-Check = Callable[[RunConfig], object]
-"""Raises `ValueError` when something is wrong."""
 
 
 def check_run(
@@ -22,7 +19,6 @@ def check_run(
     context: NodeContext | None = None,
     *,
     models: bool = True,
-    also: Check | None = None,
 ) -> None:
     """One report of all that keeps a run from starting: its keys; when these are right, its layout
     and what is on this machine.
@@ -34,28 +30,34 @@ def check_run(
     folder = Path(source)
     file = RunDir(folder.absolute()).config_file if folder.is_dir() else folder
     config = parse(RunConfig, read_tree(file, overrides), source)
-    checks: list[Check] = [check_run_roots, lambda config: check_layout(config, context)]
-    problems = list(_raised([*checks, *([also] if also else [])], config))
+    problems = list(_start_problems(config, context))
     if models:
         problems += machine_problems(config)
     if problems:
         raise ConfigError.listing(source, problems)
 
 
-def check_layout(config: RunConfig, context: NodeContext | None) -> None:
-    """Raise `ValueError` unless the roles fit on the nodes of `context`, or those `cluster` asks for."""
-    nodes, second = config.cluster.nodes, 0
-    if context is not None:
-        nodes, second = context.num_nodes, context.second_component
-    layout(config, nodes, gpus_per_node(config), second_component=second)
-
-
-def _raised(checks: Sequence[Check], config: RunConfig) -> Iterator[str]:
-    for check in checks:
+def _start_problems(config: RunConfig, context: NodeContext | None) -> Iterator[str]:
+    """What directories, layout and the work on exports have against it."""
+    for check in (check_run_roots, check_on_export, lambda config: check_layout(config, context)):
         try:
             check(config)
         except ValueError as error:
             yield str(error)
+
+
+def check_layout(config: RunConfig, context: NodeContext | None) -> None:
+    """Raise `ValueError` unless the roles fit on the nodes of `context`, or those `cluster` asks for."""
+    nodes = context.num_nodes if context else config.cluster.nodes
+    second = context.second_component if context else 0
+    layout(config, nodes, gpus_per_node(config), second_component=second)
+
+
+def check_on_export(config: RunConfig) -> None:
+    """Raise `ValueError` for `checkpoint.on_export` with a command line that could not be read."""
+    if (work := config.checkpoint.on_export) is not None:
+        named = [] if work.config is None else [work.config]
+        check_words("checkpoint.on_export", [work.verb, *named, *work.args])
 
 
 def problem_of(path: str, *, with_models: bool) -> str | None:

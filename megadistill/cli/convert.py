@@ -1,0 +1,56 @@
+"""Verbs that make checkpoints of checkpoints."""
+
+from typing import Annotated
+
+from typer import Argument, Option
+
+from megadistill.cli.verbs import family, verb
+
+convert = family(
+    "convert",
+    "Hugging Face to Megatron and back; FAPM's pruning.",
+    example="convert megatron Qwen/Qwen3-8B ckpt/",
+)
+
+Target = Annotated[str, Argument(metavar="TARGET", help="directory to write; must not exist")]
+MaxFileGb = Annotated[float, Option(metavar="GB", help="Size of one file.")]
+
+
+@verb(convert, example="convert megatron Qwen/Qwen3-8B ckpt/")
+def megatron(
+    source: Annotated[str, Argument(help="Hugging Face directory, or name on the hub")],
+    target: Target,
+    max_file_gb: MaxFileGb = 5,
+) -> None:
+    """Hugging Face to Megatron's distributed checkpoint, in bounded memory."""
+    from megadistill.convert.conversion import hf_to_megatron
+
+    print(hf_to_megatron(source, target, max_file_bytes=max_file_gb * 1e9))
+
+
+@verb(convert, example="convert hf ckpt/ out/ --model Qwen/Qwen3-8B")
+def hf(
+    source: Annotated[str, Argument(help="Megatron checkpoint")],
+    target: Target,
+    model: Annotated[
+        str | None, Option(help="Has configuration and tokenizer, if the source has not.")
+    ] = None,
+    max_file_gb: MaxFileGb = 5,
+) -> None:
+    """Megatron's distributed checkpoint to Hugging Face, in bounded memory."""
+    from megadistill.convert.conversion import megatron_to_hf
+
+    print(megatron_to_hf(source, target, model=model, max_shard_bytes=max_file_gb * 1e9))
+
+
+@verb(convert, example="convert fapm runs/sft/export pruned/ --model Qwen/Qwen3-8B --keep 0.1")
+def fapm(
+    source: Annotated[str, Argument(help="the tuned model")],
+    target: Target,
+    model: Annotated[str, Option(help="The model before tuning.")],
+    keep: Annotated[float, Option(help="Share of the changes that stay.")] = 0.1,
+) -> None:
+    """FAPM: the part of a tuned model's changes that is least to blame for forgetting."""
+    from megadistill.convert.pruning import prune_change
+
+    print(prune_change(source, model, target, keep))

@@ -1,0 +1,42 @@
+"""Verbs of an evaluation: run it, and compare what several have found."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from megadistill.cli.verbs import Overrides, Source, family, verb
+from megadistill.config import EvaluateConfig, load
+
+evaluation = family(
+    "eval",
+    "Benchmarks, and tables that compare models. `eval CONFIG` is short for `eval run CONFIG`.",
+    example="eval configs/eval/embedded.yaml",
+    implied=True,
+)
+
+
+@verb(evaluation, example="eval run configs/eval/embedded.yaml cluster=null")
+def run(config: Source, overrides: Overrides = None) -> None:
+    """Run benchmarks and make their table; again, it runs what is not done."""
+    from megadistill.evaluate.pipeline import run_evaluation
+
+    print(run_evaluation(load(EvaluateConfig, config, overrides or ())))
+
+
+@verb(evaluation, example="eval compare base=RUN/results/a mine=RUN/results/b,RUN2/results/b")
+def compare(
+    systems: Annotated[
+        list[str],
+        Argument(
+            metavar="[NAME=]DIR[,DIR...]",
+            help="RUN/results/SYSTEM of each system, one of each seed; the baseline first",
+        ),
+    ],
+    output: Annotated[str, Option(metavar="DIR", help="Where tables go.")] = "report",
+    confidence: Annotated[float, Option(metavar="C", help="Of the intervals.")] = 0.95,
+) -> None:
+    """Tables of systems that have results, from one run of `eval` or several."""
+    from megadistill.evaluate.compare import parse_systems, write_tables
+
+    print(write_tables(parse_systems(systems), Path(output), confidence))
