@@ -63,7 +63,7 @@ def test_every_branch_of_an_algorithm_has_a_score() -> None:
     ("tree", "key"),
     [
         ({"systems": {"a": {"kind": "serve", "pth": "x"}}}, "systems.a.pth"),
-        ({"models": {"judge": {"kind": "endpoint", "model": 5}}}, "models.judge.model"),
+        ({"models": {"judge": {"kind": "endpoint", "tries": 0}}}, "models.judge.tries"),
     ],
 )
 def test_an_error_in_a_model_has_the_key_that_its_user_wrote(tree: Tree, key: str) -> None:
