@@ -2,14 +2,17 @@
 # Makes or updates .venv with the pinned packages: tools/setup_env.sh [--gpu] [--dev]
 # Quick when nothing changed. --gpu takes vLLM's CUDA build and Transformer Engine instead of the CPU's
 # vLLM (Python 3.12; nvcc must be there), --dev adds what tests and checks need.
+#
+#   PYTHON                    interpreter for a new .venv   (the newest of Python 3.11 to 3.13 that is here)
+#   MEGADISTILL_TORCH_INDEX   index of torch wheels, e.g. of its CPU build, https://download.pytorch.org/whl/cpu;
+#                             what the ordinary index has is the CUDA build, 3 GB larger   (pip's own)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
-torch=torch==2.13.0
 transformer_engine='transformer-engine[pytorch]==2.17.1'
 kind=cpu
-pythons=(python3.11 python3.12 python3)
+pythons=(python3.13 python3.12 python3.11 python3)
 dev=
 [[ ! -f $venv/.dev ]] || dev=yes
 for option in "$@"; do
@@ -17,7 +20,7 @@ for option in "$@"; do
     --gpu) kind=gpu pythons=(python3.12) ;;
     --dev) dev=yes ;;
     *)
-      sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2
+      sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2
       exit 2
       ;;
   esac
@@ -30,9 +33,8 @@ fail() {
   exit 1
 }
 
-install_system() { # packages...: with apt-get when root, otherwise says what to ask for
-  ((UID == 0)) || fail "missing system packages; ask an administrator for: apt-get install $*"
-  command -v apt-get >/dev/null || fail "no apt-get here; install the equivalent of: $*"
+install_system() { # packages...: with apt-get when root, otherwise 1
+  ((UID == 0)) && command -v apt-get >/dev/null || return 1
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
@@ -40,38 +42,59 @@ install_system() { # packages...: with apt-get when root, otherwise says what to
 find_python() { # prints the first interpreter that can run this project
   local name
   for name in ${PYTHON:+"$PYTHON"} "${pythons[@]}"; do
-    if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+    if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
       command -v "$name"
       return
     fi
   done
-  fail "found none of ${pythons[*]}; install one, or set PYTHON to the path of Python 3.11 or 3.12"
+  return 1
 }
 
-if [[ ! -x $venv/bin/pip ]]; then
-  python=$(find_python)
-  "$python" -c 'import venv, ensurepip' 2>/dev/null || install_system python3-venv
-  "$python" -m venv "$venv"
-fi
+make_venv() { # by an interpreter that is here, or by uv, which brings one
+  local python package
+  if python=$(find_python); then
+    package=$("$python" -c 'import sys; print("python3.%d-venv" % sys.version_info.minor)')
+    "$python" -c 'import venv, ensurepip' 2>/dev/null || install_system "$package" ||
+      fail "$python has no venv; ask an administrator for: apt-get install $package"
+    "$python" -m venv "$venv"
+  elif command -v uv >/dev/null; then
+    uv venv --quiet --seed --python="${pythons[0]#python}" "$venv"
+  else
+    fail "found none of ${pythons[*]}; install Python 3.11, 3.12 or 3.13 and set PYTHON to its path, or have" \
+      "uv make the environment, then this again: pip install uv && uv venv --seed --python=3.13 $venv"
+  fi
+}
 
-# The lists and the path are what a finished installation depends on.
-wanted=$(cat "${lists[@]}" "$root/pyproject.toml" | cat - <(echo "$torch $root") | sha256sum)
+[[ -x $venv/bin/pip ]] || make_venv
+
+# The lists, the path and torch's origin are what a finished installation depends on.
+torch=("$root/requirements/torch.txt" ${MEGADISTILL_TORCH_INDEX:+--index-url="$MEGADISTILL_TORCH_INDEX"})
+wanted=$(cat "${torch[0]}" "${lists[@]}" "$root/pyproject.toml" | cat - <(echo "$root") | sha256sum)
 stamp=$venv/.installed
 [[ -f $stamp && $(cat "$stamp") == "$wanted" ]] && exit 0
+
+export PYTHONWARNINGS=ignore
+pip=("$venv/bin/pip" -qq --disable-pip-version-check)
+temporary=$(mktemp -d)
+trap 'rm -r "$temporary"' EXIT
+cat "${lists[@]}" >"$temporary/list.txt"
 
 # reasoning-gym needs pycosat, which is only there as source.
 headers=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 if ! command -v cc >/dev/null || [[ ! -f $headers/Python.h ]]; then
-  install_system gcc libc6-dev python3-dev
+  package=$("$venv/bin/python" -c 'import sys; print("python3.%d-dev" % sys.version_info.minor)')
+  if ! install_system gcc libc6-dev "$package"; then
+    echo "setup_env: reasoning-gym's tasks are left out, for want of a C compiler or Python.h; the embedded" \
+      "runs do without. An administrator can: apt-get install gcc libc6-dev $package"
+    sed -i '/^pycosat==/d; /^reasoning-gym==/d' "$temporary/list.txt"
+    wanted=incomplete
+  fi
 fi
 
-export PYTHONWARNINGS=ignore
-pip=("$venv/bin/pip" -qq --disable-pip-version-check)
 echo "installing Python packages into $venv (a few minutes the first time) ..."
-"$venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" install --no-compile "$torch"
-requirements=()
-for list in "${lists[@]}"; do requirements+=(-r "$list"); done
-"${pip[@]}" install --no-compile --no-deps "${requirements[@]}"
+"$venv/bin/python" -c "import torch" 2>/dev/null ||
+  "${pip[@]}" install --no-compile -r "${torch[0]}" "${torch[@]:1}"
+"${pip[@]}" install --no-compile --no-deps -r "$temporary/list.txt"
 "${pip[@]}" install --no-deps --no-build-isolation -e "$root"
 [[ $kind == cpu ]] || "${pip[@]}" install --no-build-isolation "$transformer_engine"
 
