@@ -29,8 +29,8 @@ def submit(config: Source, overrides: Overrides = None, local: Local = False) ->
             check_words(f"stages.{name}", words)
     if local or shutil.which("sbatch") is None:
         return 0 if chosen.run_here() else 1
-    for name, job in chosen.submit().items():
-        print(f"{name}: job {job}")
+    for name, jobs in chosen.submit().items():
+        print(f"{name}: job {', '.join(jobs)}")
     print(f"follow it with: megadistill campaign status {chosen.root}")
     return 0
 
@@ -46,7 +46,8 @@ def status(directory: Directory) -> None:
     """What each stage has done, and its last trouble."""
     from rich.console import Console
 
-    from megadistill.launch.campaign import Campaign, table
+    from megadistill.launch.campaign import Campaign
+    from megadistill.launch.stages import table
 
     Console().print(table(Campaign.load(directory).status()))
 

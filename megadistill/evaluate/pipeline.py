@@ -7,7 +7,7 @@ repeated call runs what is not done.
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,23 @@ from megadistill.atomic import write_atomic
 from megadistill.config import EvaluateConfig, dump, resolve_path
 from megadistill.config.evaluate import ExternalConfig
 from megadistill.config.refine import ChatModelConfig, ServedConfig
-from megadistill.evaluate import compare, external, heldout_metrics, requirements, results
+from megadistill.evaluate import (
+    compare,
+    entries,
+    external,
+    heldout_metrics,
+    requirements,
+    results,
+)
 from megadistill.evaluate.benchmarks import get_benchmark, recorded
 from megadistill.evaluate.protocol import Benchmark, benchmark_file
 from megadistill.evaluate.scoring import COLUMNS
 from megadistill.inference.requests import SamplingParams
-from megadistill.launch.fanout import FanoutResult, Limits, Shard, run_fanout
-from megadistill.launch.shards import fingerprint
+from megadistill.launch.shards import Shard, fingerprint
+from megadistill.launch.staged_work import StagedWork
+from megadistill.launch.stages import Limits, ShardedStage
 from megadistill.refine.blocks import read_blocks, read_rows_of, write_rows
+from megadistill.refine.entries import PlainArguments
 from megadistill.refine.pipeline import identity
 from megadistill.refine.stages import Stage
 
@@ -41,7 +50,6 @@ class Evaluation:
 
     config: EvaluateConfig
     gpu: bool
-    run_shards: Callable[..., FanoutResult] = run_fanout
 
     @property
     def root(self) -> Path:
@@ -75,8 +83,8 @@ class Evaluation:
 
     def generate(self, files: Mapping[str, Path]) -> dict[tuple[str, str], list[str]]:
         """(system, benchmark) -> keys of the shards with the answers."""
-        shards: dict[tuple[str, str], list[Shard]] = {}
-        needs: dict[int, list[Shard]] = defaultdict(list)
+        shards: dict[tuple[str, str], list[Shard[PlainArguments]]] = {}
+        needs: dict[int, list[Shard[PlainArguments]]] = defaultdict(list)
         for system, model in self.config.systems.items():
             for name, chosen in self.config.benchmarks.items():
                 common = {
@@ -95,7 +103,7 @@ class Evaluation:
                     common["director"] = identity(director)
                     gpus += _gpus(director)
                 shards[system, name] = [
-                    self.shard("generating:generate", {**common, "part": part}, system, name)
+                    self.shard("generate", {**common, "part": part}, system, name)
                     for part in range(self.config.shards.count)
                 ]
                 needs[gpus] += shards[system, name]
@@ -106,7 +114,7 @@ class Evaluation:
     def score(self, answers: Mapping[tuple[str, str], Sequence[str]]) -> dict[tuple[str, str], str]:
         """(system, benchmark) -> key of the shard with the scores."""
         shards = {}
-        needs: dict[int, list[Shard]] = defaultdict(list)
+        needs: dict[int, list[Shard[PlainArguments]]] = defaultdict(list)
         for (system, name), keys in answers.items():
             judges = [self.config.models[judge] for judge in self.config.benchmarks[name].judges]
             arguments = {
@@ -116,7 +124,7 @@ class Evaluation:
                 **requirements.tools_identity(self.config, name),
                 "block": self.config.shards.block,
             }
-            shards[system, name] = self.shard("scoring:score", arguments, system, name)
+            shards[system, name] = self.shard("score", arguments, system, name)
             needs[sum(_gpus(judge) for judge in judges)].append(shards[system, name])
         for gpus, group in needs.items():
             self.fan_out("score", group, gpus)
@@ -127,11 +135,7 @@ class Evaluation:
         if not self.config.signals:
             return {}
         texts = {
-            name: self.shard(
-                "heldout_metrics:write_texts",
-                heldout_metrics.text_arguments(self.config, name),
-                name,
-            )
+            name: self.shard("write_texts", heldout_metrics.text_arguments(self.config, name), name)
             for name in self.config.signals
         }
         chosen = heldout_metrics.measured_systems(self.config)
@@ -140,9 +144,7 @@ class Evaluation:
         keys = {name: shard.key for name, shard in texts.items()}
         shards = {
             system: self.shard(
-                "heldout_metrics:measure",
-                heldout_metrics.measure_arguments(self.config, system, keys),
-                system,
+                "measure", heldout_metrics.measure_arguments(self.config, system, keys), system
             )
             for system in chosen
         }
@@ -160,11 +162,11 @@ class Evaluation:
             system: {name: Path(resolve_path(file)) for name, file in files.items()}
             for system, files in self.config.recorded.items()
         }
-        shards: dict[str, Shard] = {}
+        shards: dict[str, Shard[PlainArguments]] = {}
         for tool in self.config.external.values():
             for system, model in self.config.systems.items():
                 arguments = external_arguments(system, model, tool)
-                shards[system] = self.shard("external:run", arguments, system, "livebench")
+                shards[system] = self.shard("run", arguments, system, "livebench")
         if shards:
             gpus = max(_gpus(model) for model in self.config.systems.values())
             self.fan_out("external", list(shards.values()), gpus)
@@ -232,26 +234,33 @@ class Evaluation:
             "details": dict(found.details),
         }
 
-    def shard(self, entry: str, arguments: dict[str, Any], *label: str) -> Shard:
+    def shard(self, entry: str, arguments: dict[str, Any], *label: str) -> Shard[PlainArguments]:
         return Shard(
-            entry=f"megadistill.evaluate.{entry}",
-            arguments={"format": FORMAT, **arguments},
-            label=" ".join(label),
+            function=getattr(entries, entry),
+            arguments=PlainArguments(values=arguments),
+            label=" ".join((entry, *label)),
+            version=FORMAT,
         )
 
-    def fan_out(self, name: str, shards: Sequence[Shard], gpus: int) -> None:
+    def fan_out(self, name: str, shards: Sequence[Shard[PlainArguments]], gpus: int) -> None:
         """Run a step's shards, those that are not done."""
         stage = Stage(self.root / "stages" / name)
         stage.write_runtime(self.runtime())
-        gpus = gpus if self.gpu else 0
         chosen = self.config.shards
-        limits = Limits(concurrency=chosen.concurrency, tries=chosen.tries, gpus=gpus)
-        cluster = self.config.cluster
-        if cluster is not None:
-            cluster = cluster.model_copy(update={"gpus_per_node": gpus})
+        limits = Limits(concurrency=chosen.concurrency, tries=chosen.tries)
+        shards = [replace(shard, gpus=gpus if self.gpu else 0) for shard in shards]
         log.info("%s: %d shards", name, len(shards))
-        job = f"{self.config.name}-{name}"
-        self.run_shards(stage.path, shards, limits, cluster=cluster, name=job).check()
+        sharded = ShardedStage(name=name, root=stage.path, shards=shards, limits=limits)
+        StagedWork(
+            name=self.config.name,
+            root=self.root,
+            command=(),
+            stages=[sharded],
+            limits=limits,
+            cluster=self.config.cluster,
+            finish=sharded.describe,
+        ).carry_out(wait=True)
+        sharded.check()
 
     def runtime(self) -> dict[str, Any]:
         """What shards need beside what their results depend on (any: JSON)."""

@@ -4,7 +4,7 @@
 `megadistill train` and `megadistill node` call. Everything here imports without torch.
 """
 
+from megadistill.launch.gang import Submitted, submit
 from megadistill.launch.node import run_here, run_under_slurm
-from megadistill.launch.slurm import Submitted, submit
 
 __all__ = ["Submitted", "run_here", "run_under_slurm", "submit"]

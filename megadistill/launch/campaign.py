@@ -2,7 +2,7 @@
 
     RUNS/NAME/campaign.yaml         the resolved campaign, itself a valid input
     RUNS/NAME/configs/STAGE-*.yaml  the stages' configurations as they were submitted
-    RUNS/NAME/stages/STAGE/         a fan-out (`launch/fanout.py`), of one shard unless it is an array;
+    RUNS/NAME/stages/STAGE/         shards (`launch/stages.py`), one unless it is an array;
                                     for a train stage what was submitted, its run is elsewhere
 
 A stage is identified by a hash of its command, its configuration's content, its inputs' content, and
@@ -13,53 +13,35 @@ they have now; so a changed configuration also repeats what depends on it.
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from rich.table import Table
-from rich.text import Text
 
 from megadistill.atomic import write_atomic
 from megadistill.config import CampaignConfig, RunConfig, dump, load, read_tree
 from megadistill.config.campaign import StageConfig
 from megadistill.config.cluster import ClusterConfig
-from megadistill.config.work import WorkConfig
 from megadistill.launch.allowed_paths import check_root
-from megadistill.launch.fanout import (
-    Limits,
-    add_job,
-    collect,
-    read_jobs,
-    run_fanout,
-    submit_fanout,
-)
+from megadistill.launch.commands import with_resources, work_stage
+from megadistill.launch.gang import submit_gang
 from megadistill.launch.heartbeats import create_run, read_json
 from megadistill.launch.node import open_run
-from megadistill.launch.node_context import ask_slurm
-from megadistill.launch.shards import Shard, command_shard, content_hash, fingerprint, say
-from megadistill.launch.slurm import live_jobs, submit_gang
+from megadistill.launch.shards import content_hash, fingerprint, say
+from megadistill.launch.slurm import live_jobs
+from megadistill.launch.stages import (
+    ShardedStage,
+    StageState,
+    add_job,
+    cancel,
+    jobs_in_queue,
+    read_jobs,
+    status_of,
+)
 from megadistill.rundir import RunDir
-
-Status = Literal["done", "running", "queued", "failed", "stopped", "not submitted"]
-
-STATUS_PATIENCE_S = 20.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageState:
-    """A line of `megadistill campaign status`."""
-
-    name: str
-    verb: str
-    status: Status
-    job: str = ""
-    """Slurm's number of the last job."""
-    progress: str = ""
-    detail: str = ""
 
 
 @dataclass(kw_only=True)
@@ -124,18 +106,24 @@ class Stage:
         return with_resources(self.campaign.cluster, self.config)
 
     @property
-    def limits(self) -> Limits:
-        return Limits(concurrency=self.config.concurrency, tries=self.config.tries)
+    def kept_config(self) -> Path:
+        """The copy of its configuration that the campaign keeps."""
+        return self.root / "configs" / f"{self.name}-{self.digest}.yaml"
 
-    def shards(self) -> list[Shard]:
-        """The stage's command lines; its configuration is the copy kept in the campaign."""
-        copy = self.root / "configs" / f"{self.name}-{self.digest}.yaml"
-        return work_shards(self.config, self.name, copy, depends=self.digest)
+    @cached_property
+    def work(self) -> ShardedStage:
+        """The command lines of a stage that is no gang."""
+        return work_stage(
+            *(self.config, self.folder),
+            label=self.name,
+            config=self.kept_config,
+            depends=self.digest,
+        )
 
     def keep_config(self) -> None:
         if self.settings is not None and not self.is_gang:
-            copy = self.root / "configs" / f"{self.name}-{self.digest}.yaml"
-            write_atomic(copy, yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True))
+            text = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
+            write_atomic(self.kept_config, text)
 
     @property
     def folder(self) -> Path:
@@ -144,7 +132,7 @@ class Stage:
     @property
     def is_done(self) -> bool:
         if not self.is_gang:
-            return not collect(self.folder, self.shards(), self.limits).failed
+            return self.work.is_done
         return bool(self.run[1].read_progress().get("done")) and not self.is_stale
 
     @property
@@ -171,85 +159,43 @@ class Stage:
         write_atomic(self.folder / "submitted.json", json.dumps({"digest": self.digest}))
         return run
 
-    def submit(self, after: Sequence[str]) -> str | None:
-        """The job's number; it starts when the jobs `after` have ended well."""
+    def submit(self, live: Mapping[str, str], after: Sequence[str]) -> list[str]:
+        """The jobs after which it has ended; they start when the jobs `after` have ended well."""
         job_name = f"{self.campaign.name}-{self.name}"
         if not self.is_gang:
-            return submit_fanout(
-                *(self.folder, self.shards(), self.limits),
-                cluster=self.cluster,
-                name=job_name,
-                after=after,
-            )
+            return self.work.submit(self.cluster, job_name, live=live, after=after)
+        if alive := [job for job in read_jobs(self.folder) if job in live]:
+            return alive
         run = self.begin_run()
         job: str = submit_gang(self.run[0], run, name=job_name, after=after).job_id
         add_job(self.folder, job)
-        return job
+        return [job]
 
     def run_here(self) -> bool:
         """The stage on this machine; whether it ended well."""
         if not self.is_gang:
-            result = run_fanout(self.folder, self.shards(), self.limits, cluster=None)
-            say(f"{self.name}: {result.describe()}")
-            return not result.failed
+            self.work.run_here()
+            say(f"{self.name}: {self.work.describe()}")
+            return self.work.is_done
         run = self.begin_run()
         command = [sys.executable, "-m", "megadistill", "train", str(run.path)]
         return subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode == 0
 
-    def state(self, live: dict[str, str]) -> StageState:
-        jobs = read_jobs(self.folder)
-        alive = [job for job in jobs if job in live]
-        progress, trouble = self.progress()
-        status: Status = "not submitted"
-        if self.is_done:
-            status, trouble = "done", ""
-        elif alive:
-            status = "running" if live[alive[-1]] == "RUNNING" else "queued"
-        elif trouble:
-            status = "failed"
-        elif jobs:
-            status = "stopped"
+    def state(self, live: Mapping[str, str]) -> StageState:
+        if not self.is_gang:
+            return replace(self.work.state(live), verb=self.config.verb)
+        config, run = self.run
+        ends = [read_json(file) for file in run.path.glob("control/attempt-*/ended.json")]
+        failed = [end["message"] for end in ends if end and end["status"] == "failed"]
+        jobs = list(read_jobs(self.folder))
         return StageState(
             name=self.name,
             verb=self.config.verb,
-            status=status,
+            status=status_of(jobs, live, done=self.is_done, failed=bool(failed)),
             job=jobs[-1] if jobs else "",
-            progress=progress,
-            detail=trouble,
+            progress=f"step {run.read_progress().get('step', 0)} of {config.steps}",
+            detail="" if self.is_done else "".join(failed[-1:]),
         )
-
-    def progress(self) -> tuple[str, str]:
-        """How far it is, and the last trouble."""
-        if self.is_gang:
-            run = self.run[1]
-            found = run.read_progress()
-            ends = [read_json(file) for file in run.path.glob("control/attempt-*/ended.json")]
-            failed = [end["message"] for end in ends if end and end["status"] == "failed"]
-            return f"step {found.get('step', 0)} of {self.run[0].steps}", "".join(failed[-1:])
-        folders = collect(self.folder, self.shards(), self.limits).shards
-        done = sum(shard.status == "done" for shard in folders)
-        failed = [f"{s.name}: {s.detail}" for s in folders if s.status == "failed"]
-        return f"{done} of {len(folders)}", "\n".join(failed[:1])
-
-
-def work_shards(work: WorkConfig, name: str, config: Path, *, depends: Any = None) -> list[Shard]:
-    """The command lines of some work; `depends` (any JSON value) is part of what they are."""
-    count = max(work.array, 1)
-    shards = []
-    for index in range(count):
-        words = [work.verb, *([str(config)] if work.config is not None else [])]
-        marks = {"{shard}": str(index), "{shards}": str(count)} if work.array else {}
-        words += [fill(word, marks) for word in work.args]
-        label = f"{name}-{index}" if work.array else name
-        shards.append(command_shard(words, label=label, depends=depends))
-    return shards
-
-
-def fill(word: str, marks: dict[str, str]) -> str:
-    """The word with each mark replaced by its text, other braces as they are."""
-    for mark, text in marks.items():
-        word = word.replace(mark, text)
-    return word
 
 
 def inherit(own: ClusterConfig, site: ClusterConfig) -> ClusterConfig:
@@ -261,14 +207,6 @@ def inherit(own: ClusterConfig, site: ClusterConfig) -> ClusterConfig:
         if getattr(own, name) == getattr(default, name)
     }
     return own.model_copy(update=taken)
-
-
-def with_resources(cluster: ClusterConfig, work: WorkConfig) -> ClusterConfig:
-    """`cluster`, changed as the work's `resources` say."""
-    changed = cluster.model_copy(update=work.resources.model_dump(exclude_none=True))
-    for problem in changed.contradictions():
-        raise ValueError(f"resources.{problem}")
-    return changed
 
 
 @dataclass(kw_only=True)
@@ -307,7 +245,7 @@ class Campaign:
         return {
             name: [["train", str(stage.config.config), *stage.config.args]]
             if stage.is_gang
-            else [list(shard.arguments["words"]) for shard in stage.shards()]
+            else [list(shard.arguments.words) for shard in stage.work.shards]
             for name, stage in self.stages.items()
         }
 
@@ -324,19 +262,15 @@ class Campaign:
             stage.keep_config()
         write_atomic(self.root / "campaign.yaml", dump(self.config))
 
-    def submit(self) -> dict[str, str]:
-        """Submit what is neither done nor in the queue; the job of each stage that is to run."""
+    def submit(self) -> dict[str, list[str]]:
+        """Submit what is neither done nor in the queue; the jobs of each stage that is to run."""
         self.begin()
-        jobs: dict[str, str] = {}
+        jobs: dict[str, list[str]] = {}
         live = live_jobs()
         for name, stage in self.stages.items():
-            if stage.is_done:
-                continue
-            alive = [job for job in read_jobs(stage.folder) if job in live]
-            after = [jobs[need.name] for need in stage.needs if need.name in jobs]
-            job = alive[-1] if alive else stage.submit(after)
-            if job is not None:
-                jobs[name] = job
+            if not stage.is_done:
+                after = [job for need in stage.needs for job in jobs.get(need.name, ())]
+                jobs[name] = stage.submit(live, after)
         return jobs
 
     def run_here(self) -> bool:
@@ -357,28 +291,15 @@ class Campaign:
                 say(f"{name}: failed")
         return len(done) == len(self.stages)
 
+    @property
+    def folders(self) -> list[Path]:
+        return [stage.folder for stage in self.stages.values()]
+
     def status(self) -> list[StageState]:
-        """The state of every stage; Slurm is asked only when there are jobs to ask about."""
-        any_jobs = any(read_jobs(stage.folder) for stage in self.stages.values())
-        live = live_jobs(STATUS_PATIENCE_S) if any_jobs else {}
+        """The state of every stage."""
+        live = jobs_in_queue(self.folders)
         return [stage.state(live) for stage in self.stages.values()]
 
     def cancel(self) -> list[str]:
         """Cancel what is in the queue, last stages first; the jobs' numbers."""
-        live = live_jobs()
-        stages = reversed(self.stages.values())
-        jobs = [job for stage in stages for job in read_jobs(stage.folder) if job in live]
-        if jobs:
-            ask_slurm(["scancel", *jobs])
-        return jobs
-
-
-def table(states: Sequence[StageState]) -> Table:
-    """One row a stage, and under it the last trouble of one that failed."""
-    shown = Table(box=None, pad_edge=False)
-    for heading in ("stage", "verb", "state", "job", "progress", ""):
-        shown.add_column(heading)
-    for state in states:
-        cells = (state.name, state.verb, state.status, state.job, state.progress, state.detail)
-        shown.add_row(*(Text(cell) for cell in cells))
-    return shown
+        return cancel(self.folders)

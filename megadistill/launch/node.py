@@ -7,17 +7,14 @@ others take it. Whoever falls silent is given up after a bounded time, so nothin
 
 import errno
 import os
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
 from megadistill.config import RunConfig, load
 from megadistill.launch.allowed_paths import check_run_roots
-from megadistill.launch.exports import ExportWatch, export_watch
 from megadistill.launch.failures import note_failure
 from megadistill.launch.heartbeats import (
     AttemptOutcome,
@@ -30,23 +27,15 @@ from megadistill.launch.heartbeats import (
 )
 from megadistill.launch.layout import Layout, NodePlan, describe, layout
 from megadistill.launch.node_context import NodeContext, local_context, requeue, slurm_context
+from megadistill.launch.on_export import ExportWatch, export_watch
 from megadistill.launch.processes import Exit, LogFollower, Processes, show
 from megadistill.launch.roles import Launch, RoleCommand, role_command, role_environment
+from megadistill.launch.stopping import DONE, FAILED, STOPPED, StopRequest, stop_requests
 from megadistill.launch.supervisor import Follower, Leader, Supervisor, Timeouts
 from megadistill.rundir import RunDir
 
-DONE, FAILED, STOPPED = 0, 1, 75
-"""Exit codes; 75 (EX_TEMPFAIL) says that the run can be resumed."""
-
 EXPORTS_WAIT_S = 60.0
 """For the evaluation of the last exports to be submitted, not for itself."""
-
-STOP_SIGNALS = {
-    signal.SIGUSR1: "SIGUSR1, Slurm's warning of the time limit or of preemption",
-    signal.SIGTERM: "SIGTERM",
-    signal.SIGHUP: "SIGHUP, the terminal is gone",
-    signal.SIGINT: "Ctrl-C",
-}
 
 
 def run_node(
@@ -136,36 +125,6 @@ def check_restarts(config: RunConfig, context: NodeContext) -> None:
             f"cluster.max_attempts: found restart {context.restarts} of job {context.job_id}, expected "
             f"at most {config.cluster.max_attempts}; submit the run again to go on"
         )
-
-
-@dataclass(slots=True)
-class StopRequest:
-    """Whether this process was asked to stop."""
-
-    reason: str | None = None
-    """Why this process was first asked to stop."""
-
-
-@contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Note the signals that ask the run to stop; a second Ctrl-C interrupts at once."""
-    request = StopRequest()
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and request.reason is not None:
-            raise KeyboardInterrupt
-        request.reason = request.reason or STOP_SIGNALS[signal.Signals(number)]
-
-    # Under nohup SIGHUP is ignored, and stays so.
-    heeded = [
-        n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN
-    ]
-    previous = {number: signal.signal(number, note) for number in heeded}
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @dataclass(slots=True, kw_only=True)

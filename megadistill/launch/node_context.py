@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megadistill.launch.processes import shielded
+
 LOCALHOST = "127.0.0.1"
 OUTPUT_SETTINGS = (
     "SQUEUE_",
@@ -155,16 +157,30 @@ def own_job(environment: Mapping[str, str]) -> str:
     return environment["SLURM_JOB_ID"]
 
 
-def requeue(job_id: str) -> str | None:
+def requeue(job_id: str, behind: Sequence[str] = ()) -> str | None:
     """Have Slurm start the job again; the reason when it does not, None when it will.
 
-    A cancelled job is left alone: scontrol would bring it back to life.
+    `behind` are jobs that must have ended before, however; until then this one holds no node. A
+    cancelled job is left alone: scontrol would bring it back to life.
     """
     if shutil.which("scontrol") is None:
         return ask_job_script()
     if is_cancelled(job_id):
         return "it was cancelled"
-    answer = ask_slurm(["scontrol", "requeue", job_id], check=False)
+    if not behind:
+        return scontrol("requeue", job_id)
+    with shielded():  # the first of these ends this process and its children, the others included
+        problem = scontrol("requeuehold", job_id)
+        if problem is None:
+            # Only a job that waits can be told for what; where Slurm has forgotten them, for nothing.
+            scontrol("update", f"JobId={job_id}", f"Dependency=afterany:{':'.join(behind)}")
+            problem = scontrol("release", job_id)
+    return problem
+
+
+def scontrol(*words: str) -> str | None:
+    """What scontrol complains of, None when it does what it is told."""
+    answer = ask_slurm(["scontrol", *words], check=False)
     return None if answer.returncode == 0 else answer.stderr.strip()
 
 

@@ -1,10 +1,11 @@
-"""A shard of a fan-out: one call whose output lies in a directory named by what it computes.
+"""A shard: one call of a function whose output lies in a directory named by what it computes.
 
     ROOT/shards/KEY/shard.json      the call; KEY is its hash
     ROOT/shards/KEY/output/         belongs to the shard's function, which finds there what an earlier
                                     try left and goes on from it
     ROOT/shards/KEY/done.json       written last: never run again
     ROOT/shards/KEY/failures.jsonl  the failed tries since it was last submitted
+    ROOT/shards/KEY/waits.json      the jobs for whose end it waits, to be run again after them
     ROOT/shards/KEY/try-0.log ...   what every try printed
 
 A try is a process of its own, `megadistill shard ROOT/shards/KEY`, so whatever kills it (a crash, a
@@ -14,64 +15,102 @@ signal, the kernel when memory runs out) is one failed try, no more.
 import hashlib
 import importlib
 import json
+import logging
 import os
-import runpy
 import socket
 import sys
 import time
+import typing
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Annotated, Any, Generic, Literal, TextIO, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    WrapSerializer,
+)
 
 from megadistill.atomic import write_atomic
-from megadistill.launch.heartbeats import try_lock
+from megadistill.launch.heartbeats import read_json, try_lock
 from megadistill.launch.processes import Exit, Processes
 from megadistill.launch.roles import visible_gpus
+from megadistill.launch.stopping import STOPPED
 
 POLL_S = 0.2
 GRACE_S = 30.0
 """A try that is ended has this long to save what it has, after SIGINT."""
 LOCK_WAIT_S = 30.0
-SHARD_DIRECTORY = "MEGADISTILL_SHARD_DIRECTORY"
-"""Environment variable with the output directory, for shards that are commands."""
+OUTPUT = "MEGADISTILL_SHARD_OUTPUT"
+"""Environment variable of a shard's process: the output directory."""
+MAY_WAIT = "MEGADISTILL_SHARD_MAY_WAIT"
+"""Another: not empty, it may end with `STOPPED` to be run again after the jobs it says."""
+
+FOR_KEY = "key"
+"""Context in which arguments are dumped to be hashed."""
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """One call, `entry(directory, arguments)`, that can run anywhere and be repeated.
+def _unless_for_key(
+    value: Any, dump: SerializerFunctionWrapHandler, info: SerializationInfo
+) -> Any:
+    return None if info.context == FOR_KEY else dump(value)
 
-    Two shards with the same entry and arguments are the same work. What else the outcome depends
-    on, such as the content of an input file, belongs into the arguments (see `fingerprint`).
+
+Runtime = Annotated[T, WrapSerializer(_unless_for_key)]
+"""A field of a shard's arguments that says how to compute; no result depends on it, nor the key."""
+
+
+class ShardArguments(BaseModel):
+    """What a shard's function is told: the base of one class for each function."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Arguments = TypeVar("Arguments", bound=ShardArguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard(Generic[Arguments]):
+    """One call, `function(directory, arguments)`, that can run anywhere and be repeated.
+
+    Two shards with the same function and arguments are the same work. What else the outcome depends
+    on, such as the content of an input file, belongs into the arguments (see `fingerprint`); of other
+    shards their keys do, not what they made, so that shards can be named before those have run.
     """
 
-    entry: str
-    """`package.module:function`, taking the output directory (a `Path`) and the arguments."""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Plain JSON values (any: the function knows)."""
+    function: Callable[[Path, Arguments], object]
+    """Of a module; takes the output directory and the arguments, by whose annotation they are read."""
+    arguments: Arguments
     label: str = ""
-    """What people call it; no part of its identity."""
+    """What people call it; no part of its identity, as is all that follows but the version."""
+    gpus: int | None = None
+    """GPUs it uses; absent: those of its job, or of this machine."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of its process beside those it inherits."""
+    version: int = 1
+    """Changes when the function computes something else from the same arguments."""
 
     @property
+    def entry(self) -> str:
+        return f"{self.function.__module__}:{self.function.__qualname__}"
+
+    @cached_property
     def key(self) -> str:
         """Sixteen hexadecimal digits that identify the work."""
-        return content_hash({"entry": self.entry, "arguments": dict(self.arguments)})
+        arguments = self.arguments.model_dump(mode="json", context=FOR_KEY)
+        return content_hash({"entry": self.entry, "version": self.version, "arguments": arguments})
 
     @property
     def name(self) -> str:
         """Unlike any other shard's, for people."""
         return f"{self.label} [{self.key}]" if self.label else self.key
-
-
-def command_shard(words: Sequence[str], *, label: str = "", depends: Any = None) -> Shard:
-    """A shard that is a `megadistill` command line; it finds its directory in the environment.
-
-    `depends` (any JSON value) enters the shard's identity beside the words.
-    """
-    arguments = {"words": list(words), "depends": depends}
-    return Shard(entry="megadistill.launch.shards:run_command", arguments=arguments, label=label)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +120,17 @@ class ShardState:
     name: str
     directory: Path
     """Where its output lies."""
-    status: Literal["done", "failed", "unfinished"]
+    status: Literal["done", "failed", "unfinished"] = "unfinished"
     """`failed`: every try it was granted has failed."""
     failures: int = 0
     detail: str = ""
     """How its last try ended and that one's last lines."""
+    is_begun: bool = False
+    """Whether it runs, or did when what ran it was ended."""
+    is_locked: bool = False
+    """Whether it runs, or is in the hands of what will run it."""
+    seconds: float = 0.0
+    """Of the try that did it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +138,6 @@ class ShardFolder:
     """The files of one shard."""
 
     path: Path
-
-    @classmethod
-    def of(cls, root: Path, shard: Shard) -> "ShardFolder":
-        return cls(root / "shards" / shard.key)
 
     @property
     def output(self) -> Path:
@@ -110,19 +151,43 @@ class ShardFolder:
     def failures_file(self) -> Path:
         return self.path / "failures.jsonl"
 
-    def create(self, shard: Shard) -> None:
-        """Make the directory (mode 0700) and forget the failures of earlier submissions."""
+    @property
+    def waits_file(self) -> Path:
+        return self.path / "waits.json"
+
+    def create(self, shard: Shard[Any], *, afresh: bool = True) -> None:
+        """Make the directory (mode 0700); `afresh` forgets the failures of earlier submissions."""
         root = self.path.parents[1]
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for directory in (root / "shards", self.path, self.output):
             directory.mkdir(mode=0o700, exist_ok=True)
+        if not afresh and (self.path / "shard.json").exists():
+            return
         self.failures_file.unlink(missing_ok=True)
-        values = {"entry": shard.entry, "arguments": dict(shard.arguments), "label": shard.label}
+        self.waits_file.unlink(missing_ok=True)
+        values = {
+            "entry": shard.entry,
+            "arguments": shard.arguments.model_dump(mode="json"),
+            "name": shard.name,
+            "environment": dict(shard.environment),
+        }
         # Not flushed to the disk, which can take seconds: it is written anew by every submission.
         write_atomic(self.path / "shard.json", json.dumps(values), sync=False)
 
-    def read(self) -> Shard:
-        return Shard(**json.loads((self.path / "shard.json").read_text()))
+    def read(self) -> dict[str, Any]:
+        """What `create` wrote."""
+        values: dict[str, Any] = json.loads((self.path / "shard.json").read_text())
+        return values
+
+    def wait_for(self, jobs: Sequence[str]) -> None:
+        """Note that it is to be run again once these jobs have ended."""
+        rounds = self.waits()[1] + 1
+        write_atomic(self.waits_file, json.dumps({"jobs": list(jobs), "rounds": rounds}))
+
+    def waits(self) -> tuple[list[str], int]:
+        """The jobs for whose end it waits, and how often it has waited since it was submitted."""
+        values = read_json(self.waits_file) or {"jobs": [], "rounds": 0}
+        return values["jobs"], values["rounds"]
 
     def failures(self) -> list[dict[str, Any]]:
         if not self.failures_file.exists():
@@ -147,24 +212,34 @@ class ShardFolder:
 
     def state(self, name: str, tries: int) -> ShardState:
         failures = self.failures()
-        detail = ""
-        if failures:
+        values: dict[str, Any] = {"failures": len(failures)}
+        if (done := read_json(self.done_file)) is not None:
+            values |= {"status": "done", "seconds": done.get("seconds", 0.0)}
+        elif failures:
             last = failures[-1]
-            detail = (
-                f"{last['what']}; the last lines of {self.path / last['log']}:\n{last['detail']}"
-            )
-        status: Literal["done", "failed", "unfinished"] = "unfinished"
-        if self.done_file.exists():
-            status, detail = "done", ""
-        elif len(failures) >= tries:
-            status = "failed"
+            log = self.path / last["log"]
+            values["detail"] = f"{last['what']}; the last lines of {log}:\n{last['detail']}"
+            values["status"] = "failed" if len(failures) >= tries else "unfinished"
         return ShardState(
             name=name,
             directory=self.output,
-            status=status,
-            failures=len(failures),
-            detail=detail,
+            is_begun=len(self.new_logs()) > len(failures),
+            is_locked=self.is_locked(),
+            **values,
         )
+
+    def new_logs(self) -> list[Path]:
+        """Those of the tries since it was last submitted."""
+        since = (self.path / "shard.json").stat().st_mtime if self.path.exists() else 0.0
+        return [log for log in self.path.glob("try-*.log") if log.stat().st_mtime >= since]
+
+    def is_locked(self) -> bool:
+        """Whether a process is at work on it, or has it in hand."""
+        file = self.path / "lock"
+        if not file.exists():
+            return False
+        with file.open("r+") as stream:
+            return not try_lock(stream.fileno())
 
 
 def run_shard(path: Path) -> None:
@@ -172,31 +247,24 @@ def run_shard(path: Path) -> None:
     folder = ShardFolder(path)
     if folder.done_file.exists():
         return
-    shard = folder.read()
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("megadistill").setLevel(logging.INFO)
+    values = folder.read()
+    function, kind = load_entry(values["entry"])
     begun = time.time()
-    load_entry(shard.entry)(folder.output, shard.arguments)
+    function(folder.output, kind.model_validate(values["arguments"]))
     values = {"seconds": round(time.time() - begun, 3), "host": socket.gethostname()}
     write_atomic(folder.done_file, json.dumps(values))
 
 
-def load_entry(entry: str) -> Callable[[Path, Mapping[str, Any]], object]:
-    """The function a shard names."""
+def load_entry(
+    entry: str,
+) -> tuple[Callable[[Path, ShardArguments], object], type[ShardArguments]]:
+    """The function a shard names, and the class of its arguments."""
     module, _, name = entry.partition(":")
-    function: Callable[[Path, Mapping[str, Any]], object] = getattr(
-        importlib.import_module(module), name
-    )
-    return function
-
-
-def run_command(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """The entry of `command_shard`: a `megadistill` command line, as if typed, in this process."""
-    os.environ[SHARD_DIRECTORY] = str(directory)
-    sys.argv = ["megadistill", *arguments["words"]]
-    try:
-        runpy.run_module("megadistill", run_name="__main__")
-    except SystemExit as ended:
-        if ended.code:
-            raise
+    function = getattr(importlib.import_module(module), name)
+    _, kind, *_ = typing.get_type_hints(function).values()
+    return function, kind
 
 
 @dataclass(slots=True, kw_only=True)
@@ -207,6 +275,8 @@ class Worker:
     tries: int
     gpus: int = 0
     """GPUs of one slot; 0 leaves CUDA_VISIBLE_DEVICES alone."""
+    may_wait: bool = False
+    """Whether a shard may end with `STOPPED` to wait for other jobs; whoever calls sees to that."""
     stopped: Callable[[], bool] = lambda: False
     """Asked all the time whether to end the running tries and leave."""
     _processes: Processes = field(default_factory=Processes)
@@ -232,9 +302,12 @@ class Worker:
     def start(self, folder: ShardFolder) -> None:
         taken = {slot for _, slot in self._running.values()}
         slot = next(slot for slot in range(self.slots) if slot not in taken)
-        name = folder.read().name
+        values = folder.read()
+        name = values["name"]
         # Shards share cores: threads that spin while they wait would slow each other down.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
+        environment |= values["environment"]
+        environment |= {OUTPUT: str(folder.output), MAY_WAIT: "1" if self.may_wait else ""}
         if self.gpus:
             own = tuple(range(slot * self.gpus, (slot + 1) * self.gpus))
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus(own, os.environ))
@@ -247,6 +320,9 @@ class Worker:
         folder, _ = self._running.pop(exited.name)
         if folder.done_file.exists():
             say(f"{exited.name}: done")
+            return []
+        if self.may_wait and exited.code == STOPPED and (jobs := folder.waits()[0]):
+            say(f"{exited.name}: goes on after job {', '.join(jobs)}")
             return []
         folder.add_failure(exited)
         left = self.tries - len(folder.failures())

@@ -1,111 +1,40 @@
-"""Submitting a run to Slurm through submitit: one job, one task a node, each a node process."""
+"""Jobs of Slurm through submitit, and what its queue says of them."""
 
 import getpass
 import os
 import secrets
 import shlex
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
 
 from megadistill import recipes
-from megadistill.config import RunConfig
 from megadistill.config.cluster import ClusterConfig
-from megadistill.launch.heartbeats import create_run
-from megadistill.launch.layout import describe, layout
-from megadistill.launch.node import DONE, STOPPED, gpus_per_node, open_run, run_node
-from megadistill.launch.node_context import OUTPUT_SETTINGS, ask_slurm, slurm_context
+from megadistill.launch.node_context import OUTPUT_SETTINGS, ask_slurm
 from megadistill.launch.sbatch_options import python_words, sbatch_options, setup_lines, srun_words
-from megadistill.rundir import RunDir
 
 NO_ACCOUNTING = recipes.FOLDER / "slurm" / "no_accounting"
 """Holds the stand-in for sacct."""
-NOT_A_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "MEGADISTILL_LAUNCH", "CUDA_VISIBLE")
+NOT_A_JOBS = (
+    "SLURM_",
+    "SLURMD_",
+    "SRUN_",
+    "SBATCH_",
+    "MEGADISTILL_LAUNCH",
+    "MEGADISTILL_SHARD",
+    "CUDA_VISIBLE",
+)
 """Beginnings of variables that a job must not inherit from where it is submitted."""
 SBATCH_CHOICES = ("SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_RESERVATION")
 """By these a user chooses for all jobs where they run and who pays; they win over `cluster`."""
 WAIT_POLL_S = 5.0
 SQUEUE_PATIENCE_S = 600.0
 """A controller may be restarting; after that long without an answer it is an error."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submitted:
-    """A job on its way, or what a dry run would submit."""
-
-    job_id: str | None
-    """Slurm's number; absent after a dry run."""
-    run_dir: Path
-    log: Path | None
-    """Output of the job's first node; absent after a dry run."""
-    script: str
-    """The job script."""
-    layout: str
-    """Who runs what where, as a table."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeTask:
-    """What every task of the job calls; submitit pickles it."""
-
-    run_dir: Path
-
-    def __call__(self) -> int:
-        return leave_unless_done(run_node(self.run_dir, context=slurm_context()))
-
-
-def submit(
-    config_path: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    verb: str = "train",
-    dry_run: bool = False,
-    wait: bool = False,
-) -> Submitted:
-    """Submit a run as a Slurm job that requeues itself until the run is done.
-
-        from megadistill.launch import submit
-        submitted = submit("configs/camopd/medical.yaml", ["steps=40"])
-
-    The resolved configuration is written to the run directory now; editing the file later does not
-    change a queued job. `dry_run` prints the job script and the layout and submits nothing; it
-    needs no Slurm. `wait` returns when the job has ended well and raises `RuntimeError` when not.
-    Raises `ValueError` for a configuration that cannot run, or a run directory of another one.
-    """
-    if verb != "train":
-        raise ValueError(f"verb: found {verb!r}, expected 'train'")
-    config, run = open_run(config_path, overrides)
-    plan = describe(layout(config, config.cluster.nodes, gpus_per_node(config)))
-    if dry_run:
-        script = gang_executor(config.name, config.cluster, run, check=False).script()
-        sys.stdout.write(f"{script}\n{plan}\n")
-        return Submitted(job_id=None, run_dir=run.path, log=None, script=script, layout=plan)
-    script = gang_executor(config.name, config.cluster, run).script()
-    job = submit_gang(config, run)
-    if wait:
-        wait_for(job)
-    log = Path(job.task(0).paths.stdout)
-    return Submitted(job_id=job.job_id, run_dir=run.path, log=log, script=script, layout=plan)
-
-
-def submit_gang(
-    config: RunConfig, run: RunDir, *, name: str | None = None, after: Sequence[str] = ()
-) -> "submitit.Job[int]":
-    """Submit a run as one job of `cluster.nodes` nodes, once the jobs `after` have ended well.
-
-    Raises `ValueError` for a layout that cannot be, or a run directory of another run.
-    """
-    layout(config, config.cluster.nodes, gpus_per_node(config))
-    create_run(run, config)
-    executor = gang_executor(name or config.name, config.cluster, run, after=after)
-    return submit_task(executor, NodeTask(run_dir=run.path))
 
 
 class GangExecutor(submitit.SlurmExecutor):  # type: ignore[misc]  # submitit is not checked here
@@ -124,19 +53,18 @@ class DryGangExecutor(GangExecutor):
         return 1
 
 
-def gang_executor(
-    name: str, cluster: ClusterConfig, run: RunDir, *, check: bool = True, after: Sequence[str] = ()
-) -> GangExecutor:
-    """An executor for a run's job; its files are in a fresh folder of the run."""
-    return batch_executor(name, cluster, run.path, check=check, after=after)
-
-
 def batch_executor(
-    name: str, cluster: ClusterConfig, root: Path, *, check: bool = True, after: Sequence[str] = ()
+    name: str,
+    cluster: ClusterConfig,
+    root: Path,
+    dependency: str = "",
+    *,
+    check: bool = True,
 ) -> GangExecutor:
     """An executor set up as the configuration asks; its files are in a fresh folder of `root`.
 
-    The job starts once the jobs `after` have ended well, and is cancelled when one has not.
+    `dependency` says in Slurm's words after which jobs it starts; where that cannot be any more, it
+    is cancelled.
     """
     if not str(root).isprintable() or "%" in str(root):
         raise ValueError(
@@ -145,20 +73,22 @@ def batch_executor(
     folder = root / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     python = shlex.join(python_words(cluster))
     executor = (GangExecutor if check else DryGangExecutor)(folder, python=python)
-    executor.update_parameters(**sbatch_parameters(name, cluster, folder=folder, after=after))
+    executor.update_parameters(
+        **sbatch_parameters(name, cluster, folder=folder, dependency=dependency)
+    )
     return executor
 
 
 def sbatch_parameters(
-    name: str, cluster: ClusterConfig, *, folder: Path, after: Sequence[str] = ()
+    name: str, cluster: ClusterConfig, *, folder: Path, dependency: str = ""
 ) -> dict[str, Any]:
     """submitit's parameters (any: they are its own keywords) for one task a node."""
     more: dict[str, Any] = {"requeue": True, "signal": f"USR1@{cluster.signal_seconds}"}
-    if after:
+    if dependency:
         more["kill-on-invalid-dep"] = "yes"
     return {
         **sbatch_options(name, cluster),
-        "dependency": f"afterok:{':'.join(after)}" if after else None,
+        "dependency": dependency or None,
         "wckey": None,
         "stderr_to_stdout": True,
         "additional_parameters": more,
@@ -192,17 +122,6 @@ def job_environment() -> Iterator[None]:
         yield
     finally:
         os.environ.update(own)
-
-
-def leave_unless_done(code: int) -> int:
-    """End the task in submitit's terms: a result, an error, or, to be resumed, neither."""
-    if code == STOPPED:
-        # A result on disk would make submitit take the requeued job for a finished one.
-        sys.stdout.flush()
-        os._exit(code)
-    if code != DONE:
-        raise RuntimeError(f"the attempt failed (exit code {code}); the log above names the cause")
-    return code
 
 
 def wait_for(job: "submitit.Job[int]") -> None:

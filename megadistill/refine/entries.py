@@ -4,45 +4,49 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megadistill.launch.shards import ShardArguments
 from megadistill.rollout.vllm_arguments import vllm_environment
 
-Arguments = Mapping[str, Any]  # plain JSON values
+
+class PlainArguments(ShardArguments):
+    """Arguments by name."""
+
+    values: dict[str, Any]  # plain JSON values
 
 
-def rewrite(directory: Path, arguments: Arguments) -> None:
+def rewrite(directory: Path, arguments: PlainArguments) -> None:
     """Eq. (1): rewrite a part of the records."""
     set_up(directory)
     from megadistill.refine import rewriting
 
-    rewriting.rewrite(directory, arguments)
+    rewriting.rewrite(directory, arguments.values)
 
 
-def measure(directory: Path, arguments: Arguments) -> None:
+def measure(directory: Path, arguments: PlainArguments) -> None:
     """Eq. (2): similarities of a part of the rewrites."""
     set_up(directory)
     from megadistill.refine import similarity
 
-    similarity.measure(directory, arguments)
+    similarity.measure(directory, arguments.values)
 
 
-def fuse(directory: Path, arguments: Arguments) -> None:
+def fuse(directory: Path, arguments: PlainArguments) -> None:
     """Eq. (4): fuse a part of what passed."""
     set_up(directory)
     from megadistill.refine import fusing
 
-    fusing.fuse(directory, arguments)
+    fusing.fuse(directory, arguments.values)
 
 
-def diagnose(directory: Path, arguments: Arguments) -> None:
+def diagnose(directory: Path, arguments: PlainArguments) -> None:
     """Measure the refined set."""
     set_up(directory)
     from megadistill.refine import diagnosing
 
-    diagnosing.diagnose(directory, arguments)
+    diagnosing.diagnose(directory, arguments.values)
 
 
 def set_up(directory: Path) -> None:

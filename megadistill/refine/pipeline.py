@@ -7,7 +7,7 @@ setting runs its stage and those after it.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from megadistill.config.refine import (
     ServedConfig,
 )
 from megadistill.inference.templates import load_template
-from megadistill.launch.fanout import FanoutResult, Limits, Shard, run_fanout
-from megadistill.launch.shards import content_hash, fingerprint
-from megadistill.refine import assembly, fusing, rewriting
+from megadistill.launch.shards import Shard, content_hash, fingerprint
+from megadistill.launch.staged_work import StagedWork
+from megadistill.launch.stages import Limits, ShardedStage
+from megadistill.refine import assembly, entries, fusing, rewriting
+from megadistill.refine.entries import PlainArguments
 from megadistill.refine.records import input_file, read_records, write_records
 from megadistill.refine.similarity import encoder_path
 from megadistill.refine.stages import Stage, part_of
@@ -48,7 +50,6 @@ class Pipeline:
 
     config: RefineConfig
     gpu: bool
-    run_shards: Callable[..., FanoutResult] = run_fanout
     stages: dict[str, Any] = field(default_factory=dict)
     """What each stage did, for the summary (any: JSON)."""
     hashes: dict[str, Any] = field(default_factory=dict)
@@ -202,28 +203,31 @@ class Pipeline:
         stage.write_runtime(self.runtime())
         shards = [
             Shard(
-                entry=f"megadistill.refine.entries:{entry}",
-                arguments={"format": FORMAT, **values},
+                function=getattr(entries, entry),
+                arguments=PlainArguments(values=values),
                 label=f"{name} {number}",
+                gpus=gpus if self.gpu else 0,
+                version=FORMAT,
             )
             for number, values in enumerate(arguments)
         ]
         self.hashes[name] = {key: arguments[0][key] for key in HASHES if key in arguments[0]}
         folders = [stage.path / "shards" / shard.key for shard in shards]
         reused = sum((folder / "done.json").exists() for folder in folders)
-        gpus = gpus if self.gpu else 0
-        limits = Limits(
-            concurrency=self.config.shards.concurrency,
-            tries=self.config.shards.tries,
-            gpus=gpus,
-        )
-        cluster = self.config.cluster
-        if cluster is not None:  # a shard asks for the GPUs it uses, not for all of a node
-            cluster = cluster.model_copy(update={"gpus_per_node": gpus})
+        limits = Limits(concurrency=self.config.shards.concurrency, tries=self.config.shards.tries)
         begun = time.monotonic()
         log.info("%s: %d shards, %d of them done before", name, len(shards), reused)
-        job = f"{self.config.name}-{name}"
-        self.run_shards(stage.path, shards, limits, cluster=cluster, name=job).check()
+        sharded = ShardedStage(name=name, root=stage.path, shards=shards, limits=limits)
+        StagedWork(
+            name=self.config.name,
+            root=self.root,
+            command=(),
+            stages=[sharded],
+            limits=limits,
+            cluster=self.config.cluster,
+            finish=sharded.describe,
+        ).carry_out(wait=True)
+        sharded.check()
         self.stages[name] = {
             "shards": len(shards),
             "reused": reused,

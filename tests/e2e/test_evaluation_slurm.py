@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megadistill.config import EvaluateConfig, dump, parse
-from megadistill.launch import fanout
+from megadistill.launch.stages import read_jobs
 from tests.e2e.local_slurm import Cluster, local_cluster
 from tests.evaluate.test_evaluation import medqa_row
 from tests.inference.scripted import Endpoint, endpoint_tree
@@ -61,7 +61,7 @@ def test_the_job_script_makes_a_table_by_arrays_and_then_has_nothing_to_do(
     assert "| sys | 50.0 [" in (root / "report" / "table.md").read_text()
     assert len(endpoint.bodies) == 8
     for stage, tasks in (("generate", 2), ("score", 1)):
-        jobs = fanout.read_jobs(root / "stages" / stage)
+        jobs = read_jobs(root / "stages" / stage)
         assert len(jobs) == 1
         assert len(list((root / "stages" / stage / "shards").iterdir())) == tasks
     endpoint.stop()

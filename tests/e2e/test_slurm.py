@@ -169,7 +169,7 @@ def test_a_submitit_job_requeues_and_returns(job: Job, monkeypatch: pytest.Monke
     config, run = open_run(job.configure(cluster={"nodes": 2, "signal_seconds": 60}), ())
     run.create(config)
     job.play("trainer-0", "work 1000")
-    executor = slurm.gang_executor(config.name, config.cluster, run)
+    executor = slurm.batch_executor(config.name, config.cluster, run.path)
     submitted = slurm.submit_task(executor, FakeTask(run.path))
     job.id = submitted.job_id
     job.reach(2)

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from megadistill.data.files import Longest
 from megadistill.evaluate import generating, protocol
 from megadistill.evaluate.benchmarks import read_items
 from megadistill.evaluate.pipeline import Evaluation
-from megadistill.launch.fanout import FanoutResult, Limits, Shard
-from megadistill.launch.shards import ShardFolder, run_shard
 from megadistill.rollout.vllm_arguments import EngineSettings
 from tests.inference.scripted import Endpoint, Killed, ScriptedEngine, endpoint_tree
+from tests.launch.in_process import shards_in_process
 from tests.tiny import make_tokenizer, write_model_config
 
 QUESTIONS = 12
@@ -44,20 +43,8 @@ class World:
     def run(self, **changes: Any) -> str:
         self.runs.clear()
         config = parse(EvaluateConfig, {**self.tree, **changes})
-        return Evaluation(config, False, run_shards=self.run_shards).run()
-
-    def run_shards(
-        self, root: Path, shards: Sequence[Shard], limits: Limits, **_: Any
-    ) -> FanoutResult:
-        states = []
-        for shard in shards:
-            folder = ShardFolder.of(root, shard)
-            if not folder.done_file.exists():
-                self.runs.append(f"{root.name} {shard.label}")
-                folder.create(shard)
-                run_shard(folder.path)
-            states.append(folder.state(shard.name, limits.tries))
-        return FanoutResult(shards=tuple(states))
+        with shards_in_process(self.runs):
+            return Evaluation(config, False).run()
 
     def results(self, system: str, benchmark: str = "medqa") -> list[dict[str, Any]]:
         file = self.path / "runs" / "tiny" / "results" / system / f"{benchmark}.parquet"

@@ -2,12 +2,11 @@
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megadistill.config.refine import ServedConfig
 from megadistill.inference import serving
+from megadistill.launch.shards import ShardArguments
 
 SERVER = """
 import os, sys
@@ -24,7 +23,11 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
-def serve_two(directory: Path, arguments: Mapping[str, Any]) -> None:
+class ServeArguments(ShardArguments):
+    model: str
+
+
+def serve_two(directory: Path, arguments: ServeArguments) -> None:
     """Serve two models; the first try dies in their midst."""
     seen: dict[str, Path] = {}
 
@@ -35,7 +38,7 @@ def serve_two(directory: Path, arguments: Mapping[str, Any]) -> None:
     for name in ("fusion", "judge"):
         seen[name] = directory / f"{name}.{0 if first else 1}"
     serving.serve_command = command
-    model = ServedConfig(path=arguments["model"])
+    model = ServedConfig(path=arguments.model)
     with serving.open_models(dict.fromkeys(seen, model), gpu=False, logs=directory):
         if first:
             os.kill(os.getpid(), 9)

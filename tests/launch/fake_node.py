@@ -8,10 +8,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from megadistill.launch.gang import leave_unless_done
 from megadistill.launch.layout import Role
 from megadistill.launch.node import run_node
 from megadistill.launch.node_context import LOCALHOST, NodeContext, local_context, slurm_context
-from megadistill.launch.slurm import leave_unless_done
 from megadistill.launch.supervisor import Timeouts
 from megadistill.rundir import RunDir
 

@@ -2,29 +2,38 @@
 
 import os
 import signal
+import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from megadistill.launch.shards import MAY_WAIT, Runtime, ShardArguments, ShardFolder
+from megadistill.launch.stopping import STOPPED
 
 
-def add_items(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """Do `items` items, each once: a file an item, and a line in the ledger that counts.
+class ItemsArguments(ShardArguments):
+    ledger: Path
+    part: int
+    items: int = 3
+    fail_once_after: int | None = None
+    """The first try ends badly after so many items."""
+    how: Literal["raise", "kill"] = "raise"
+    pause_s: Runtime[float] = 0
+    """Seconds each item takes."""
 
-    `fail_once_after`: the first try ends badly after so many items. `how`: raise, or kill itself.
-    `pause_s`: seconds each item takes.
-    """
-    ledger = Path(arguments["ledger"])
-    for item in range(arguments["items"]):
+
+def add_items(directory: Path, arguments: ItemsArguments) -> None:
+    """Do `items` items, each once: a file an item, and a line in the ledger that counts."""
+    for item in range(arguments.items):
         file = directory / f"item-{item}"
         if file.exists():
             continue  # an earlier try did it
-        if item == arguments.get("fail_once_after") and not (directory / "failed").exists():
+        if item == arguments.fail_once_after and not (directory / "failed").exists():
             (directory / "failed").touch()
-            fail(arguments.get("how", "raise"))
-        time.sleep(arguments.get("pause_s", 0))
-        with ledger.open("a") as stream:
-            stream.write(f"{arguments['part']} {item}\n")
+            fail(arguments.how)
+        time.sleep(arguments.pause_s)
+        with arguments.ledger.open("a") as stream:
+            stream.write(f"{arguments.part} {item}\n")
         file.touch()
 
 
@@ -34,12 +43,36 @@ def fail(how: str) -> None:
     raise RuntimeError("bad luck, once")
 
 
-def always_fails(directory: Path, arguments: Mapping[str, Any]) -> None:
-    with Path(arguments["ledger"]).open("a") as stream:
+class LedgerArguments(ShardArguments):
+    ledger: Path
+
+
+def always_fails(directory: Path, arguments: LedgerArguments) -> None:
+    with arguments.ledger.open("a") as stream:
         stream.write("tried\n")
     raise RuntimeError("bad luck, always")
 
 
-def show_gpus(directory: Path, arguments: Mapping[str, Any]) -> None:
+class GpusArguments(ShardArguments):
+    part: int
+    pause_s: float
+
+
+def show_gpus(directory: Path, arguments: GpusArguments) -> None:
     (directory / "gpus").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
-    time.sleep(arguments["pause_s"])
+    (directory / "own").write_text(os.environ.get("OWN", ""))
+    time.sleep(arguments.pause_s)
+
+
+class WaitsArguments(ShardArguments):
+    jobs: tuple[str, ...]
+
+
+def waits(directory: Path, arguments: WaitsArguments) -> None:
+    """The first try leaves to go on after the jobs; the second says where it was in the queue."""
+    assert os.environ[MAY_WAIT]
+    own = ShardFolder(directory.parent)
+    if not own.waits()[0]:
+        own.wait_for(arguments.jobs)
+        sys.exit(STOPPED)
+    (directory / "restarts").write_text(os.environ["SLURM_RESTART_COUNT"])

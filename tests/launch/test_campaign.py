@@ -11,7 +11,8 @@ import yaml
 from megadistill.cli import main
 from megadistill.config.cluster import ClusterConfig
 from megadistill.config.work import WorkConfig
-from megadistill.launch.campaign import Campaign, inherit, with_resources
+from megadistill.launch.campaign import Campaign, inherit
+from megadistill.launch.commands import with_resources
 from tests.launch.configs import settings
 
 CRASHES = """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.launch import slurm, submit
+from megadistill.launch import gang, slurm, submit
 from megadistill.rundir import RunDir
 from tests.launch.configs import make_config, write_config
 
@@ -91,11 +91,11 @@ def test_a_task_ends_in_submitits_terms(monkeypatch: pytest.MonkeyPatch) -> None
         raise SystemExit(code)
 
     monkeypatch.setattr(os, "_exit", leave)
-    assert slurm.leave_unless_done(0) == 0
+    assert gang.leave_unless_done(0) == 0
     with pytest.raises(RuntimeError, match="exit code 1"):
-        slurm.leave_unless_done(1)
+        gang.leave_unless_done(1)
     with pytest.raises(SystemExit, match="75"):
-        slurm.leave_unless_done(75)
+        gang.leave_unless_done(75)
 
 
 def make_command(directory: Path, name: str, body: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import pytest
 from megadistill.config.refine import EndpointConfig, FusionConfig
 from megadistill.inference.chat import open_endpoint
 from megadistill.inference.templates import load_template
-from megadistill.launch.fanout import Shard
 from megadistill.launch.shards import ShardFolder
 from megadistill.refine.blocks import read_blocks
 from megadistill.refine.checking import Rules
@@ -212,12 +212,9 @@ def test_a_shard_that_is_killed_loses_and_doubles_nothing(
     world.run()
     rows = world.refined()
     (folder,) = (world.root / "stages" / "fusion" / "shards").iterdir()
-    shard = ShardFolder(folder).read()
-    again = ShardFolder.of(
-        world.root / "stages" / "fusion",
-        Shard(entry=shard.entry, arguments={**shard.arguments, "format": 0}),
-    )
-    again.create(Shard(entry=shard.entry, arguments=shard.arguments))
+    again = ShardFolder(folder.with_name("again"))
+    again.output.mkdir(parents=True)
+    shutil.copy(folder / "shard.json", again.path)
     server.bodies.clear()
     server.script = deadly
     command = [sys.executable, "-m", "megadistill", "shard", str(again.path)]

@@ -14,13 +14,12 @@ import pytest
 
 from megadistill.config import RefineConfig, parse
 from megadistill.inference import templates
-from megadistill.launch.fanout import FanoutResult, Limits, Shard
-from megadistill.launch.shards import ShardFolder, run_shard
 from megadistill.refine import diagnosing, rewriting, similarity
 from megadistill.refine.pipeline import Pipeline
 from megadistill.refine.similarity import Vectors
 from megadistill.rollout.vllm_arguments import EngineSettings
 from tests.inference.scripted import Killed, ScriptedEngine
+from tests.launch.in_process import shards_in_process
 from tests.tiny import Tree, make_tokenizer, write_model_config
 
 FRUIT = ("apple", "banana", "cherry", "damson", "elder", "fig", "grape", "hazel", "iris", "jam")
@@ -74,23 +73,9 @@ class World:
 
     def run(self, **changes: Any) -> dict[str, Any]:
         self.runs.clear()
-        pipeline = Pipeline(self.config(**changes), False, run_shards=self.run_shards)
-        return pipeline.run()
-
-    def run_shards(
-        self, root: Path, shards: Sequence[Shard], limits: Limits, **_: Any
-    ) -> FanoutResult:
-        """As `run_fanout`, in this process."""
-        states = []
-        for shard in shards:
-            folder = ShardFolder.of(root, shard)
-            if not folder.done_file.exists():
-                self.runs.append(shard.label)
-                folder.create(shard)
-                with mock.patch.dict(os.environ):  # which a shard sets up for itself
-                    run_shard(folder.path)
-            states.append(folder.state(shard.name, limits.tries))
-        return FanoutResult(shards=tuple(states))
+        # A shard sets the environment up for itself.
+        with shards_in_process(self.runs), mock.patch.dict(os.environ):
+            return Pipeline(self.config(**changes), False).run()
 
     @property
     def root(self) -> Path:

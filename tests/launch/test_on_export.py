@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megadistill.config.work import WorkConfig
-from megadistill.launch.exports import ExportWatch, evaluation, export_watch, log_file
+from megadistill.launch.on_export import ExportWatch, evaluation, export_watch, log_file
 from megadistill.rundir import RunDir
 from tests.launch.configs import make_config
 
@@ -33,11 +33,11 @@ def write_exports(run: RunDir, *steps: int) -> None:
 
 
 def submitted(run: RunDir, step: int, *, done: bool) -> None:
-    """As the work on an export looks in the files of its fan-out."""
+    """As the work on an export looks in the files of its shards."""
     root = evaluation(run, run.step_export(step))
     shard = root / "shards" / "0123"
     shard.mkdir(parents=True)
-    (root / "jobs.json").write_text(json.dumps({"jobs": ["1"]}))
+    (root / "jobs.json").write_text(json.dumps({"shards": {"1": ["0123"]}}))
     if done:
         (shard / "done.json").write_text("{}")
 
@@ -104,7 +104,8 @@ def test_a_look_costs_nothing_between_two(run: RunDir) -> None:
 def test_the_watch_follows_the_configuration(tmp_path: Path) -> None:
     work = {"verb": "eval", "config": "eval.yaml"}
     config = make_config(
-        checkpoint={"every": 5, "export_every": 10, "keep_exports": 3, "on_export": work}
+        steps=20,
+        checkpoint={"every": 5, "export_every": 10, "keep_exports": 3, "on_export": work},
     )
     run = RunDir(tmp_path)
     run.create(config)

@@ -1,7 +1,7 @@
 """Every student a run exports starts work of its own, which nobody waits for.
 
 `checkpoint.on_export` says what. The node process sees a new export and starts
-`python -m megadistill.launch.evaluation RUN EXPORT` beside the run, which submits it: what goes wrong
+`python -m megadistill.launch.on_export RUN EXPORT` beside the run, which submits it: what goes wrong
 there, or on the way to Slurm, is a line in RUN/logs/on_export.log and none of the run's business.
 It also deletes old exports, so that `checkpoint.keep_exports` of them are left.
 """
@@ -10,12 +10,15 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megadistill.config import resolve_path
 from megadistill.config.work import WorkConfig
+from megadistill.launch.commands import fill, with_resources, work_stage
 from megadistill.launch.shards import ShardFolder
+from megadistill.launch.slurm import live_jobs
 from megadistill.rundir import RunDir
 
 LOOK_EVERY_S = 5.0
@@ -80,7 +83,7 @@ class ExportWatch:
         return any(ShardFolder(path).has_work(tries) for path in (root / "shards").iterdir())
 
     def start(self, export: Path) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "megadistill.launch.evaluation", str(self.run.path)]
+        command = [sys.executable, "-m", "megadistill.launch.on_export", str(self.run.path)]
         with log_file(self.run).open("ab") as log:
             return subprocess.Popen(
                 [*command, str(export)],
@@ -137,3 +140,47 @@ def note(run: RunDir, text: str) -> None:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
     except OSError as error:
         sys.stderr.write(f"{text} ({error})\n")
+
+
+def submit_work(run: RunDir, export: Path) -> list[str]:
+    """Submit the run's `checkpoint.on_export` for one export; the arrays' numbers."""
+    config = run.load_config()
+    work = config.checkpoint.on_export
+    assert work is not None
+    step = str(step_of(run, export))
+    marks = {"{export}": str(export), "{step}": step}
+    filled = work.model_copy(update={"args": [fill(word, marks) for word in work.args]})
+    stage = work_stage(
+        *(filled, evaluation(run, export)),
+        label=f"step-{step}",
+        config=Path(work.config or ""),
+        depends=str(export),
+    )
+    one_node = config.cluster.model_copy(update={"rollout_gpus_per_node": None})
+    return stage.submit(with_resources(one_node, work), f"{config.name}-{step}", live=live_jobs())
+
+
+def step_of(run: RunDir, export: Path) -> int:
+    """The number of optimizer steps an export has seen."""
+    if export.name.startswith("step-"):
+        return int(export.name.removeprefix("step-"))
+    return run.load_config().steps
+
+
+def main() -> int:
+    """`python -m megadistill.launch.on_export RUN EXPORT`, started by the node process."""
+    run, export = RunDir(Path(sys.argv[1])), Path(sys.argv[2])
+    if shutil.which("sbatch") is None:
+        note(run, f"{export}: not submitted, found no sbatch here")
+        return 0
+    try:
+        jobs = submit_work(run, export)
+    except Exception:  # noqa: BLE001 - the end of this process; its log is where one looks
+        note(run, f"{export}: could not be submitted\n{traceback.format_exc()}")
+        return 1
+    note(run, f"{export}: job {', '.join(jobs)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Submitting a run to Slurm: one job, one task a node, each a node process."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import submitit
+
+from megadistill.config import RunConfig
+from megadistill.launch.heartbeats import create_run
+from megadistill.launch.layout import describe, layout
+from megadistill.launch.node import gpus_per_node, open_run, run_node
+from megadistill.launch.node_context import slurm_context
+from megadistill.launch.slurm import batch_executor, submit_task, wait_for
+from megadistill.launch.stopping import DONE, STOPPED
+from megadistill.rundir import RunDir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A job on its way, or what a dry run would submit."""
+
+    job_id: str | None
+    """Slurm's number; absent after a dry run."""
+    run_dir: Path
+    log: Path | None
+    """Output of the job's first node; absent after a dry run."""
+    script: str
+    """The job script."""
+    layout: str
+    """Who runs what where, as a table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeTask:
+    """What every task of the job calls; submitit pickles it."""
+
+    run_dir: Path
+
+    def __call__(self) -> int:
+        return leave_unless_done(run_node(self.run_dir, context=slurm_context()))
+
+
+def submit(
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    verb: str = "train",
+    dry_run: bool = False,
+    wait: bool = False,
+) -> Submitted:
+    """Submit a run as a Slurm job that requeues itself until the run is done.
+
+        from megadistill.launch import submit
+        submitted = submit("configs/camopd/medical.yaml", ["steps=40"])
+
+    The resolved configuration is written to the run directory now; editing the file later does not
+    change a queued job. `dry_run` prints the job script and the layout and submits nothing; it
+    needs no Slurm. `wait` returns when the job has ended well and raises `RuntimeError` when not.
+    Raises `ValueError` for a configuration that cannot run, or a run directory of another one.
+    """
+    if verb != "train":
+        raise ValueError(f"verb: found {verb!r}, expected 'train'")
+    config, run = open_run(config_path, overrides)
+    plan = describe(layout(config, config.cluster.nodes, gpus_per_node(config)))
+    if dry_run:
+        script = batch_executor(config.name, config.cluster, run.path, check=False).script()
+        sys.stdout.write(f"{script}\n{plan}\n")
+        return Submitted(job_id=None, run_dir=run.path, log=None, script=script, layout=plan)
+    script = batch_executor(config.name, config.cluster, run.path).script()
+    job = submit_gang(config, run)
+    if wait:
+        wait_for(job)
+    log = Path(job.task(0).paths.stdout)
+    return Submitted(job_id=job.job_id, run_dir=run.path, log=log, script=script, layout=plan)
+
+
+def submit_gang(
+    config: RunConfig, run: RunDir, *, name: str | None = None, after: Sequence[str] = ()
+) -> "submitit.Job[int]":
+    """Submit a run as one job of `cluster.nodes` nodes, once the jobs `after` have ended well.
+
+    Raises `ValueError` for a layout that cannot be, or a run directory of another run.
+    """
+    layout(config, config.cluster.nodes, gpus_per_node(config))
+    create_run(run, config)
+    dependency = f"afterok:{':'.join(after)}" if after else ""
+    executor = batch_executor(name or config.name, config.cluster, run.path, dependency)
+    return submit_task(executor, NodeTask(run_dir=run.path))
+
+
+def leave_unless_done(code: int) -> int:
+    """End the task in submitit's terms: a result, an error, or, to be resumed, neither."""
+    if code == STOPPED:
+        # A result on disk would make submitit take the requeued job for a finished one.
+        sys.stdout.flush()
+        os._exit(code)
+    if code != DONE:
+        raise RuntimeError(f"the attempt failed (exit code {code}); the log above names the cause")
+    return code

@@ -1,0 +1,328 @@
+"""A stage: many independent shards at once, as Slurm arrays or as processes of this machine.
+
+    class RewriteArguments(ShardArguments):
+        part: int
+        of: int
+
+    def rewrite(directory: Path, arguments: RewriteArguments) -> None:
+        ...                             # goes on from what it finds in `directory`, writes there
+
+    stage = ShardedStage(
+        name="rewrite",
+        root=Path("runs/refine/stages/rewrite"),
+        shards=[Shard(function=rewrite, arguments=RewriteArguments(part=i, of=8)) for i in range(8)],
+        limits=Limits(concurrency=4),
+    )
+    stage.run_here()                    # or stage.submit(cluster, "refine-rewrite")
+    stage.check()                       # ValueError naming the failed shards and their last lines
+    files = [directory / "rows.jsonl" for directory in stage.outputs]
+
+Run or submitted again it does only what is not done. Whether a shard is done is judged by its own
+files, whether its job lives by squeue; accounting is not needed.
+"""
+
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from megadistill.atomic import write_atomic
+from megadistill.config.cluster import ClusterConfig
+from megadistill.launch.node_context import ask_slurm, own_job, requeue
+from megadistill.launch.shards import Shard, ShardFolder, ShardState, Worker, say
+from megadistill.launch.slurm import (
+    GangExecutor,
+    batch_executor,
+    job_environment,
+    live_jobs,
+    make_sacct_usable,
+)
+from megadistill.launch.stopping import DONE, STOPPED, stop_requests
+
+MOST_TASKS = 1000
+"""Tasks of one array; Slurm's MaxArraySize is 1001 unless a site changed it. More shards share."""
+MOST_RESTARTS = 20
+"""Requeues of one task after which it gives up."""
+STATUS_PATIENCE_S = 20.0
+Status = Literal["done", "running", "queued", "failed", "stopped", "not submitted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of a stage."""
+
+    concurrency: int = 4
+    """Shards that run at the same time."""
+    tries: int = 3
+    """How often a failing shard is run before it is given up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageState:
+    """A line of `megadistill campaign status`."""
+
+    name: str
+    verb: str = ""
+    status: Status
+    job: str = ""
+    """Slurm's number of the last job."""
+    progress: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedStage:
+    """The shards of one stage and the directory in which they lie."""
+
+    name: str
+    root: Path
+    shards: Sequence[Shard[Any]]
+    limits: Limits = field(default_factory=Limits)
+    needs: tuple[str, ...] = ()
+    """Names of the stages whose shards it reads."""
+
+    @property
+    def folders(self) -> dict[str, ShardFolder]:
+        """Key -> directory of each shard, in order; the same work twice is one."""
+        return {s.key: ShardFolder(self.root.absolute() / "shards" / s.key) for s in self.shards}
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Where each shard's output lies, in the order of the shards."""
+        return [self.folders[shard.key].output for shard in self.shards]
+
+    def states(self) -> list[ShardState]:
+        """How the shards stand, by their files."""
+        names = {shard.key: shard.name for shard in self.shards}
+        tries = self.limits.tries
+        return [folder.state(names[key], tries) for key, folder in self.folders.items()]
+
+    def describe(self) -> str:
+        """One line a shard that is not done, and a total."""
+        states = self.states()
+        left = [f"{s.name}: {s.status}. {s.detail}".rstrip() for s in states if s.status != "done"]
+        return "\n".join([*left, f"{len(states) - len(left)} of {len(states)} shards are done"])
+
+    @property
+    def is_done(self) -> bool:
+        return all(state.status == "done" for state in self.states())
+
+    def check(self) -> None:
+        """Raise `ValueError` unless every shard is done."""
+        if not self.is_done:
+            raise ValueError(self.describe())
+
+    def prepare(
+        self, *, afresh: bool, apart_from: Sequence[str] = ()
+    ) -> dict[int | None, list[ShardFolder]]:
+        """Make the directories of what is not done, and return those with work, by GPUs of a shard."""
+        found: dict[int | None, list[ShardFolder]] = defaultdict(list)
+        shards = {shard.key: shard for shard in self.shards}
+        for key, folder in self.folders.items():
+            if key in apart_from or folder.done_file.exists():
+                continue
+            folder.create(shards[key], afresh=afresh)
+            if folder.has_work(self.limits.tries):
+                found[shards[key].gpus].append(folder)
+        return found
+
+    def run_here(self) -> None:
+        """Run what is not done on this machine, until nothing more can be done; see `check`.
+
+        A shard that fails `limits.tries` times does not keep the others from running.
+        """
+        for gpus, folders in self.prepare(afresh=True).items():
+            slots, tries = self.limits.concurrency, self.limits.tries
+            worker = Worker(slots=slots, tries=tries, gpus=gpus or 0)
+            worker.work(folders)
+
+    def submit(
+        self,
+        cluster: ClusterConfig,
+        job_name: str,
+        *,
+        live: Mapping[str, str],
+        after: Sequence[str] = (),
+        how: str = "afterok",
+        afresh: bool = True,
+    ) -> list[str]:
+        """Submit what is neither done nor under way in `live` jobs, as an array for each need of GPUs.
+
+        Returns the jobs after which the stage has ended, those of earlier calls among them; empty:
+        nothing is left to do. `after` are jobs that must end first, `how` in Slurm's words; so must
+        those under way in this directory. Not `afresh`, shards whose tries have failed are left alone.
+        """
+        under_way = {job: keys for job, keys in read_jobs(self.root).items() if job in live}
+        jobs = [job for job, keys in under_way.items() if self.folders.keys() & set(keys)]
+        busy = [key for keys in under_way.values() for key in keys]
+        conditions = {how: after, "afterany": list(under_way)}
+        dependency = ",".join(
+            f"{kind}:{':'.join(some)}" for kind, some in conditions.items() if some
+        )
+        for gpus, folders in self.prepare(afresh=afresh, apart_from=busy).items():
+            # A shard asks for the GPUs it uses, not for all of a node.
+            asked = {"nodes": 1, "rollout_nodes": 0}
+            asked |= {} if gpus is None else {"gpus_per_node": gpus}
+            one_node = cluster.model_copy(update=asked)
+            executor = batch_executor(job_name, one_node, self.root.absolute(), dependency)
+            jobs.append(submit_array(executor, self.root, folders, self.limits))
+        return jobs
+
+    def state(self, live: Mapping[str, str]) -> StageState:
+        """Where it stands, by its files and the jobs that are in the queue."""
+        return state_of(self.root, self.name, self.states(), live)
+
+
+def state_of(
+    root: Path, name: str, shards: Sequence[ShardState], live: Mapping[str, str]
+) -> StageState:
+    """A stage's line of the table."""
+    done = [shard for shard in shards if shard.status == "done"]
+    failed = [shard for shard in shards if shard.status == "failed"]
+    jobs = list(read_jobs(root))
+    status = status_of(jobs, live, done=len(done) == len(shards), failed=bool(failed))
+    if status not in ("done", "queued") and any(shard.is_locked for shard in shards):
+        status = "running"  # also here, without a job
+    progress = f"{len(done)} of {len(shards)}"
+    if failed:
+        progress += f", {len(failed)} failed"
+    if status == "running" and (
+        running := [shard for shard in shards if shard.is_begun and shard.status == "unfinished"]
+    ):
+        progress += f", {len(running)} running"
+        left = len(shards) - len(done) - len(failed)
+        if done:
+            seconds = sum(shard.seconds for shard in done) / len(done) * left / len(running)
+            progress += f", ETA {timedelta(seconds=round(seconds))}"
+    return StageState(
+        name=name,
+        status=status,
+        job=jobs[-1] if jobs else "",
+        progress=progress,
+        detail=f"{failed[0].name}: {failed[0].detail}" if failed else "",
+    )
+
+
+def status_of(jobs: Sequence[str], live: Mapping[str, str], *, done: bool, failed: bool) -> Status:
+    """What to say of something for which these jobs were submitted."""
+    if done:
+        return "done"
+    if alive := [job for job in jobs if job in live]:
+        return "running" if live[alive[-1]] == "RUNNING" else "queued"
+    if failed:
+        return "failed"
+    return "stopped" if jobs else "not submitted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsTask:
+    """What a task of the array calls; submitit pickles it."""
+
+    folders: tuple[ShardFolder, ...]
+    tries: int
+
+    def __call__(self) -> int:
+        """Work the task's shards off. On Slurm's warning, or when shards wait for other jobs, the
+        task is requeued and goes on later."""
+        with stop_requests() as stop:
+            worker = Worker(
+                slots=1,
+                tries=self.tries,
+                may_wait=True,
+                stopped=lambda: stop.reason is not None,
+            )
+            worker.work(self.folders)
+            if stop.reason is not None:
+                leave_to_resume(f"asked to stop ({stop.reason})")
+            left = [folder for folder in self.folders if folder.has_work(self.tries)]
+            if waits := [job for folder in left for job in folder.waits()[0]]:
+                leave_to_resume("waits for other jobs", behind=waits)
+        failed = [folder.path.name for folder in self.folders if not folder.done_file.exists()]
+        if failed:
+            raise RuntimeError(f"shards failed {self.tries} times: {', '.join(failed)}")
+        return DONE
+
+
+def leave_to_resume(reason: str, behind: Sequence[str] = ()) -> None:
+    """End this task without a result, for which submitit would take it for finished."""
+    problem: str | None = f"it was requeued {MOST_RESTARTS} times"
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < MOST_RESTARTS:
+        problem = requeue(own_job(os.environ), behind)
+    say(f"{reason}; " + (f"not requeued: {problem}" if problem else "requeued"))
+    sys.stdout.flush()
+    os._exit(STOPPED)
+
+
+def submit_array(
+    executor: GangExecutor, root: Path, folders: Sequence[ShardFolder], limits: Limits
+) -> str:
+    """Submit these shards, prepared before, and return the job's number."""
+    num_tasks = min(len(folders), MOST_TASKS)
+    tasks = [
+        ShardsTask(folders=tuple(folders[first::num_tasks]), tries=limits.tries)
+        for first in range(num_tasks)
+    ]
+    executor.update_parameters(array_parallelism=limits.concurrency)
+    make_sacct_usable()
+    with job_environment():
+        job: str = executor.map_array(run_task, tasks)[0].job_id.split("_")[0]
+    add_job(root, job, [folder.path.name for folder in folders])
+    return job
+
+
+def run_task(task: ShardsTask) -> int:
+    """The function of the array."""
+    return task()
+
+
+def read_jobs(root: Path) -> dict[str, list[str]]:
+    """Slurm's numbers of the jobs submitted for what lies in `root`, oldest first, and their shards."""
+    file = root / "jobs.json"
+    jobs: dict[str, list[str]] = json.loads(file.read_text())["shards"] if file.exists() else {}
+    return jobs
+
+
+def add_job(root: Path, job: str, keys: Sequence[str] = ()) -> None:
+    """Note a job that was submitted for what lies in `root`, and the shards it works on."""
+    write_atomic(root / "jobs.json", json.dumps({"shards": {**read_jobs(root), job: list(keys)}}))
+
+
+def jobs_in_queue(folders: Sequence[Path]) -> dict[str, str]:
+    """As `live_jobs`; Slurm is asked only when there are jobs to ask about, and not for long."""
+    return live_jobs(STATUS_PATIENCE_S) if any(map(read_jobs, folders)) else {}
+
+
+def cancel(folders: Sequence[Path]) -> list[str]:
+    """Cancel what is in the queue for these stages, last ones first; the jobs' numbers.
+
+    A job comes before those for which its shards wait, so that it does not start for their end.
+    """
+    jobs: dict[str, None] = {}
+    for folder in reversed(folders):
+        jobs |= dict.fromkeys(read_jobs(folder))
+        for waits in folder.glob("shards/*/waits.json"):
+            jobs |= dict.fromkeys(ShardFolder(waits.parent).waits()[0])
+    live = live_jobs()
+    found = [job for job in jobs if job in live]
+    if found:
+        ask_slurm(["scancel", *found])
+    return found
+
+
+def table(states: Sequence[StageState]) -> Table:
+    """One row a stage, and under it the last trouble of one that failed."""
+    shown = Table(box=None, pad_edge=False)
+    for heading in ("stage", "verb", "state", "job", "progress", ""):
+        shown.add_column(heading)
+    for state in states:
+        cells = (state.name, state.verb, state.status, state.job, state.progress, state.detail)
+        shown.add_row(*(Text(cell) for cell in cells))
+    return shown
