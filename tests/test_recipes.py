@@ -38,6 +38,9 @@ def test_a_campaign_is_copied_with_all_that_its_stages_name_and_include(tmp_path
         "embedded/mopd_medical.yaml",
         "embedded/sft_medical.yaml",
         "eval/embedded.yaml",
+        "schemas/campaign.json",
+        "schemas/eval.json",
+        "schemas/run.json",
     }
 
 

@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from megadistill import recipes as shipped
 from megadistill.cli.verbs import Overrides, Source, family, verb
-from megadistill.config import KINDS, KindName, dump, kind_of, load
+from megadistill.config import KINDS, KindName, dump, json_schema, kind_of, load
 
 config = family(
     "config",
@@ -42,8 +42,8 @@ def check(
 
 @verb(config, example="config schema --kind campaign")
 def schema(kind: Annotated[KindName, Option(help="Of which kind of file.")] = "run") -> None:
-    """The JSON schema, for editors."""
-    print(json.dumps(KINDS[kind].model_json_schema(), indent=2))
+    """The JSON schema, for editors: what configs/schemas holds."""
+    print(json.dumps(json_schema(KINDS[kind]), indent=2))
 
 
 @verb(recipes, "list", example="recipes list")

@@ -50,6 +50,14 @@ def dump(config: Config) -> str:
     return write_yaml(tree)
 
 
+def json_schema(kind: type[Config]) -> dict[str, Any]:
+    """Describes the files of a kind to editors; what a file includes may have any of their keys."""
+    schema: dict[str, Any] = _of_a_part(kind.model_json_schema())
+    files = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    included = files | {"description": "Files, relative to this one, that this one changes."}
+    return schema | {"properties": {"include": included} | schema["properties"]}
+
+
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The settings of any configuration file with its includes and overrides, not validated."""
     tree = _read_tree(Path(path), seen=())
@@ -71,6 +79,15 @@ def resolve_path(path: str) -> str:
     if path.startswith("cache:"):
         return str(cache_dir() / path.removeprefix("cache:"))
     return os.path.expandvars(str(Path(path).expanduser())) if path[:1] in "~/.$" else path
+
+
+def _of_a_part(schema: Any) -> Any:
+    """A schema (any JSON) that asks for no key, not even for the one that tells a union's members."""
+    if isinstance(schema, dict):
+        left_out = ("required", "discriminator")
+        found = {key: _of_a_part(value) for key, value in schema.items() if key not in left_out}
+        return {"anyOf" if key == "oneOf" else key: value for key, value in found.items()}
+    return [_of_a_part(value) for value in schema] if isinstance(schema, list) else schema
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ import yaml
 
 FOLDER = Path(__file__).parent
 _PATH = re.compile(r"[\w.][\w.-]*(?:/[\w.-]+)*")
+_SCHEMA = re.compile(r"^# yaml-language-server: \$schema=(\S+)$", re.MULTILINE)
+"""A line that tells editors where a file's schema is."""
 
 
 def recipes() -> dict[str, str]:
@@ -77,7 +79,8 @@ def _needs(path: Path) -> Iterator[Path]:
     text = path.read_text(encoding="utf-8")
     names: Iterable[str] = []
     if path.suffix == ".yaml":
-        names = filter(_PATH.fullmatch, _strings(yaml.safe_load(text)))
+        texts = [*_strings(yaml.safe_load(text)), *_SCHEMA.findall(text)]
+        names = filter(_PATH.fullmatch, texts)
     elif path.suffix == ".sh":
         names = _PATH.findall(re.sub(r"\$\w+/", "", text))
     for name in names:
@@ -99,7 +102,7 @@ def _strings(tree: Any) -> Iterator[str]:
 
 def _first_sentence(path: Path) -> str:
     """The beginning of the comment at the head of a file, up to its first full stop."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _SCHEMA.sub("", path.read_text(encoding="utf-8")).lstrip("\n").splitlines()
     comment: list[str] = []
     for line in lines[1:] if lines[0].startswith("#!") else lines:
         if not line.startswith("# "):

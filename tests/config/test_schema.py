@@ -1,21 +1,32 @@
 """Rules that every class of the configuration tree keeps."""
 
+import json
+import re
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+import jsonschema
+import pytest
+
 from megadistill.config import (
     KINDS,
+    KindName,
     algorithm,
     campaign,
     cluster,
     evaluate,
+    json_schema,
+    kind_of,
     prepare,
     refine,
     schema,
     work,
 )
+from megadistill.config.core_yaml import read_yaml
 from megadistill.config.fields import Config
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 MOST_FIELDS = 20
 
 
@@ -58,3 +69,40 @@ def tree_classes() -> set[type[Config]]:
     for kind in KINDS.values():
         classes_below(kind, found)
     return found
+
+
+def errors(file: Path, text: str) -> list[str]:
+    """What an editor would say about a file with this text: the kinds of the errors."""
+    (name,) = re.findall(r"^# yaml-language-server: \$schema=(\S+)\n", text)
+    schema = json.loads((file.parent / name).read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    found = jsonschema.Draft202012Validator(schema).iter_errors(read_yaml(text))
+    return [f"{'.'.join(map(str, error.path))} {error.validator}" for error in found]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_committed_schemas_are_up_to_date(kind: KindName) -> None:
+    """Otherwise: megadistill config schema --kind KIND > configs/schemas/KIND.json, for each."""
+    assert json.loads((CONFIGS / f"schemas/{kind}.json").read_text()) == json_schema(KINDS[kind])
+
+
+@pytest.mark.parametrize(
+    "file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
+)
+def test_every_shipped_file_names_its_schema_and_keeps_to_it(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith(f"# yaml-language-server: $schema=../schemas/{kind_of(file)}.json\n")
+    assert errors(file, text) == []
+
+
+def test_an_editor_is_told_of_wrong_keys_and_values() -> None:
+    file = CONFIGS / "camopd/mine.yaml"
+    head = "# yaml-language-server: $schema=../schemas/run.json\ninclude: medical.yaml\n"
+    assert errors(file, head + "algorithm: {kind: camopd, general: {scale: 3}}\n") == []
+    assert errors(file, head + "algorithm: {kind: camopd, general: {scail: 3}}\n") == [
+        "algorithm anyOf"
+    ]
+    assert errors(file, head + "steps: soon\nsede: 1\n") == [
+        " additionalProperties",
+        "steps type",
+    ]
