@@ -12,13 +12,13 @@ from megadistill.algorithms.raft import TEACHER_WORDS
 from megadistill.collect import AnswerCollector, Collector, OnPolicyCollector, Sampler
 from megadistill.config import ConfigError, RunConfig, resolve_path
 from megadistill.convert.families import read_spec
-from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import PromptPool, make_pools
 from megadistill.evaluate.heldout import Heldout, Texts, answer_texts, teacher_texts
 from megadistill.megatron.engine import Engine
 from megadistill.metrics import MetricWriter
 from megadistill.preflight import used_pools
 from megadistill.publish.files import publish_files, published_at
+from megadistill.resolve import resolve
 from megadistill.rollout.client import EnginePool
 from megadistill.rollout.seeds import seed_for
 from megadistill.rundir import RunDir
@@ -133,7 +133,7 @@ def longest_answered(config: RunConfig) -> int | None:
 
 
 def _context(path: str) -> int:
-    return read_spec(resolve_model(path)).max_positions
+    return read_spec(resolve("model", path)).max_positions
 
 
 def _connect(run: RunDir, config: RunConfig) -> Sampler:
@@ -175,7 +175,7 @@ def _teacher_texts(parts: Parts, pools: Mapping[str, PromptPool]) -> Texts:
         rollouts: list[Rollout] = []
         if parts.sampler is not None:
             if parts.published != version:
-                parts.sampler.publish(version, published_at(resolve_model(path)))
+                parts.sampler.publish(version, published_at(resolve("model", path)))
             seeds = [seed_for(config.seed, version, prompt.id) for prompt in prompts]
             rollouts = parts.sampler.generate(prompts, seeds, max_tokens)
         parts.published = version

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 from megadistill.config import RunConfig, resolve_path
-from megadistill.config.schema import DatasetSource, FileSource
+from megadistill.config.schema import FileSource
 from megadistill.convert.families import ModelSpec, read_spec
-from megadistill.data.files import SUFFIXES, resolve_dataset
+from megadistill.data.files import files_of
+from megadistill.resolve import resolve
 from megadistill.rundir import RunDir
 
 CHECKPOINT_BYTES = 14
@@ -20,13 +19,24 @@ WEIGHT_COPIES = 4
 """Of the weights on disk beside checkpoints: two published, the next one, and the export."""
 
 
+ADVICE = (
+    "; `megadistill prepare` makes the papers' sets (configs/prepare/), `megadistill refine` refined "
+    "answers (configs/refine/)"
+)
+
+
 def machine_problems(config: RunConfig) -> list[str]:
     """Paths, model shapes against the layout, lengths and disk space: each problem with its key."""
     problems: list[str] = []
     specs: dict[str, ModelSpec] = {}
     for key, path in model_paths(config).items():
         try:
-            specs[key] = read_spec(_model_directory(path))
+            directory = resolve("model", path, key=f"{key}.path", download=False)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        try:
+            specs[key] = read_spec(directory)
         except ValueError as error:
             problems.append(f"{key}.path: {error}")
     for key, spec in specs.items():
@@ -55,53 +65,20 @@ def used_pools(config: RunConfig) -> list[str]:
     return sorted(used | {chosen.pool for chosen in config.evaluate.answers.values()})
 
 
-def _model_directory(path: str) -> Path:
-    """Where the files of a model lie now. Raises `ValueError` when they are not on this machine."""
-    directory = Path(resolve_path(path))
-    if directory.is_dir():
-        return directory
-    if not _is_hub_name(path):
-        raise ValueError(f"found {str(directory)!r}, which does not exist")
-    file = try_to_load_from_cache(path, "config.json")
-    if not isinstance(file, str):
-        raise ValueError(
-            f"found {path!r}, which is neither a directory nor in the Hugging Face cache; run "
-            f"`hf download {path}` first"
-        )
-    return Path(file).parent
-
-
-def _is_hub_name(path: str) -> bool:
-    """`org/name` is looked up on the hub; anything else must be a directory."""
-    return path.count("/") == 1 and path[0] not in "./~$" and not path.startswith("cache:")
-
-
 def _data_problems(config: RunConfig) -> list[str]:
     """Files of prompts and data sets that are not on this machine, or that nobody can read."""
     sources = {
-        f"data.pools.{name}.sources[{index}]": source
+        f"data.pools.{name}.sources[{index}].path": source
         for name in set(used_pools(config)) & config.data.pools.keys()
         for index, source in enumerate(config.data.pools[name].sources)
     }
     problems: list[str] = []
     for key, source in sources.items():
-        if isinstance(source, FileSource):
-            path = Path(resolve_path(source.path))
-            if not path.is_file():
-                problems.append(
-                    f"{key}.path: found {source.path!r}, which does not exist; "
-                    "`megadistill prepare` makes the papers' sets (configs/prepare/), "
-                    "`megadistill refine` refined answers (configs/refine/)"
-                )
-            elif path.suffix not in SUFFIXES:
-                problems.append(
-                    f"{key}.path: found {source.path!r}, expected one of {', '.join(SUFFIXES)}"
-                )
-        elif isinstance(source, DatasetSource):
-            try:
-                resolve_dataset(source.path, source.revision, download=False)
-            except ValueError as error:
-                problems.append(f"{key}.{error}")
+        try:
+            files_of(source.location, key=key, download=False)
+        except ValueError as error:
+            advice = ADVICE if isinstance(source, FileSource) else ""
+            problems.append(f"{error}{advice}")
     return problems
 
 

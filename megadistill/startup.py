@@ -10,8 +10,8 @@ from megadistill.config import ConfigError, RunConfig
 from megadistill.config.algorithm import BranchConfig
 from megadistill.config.schema import AnswersConfig, ChecksConfig, HeldoutConfig
 from megadistill.convert.families import read_spec
-from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import PromptPool, end_token
+from megadistill.resolve import resolve
 from megadistill.rundir import RunDir
 from megadistill.types import FloatArray, TokenSpan, TopK
 
@@ -66,7 +66,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
 
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_model(path))
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve("model", path))
     return tokenizer
 
 
@@ -82,7 +82,7 @@ def check_vocabularies(
     prompt = next(iter(pools.values())).train[0]
     span = TokenSpan(token_ids_N=np.asarray(prompt.token_ids, dtype=np.int32), num_scored=1)
     for name, model in {"student": config.student, **config.teachers}.items():
-        size = read_spec(resolve_model(model.path)).vocab_size
+        size = read_spec(resolve("model", model.path)).vocab_size
         _, (top,) = score_top_k(name, [span], top_k=size, temperature=1.0)
         mass = float(np.exp(top.logprobs_RK.astype(np.float64)).sum())
         num_ids = len(np.unique(top.ids_RK[(top.ids_RK >= 0) & (top.ids_RK < size)]))
@@ -105,7 +105,7 @@ def check_equal_start(
     selected on (requirement 1 of CaMOPD's implementation). Collective: every rank calls it.
     """
     teacher_model = config.teachers[branch.teacher]
-    starts = [resolve_model(model.path).resolve() for model in (config.student, teacher_model)]
+    starts = [resolve("model", model.path).resolve() for model in (config.student, teacher_model)]
     if starts[0] != starts[1]:
         return
     precisions = [model.precision or config.precision for model in (config.student, teacher_model)]

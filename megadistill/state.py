@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from megadistill.config import RunConfig
-from megadistill.convert.hf_files import resolve_model
 from megadistill.preflight import model_paths
+from megadistill.resolve import resolve
 from megadistill.rollout.store import read_rollouts, write_rollouts
 from megadistill.rundir import RunDir, damaged_files, is_whole, step_of, was_whole
 from megadistill.types import Rollout, TrainingEngine
@@ -95,7 +95,7 @@ def fingerprint(path: str) -> str:
 
     Raises `ValueError` when there is no such model, or it has no weights.
     """
-    directory = resolve_model(path)
+    directory = resolve("model", path)
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"{directory}: found no *.safetensors, expected a Hugging Face model")

@@ -13,8 +13,9 @@ from megadistill.atomic import remove_torn
 from megadistill.collect import Batch, timed
 from megadistill.config import resolve_path
 from megadistill.config.schema import OptimizerConfig
-from megadistill.convert.hf_files import resolve_model, writing_model
+from megadistill.convert.hf_files import writing_model
 from megadistill.report.rollouts import store_rollouts
+from megadistill.resolve import resolve
 from megadistill.state import RunState, save
 from megadistill.types import Sample, StepResult
 
@@ -134,7 +135,7 @@ def export(parts: Parts, target: Path) -> None:
     with writing_model(target) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor)
-        writer.copy_metadata(resolve_model(parts.config.student.path))
+        writer.copy_metadata(resolve("model", parts.config.student.path))
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megadistill import preflight
 from megadistill.config import ConfigError, RunConfig
 from megadistill.config.algorithm import BranchConfig
 from megadistill.config.schema import ChecksConfig
@@ -71,15 +71,17 @@ def test_engines_that_sleep_cannot_sample_ahead(models: Path) -> None:
 def test_a_model_that_is_not_in_the_cache_of_the_hub_is_named(models: Path) -> None:
     (line,) = problems(tree_on(models, student={"path": "no-such-org/no-such-model"}))
     assert line.startswith("student.path: found 'no-such-org/no-such-model', which is neither")
-    assert line.endswith("run `hf download no-such-org/no-such-model` first")
+    assert "nor in the Hugging Face cache; run `hf download no-such-org/no-such-model`" in line
 
 
 def test_a_model_in_the_cache_of_the_hub_is_checked(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        preflight, "try_to_load_from_cache", lambda *_: str(models / "domain" / "config.json")
-    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(models / "hub"))
+    folder = models / "hub" / "models--Qwen--Qwen3-8B"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(models / "domain", folder / "snapshots" / ("a" * 40))
     assert not problems(tree_on(models, student={"path": "Qwen/Qwen3-8B"}))
     lines = problems(tree_on(models, student={"path": "Qwen/Qwen3-8B"}, parallel={"pp": 3}))
     assert lines[0] == "parallel.pp: found 3, expected a divisor of the 4 layers of student"
@@ -106,9 +108,9 @@ def test_data_sets_that_are_not_here_are_named(models: Path) -> None:
     absent, invalid, unreadable = problems(tree)
     assert absent.startswith("data.pools.general.sources[0].path: found 'org/name', which is")
     assert "hf download --repo-type dataset org/name" in absent
-    assert invalid.startswith("data.pools.general.sources[2].path: found './gone', expected a dir")
+    assert invalid.startswith("data.pools.general.sources[2].path: found './gone', which does not")
     assert unreadable.startswith("data.pools.general.sources[3].path: found")
-    assert unreadable.endswith("expected one of .jsonl, .json, .parquet, .csv")
+    assert "expected one of .jsonl, .json, .parquet, .csv" in unreadable
 
 
 @pytest.mark.parametrize("path", ["cache:gone", "/nowhere/model", "~/gone", "a/b/c", "gone"])

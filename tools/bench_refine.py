@@ -18,14 +18,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megadistill.config import RefineConfig, load
-from megadistill.convert.hf_files import resolve_model
+from megadistill.data.records import Record
+from megadistill.data.tokenizer import load_tokenizer
 from megadistill.inference.engine import start_batch_engine
 from megadistill.inference.requests import SamplingParams
 from megadistill.inference.templates import load_template
 from megadistill.refine.blocks import Blocks
-from megadistill.refine.prompts import load_tokenizer
-from megadistill.refine.records import QaRecord, read_records
+from megadistill.refine.records import read_records
 from megadistill.refine.rewriting import COLUMNS, FIELDS, Rewriter, rewrite_all
+from megadistill.resolve import resolve
 from megadistill.rollout.vllm_arguments import IN_PROCESS, EngineSettings, vllm_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,12 +59,12 @@ def main() -> None:
 
 
 def make_sides(
-    config: RefineConfig, records: list[QaRecord], *, gpu: bool
+    config: RefineConfig, records: list[Record], *, gpu: bool
 ) -> dict[str, Callable[[], int]]:
     """The two ways, each a call that returns how many tokens it sampled."""
     settings, engine_config = config.rewrite, config.engine
     half = engine_config.memory_fraction / 2  # two engines lie side by side
-    model = resolve_model(settings.model)
+    model = resolve("model", settings.model)
     rewriter = Rewriter(
         settings=settings,
         template=load_template(settings.template, FIELDS),
@@ -95,7 +96,7 @@ def make_sides(
 
 
 def make_direct(
-    rewriter: Rewriter, batch: EngineSettings, records: list[QaRecord]
+    rewriter: Rewriter, batch: EngineSettings, records: list[Record]
 ) -> Callable[[], int]:
     """vLLM's own class, given every prompt at once."""
     # Not before the first engine has set the environment that vLLM reads when it is imported.

@@ -21,7 +21,8 @@ from megadistill.algorithms.protocol import (
 from megadistill.algorithms.sft import answer_sample
 from megadistill.config.algorithm import BranchConfig, RaftConfig
 from megadistill.config.schema import DataConfig
-from megadistill.data.pools import answer_ids, render_ids
+from megadistill.data.pools import answer_ids
+from megadistill.data.tokenizer import chat_ids
 from megadistill.losses import answer_conditioned
 from megadistill.types import Prompt, Rollout, Sample, Scored, StepResult, TokenSpan
 
@@ -172,4 +173,4 @@ class Raft:
             ids: list[int] = self.tokenizer.encode(f"{text}\nAnswer: ", add_special_tokens=True)
             return ids
         turn = {"role": "user", "content": text}
-        return render_ids([*earlier, turn], self.data.enable_thinking, self.tokenizer)
+        return chat_ids([*earlier, turn], self.tokenizer, self.data.enable_thinking)

@@ -6,46 +6,24 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megadistill.config.fields import Config, Fraction, Name, NaturalInt, PositiveInt
+from megadistill.config.rows import RowConfig
 
 
 class DataFilesConfig(Config):
-    """Files of a data set: on the Hugging Face hub (or its mirror here), or a user's own."""
+    """Files of a data set: on the Hugging Face hub, or a user's own."""
 
     hub: str | None = None
-    """`org/name` on the hub. Read from `mirror/org__name`, where `--download-only` puts it."""
+    """`org/name` on the hub; read from the Hugging Face cache, which `--download-only` fills."""
     revision: str = "main"
     """Branch, tag or commit on the hub."""
     files: list[str] = Field(default_factory=list)
-    """Glob patterns inside the hub's repository, or paths of files (.jsonl, .json, .parquet, .csv)."""
+    """Glob patterns inside the hub's repository, or paths as in `data.pools.NAME.sources` of a run."""
     licence: str = "unknown"
     """As the data card shall name it."""
 
     def contradictions(self) -> Iterator[str]:
         if not self.files:
             yield "files: found none, expected at least one pattern or path"
-
-
-class RowConfig(Config):
-    """How a row is read."""
-
-    format: Literal["messages", "pairs", "instruction", "choices", "medmcqa"] = "messages"
-    """`messages`: chat turns, the last assistant turn is the answer; `pairs`: question and answer;
-    `instruction`: instruction, input, output; `choices`: a question with lettered options (a mapping,
-    a list, or lines `A. ...`) and the right letter or text; `medmcqa`: opa to opd and cop."""
-    id: str | None = None
-    """Field that identifies a row; absent: file name and row number."""
-    question: str = "question"
-    answer: str = "answer"
-    options: str = "options"
-    """May be the question's own field, where the options stand in its last lines."""
-    messages: str = "messages"
-    instruction: str = "instruction"
-    instruction_input: str = "input"
-    output: str = "output"
-    letters_from: Literal[0, 1] = 0
-    """Number that stands for A in `cop` (the hub's files count from 0, MIRAGE's from 1)."""
-    open_ended: bool = False
-    """Ask without the options (`choices`, `medmcqa`)."""
 
 
 class PartConfig(Config):
@@ -124,8 +102,8 @@ class PrepareConfig(Config):
     name: Name
     """Names the files: `output_dir/NAME.jsonl`, `NAME.card.md`, `NAME.card.json`."""
     output_dir: str = "./data"
-    mirror: str = "./data/mirror"
-    """Where `--download-only` puts what the hub has, and where it is read without network."""
+    mirror: str | None = None
+    """Not read any more: what the hub has lies in the Hugging Face cache (HF_HOME)."""
     seed: int = 0
     recipe: RecipeConfig
     sft_name: Name | None = None

@@ -14,6 +14,7 @@ from megadistill.config.fields import (
     PositiveInt,
     Temperature,
 )
+from megadistill.config.rows import RowConfig, RowFormat
 
 Score = Annotated[float, Field(ge=0, le=1)]
 
@@ -26,22 +27,13 @@ REJECTED_PHRASES = (
 )
 
 
-class InputConfig(Config):
+class InputConfig(RowConfig):
     """Questions with raw answers, and which fields hold them."""
 
     path: str
-    """A .jsonl, .json, .parquet or .csv file, or `packaged:NAME` of `megadistill/data/sets`."""
-    format: Literal["auto", "pairs", "messages", "instruction"] = "auto"
-    """`messages`: a chat whose last assistant turn is the answer; `instruction`: instruction, input,
-    output; `auto`: for each record whichever of these its fields allow."""
-    id: str = "id"
-    """Field that identifies a record; absent from a record: file name and row number."""
-    question: str = "question"
-    answer: str = "answer"
-    messages: str = "messages"
-    instruction: str = "instruction"
-    instruction_input: str = "input"
-    output: str = "output"
+    """Files as in `data.pools.NAME.sources` of a run, or `packaged:NAME` of `megadistill/data/sets`."""
+    format: RowFormat = "auto"
+    id: str | None = "id"
     limit: PositiveInt | None = None
     """Use only the first `limit` rows."""
     max_characters: PositiveInt = 100_000

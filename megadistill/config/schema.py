@@ -8,6 +8,7 @@ from pydantic import Field
 from megadistill.config.algorithm import AlgorithmConfig
 from megadistill.config.cluster import ClusterConfig
 from megadistill.config.fields import Config, Fraction, Name, NaturalInt, PositiveFloat, PositiveInt
+from megadistill.config.rows import Location, RowConfig
 from megadistill.config.work import WorkConfig
 
 HeadBackend = Literal["auto", "torch", "triton"]
@@ -105,14 +106,28 @@ class RolloutConfig(Config):
     """Seconds one batch of rollouts or one weight update may take."""
 
 
-class PackagedSource(Config):
+class SourceConfig(Config):
+    """Where prompts come from."""
+
+    @property
+    def location(self) -> Location | None:
+        """What is read, as `resolve` takes it; None for what is made."""
+        return None
+
+
+class PackagedSource(SourceConfig):
     """A set that ships with megadistill: authored medical questions or general prompts."""
 
     kind: Literal["packaged"] = "packaged"
     name: Literal["medical", "general"]
 
+    @property
+    def location(self) -> Location:
+        name = {"medical": "medical_questions", "general": "general_prompts"}[self.name]
+        return Location("data", f"packaged:{name}")
 
-class ReasoningGymSource(Config):
+
+class ReasoningGymSource(SourceConfig):
     """Procedural reasoning tasks of the `reasoning-gym` package."""
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
@@ -123,24 +138,31 @@ class ReasoningGymSource(Config):
     seed: int = 0
 
 
-class RowsSource(Config):
+class RowsSource(SourceConfig):
     """Which fields of a row hold what."""
 
     prompt: str = "prompt"
-    """Field with the user's text, or with chat messages ([{role, content}, ...])."""
+    """Field with the user's text, or with chat turns (`role` and `content`, or `from` and `value`)."""
     answer: str | None = None
-    """Field with the reference answer; absent: the last turn of chat messages, if the assistant's."""
+    """Field with the reference answer; absent: the last turn of a chat, if the assistant's."""
     options: str | None = None
-    """Field with answer options, a mapping letter -> text, for the medical template."""
+    """Field with answer options (a mapping letter -> text, a list, or lines `A. ...`)."""
+    row: RowConfig | None = None
+    """Reads rows as `megadistill prepare` does, instead of by `prompt`, `answer` and `options`."""
     limit: PositiveInt | None = None
     """Use only the first `limit` records."""
 
 
 class FileSource(RowsSource):
-    """Prompts from a user's file: .jsonl, .json, .parquet or .csv."""
+    """Prompts from a user's files: .jsonl, .json, .parquet or .csv, text also as .gz or .zst."""
 
     kind: Literal["file"] = "file"
     path: str
+    """A file, a directory of files, or a glob pattern."""
+
+    @property
+    def location(self) -> Location:
+        return Location("data", self.path)
 
 
 class DatasetSource(RowsSource):
@@ -155,6 +177,10 @@ class DatasetSource(RowsSource):
     """Name of a split, not a slice: `limit` takes the first rows."""
     revision: str | None = None
     """Branch, tag or commit on the hub; name a commit where runs shall be repeatable."""
+
+    @property
+    def location(self) -> Location:
+        return Location("dataset", self.path, self.revision)
 
     def contradictions(self) -> Iterator[str]:
         if "[" in self.split or "+" in self.split:

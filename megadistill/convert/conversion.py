@@ -21,10 +21,10 @@ from megadistill.convert.families import ModelSpec, read_spec
 from megadistill.convert.hf_files import (
     SafetensorsReader,
     copy_companions,
-    resolve_model,
     writing_model,
 )
 from megadistill.convert.mapping import Entry, check_names, entries, to_hf
+from megadistill.resolve import resolve
 
 HF_DIR = "hf"
 """Subdirectory of a converted checkpoint that keeps `config.json` and the tokenizer."""
@@ -71,7 +71,7 @@ def megatron_to_hf(
             f"{src}: has no {HF_DIR}/ with a config.json; "
             "name the Hugging Face model that it was trained from"
         )
-    source = resolve_model(model or Path(src) / HF_DIR)
+    source = resolve("model", str(model or Path(src) / HF_DIR))
     spec = read_spec(source)
     reader = CheckpointReader(src)
     total = sum(_num_bytes(spec, entry, reader.dtype(entry.megatron)) for entry in entries(spec))

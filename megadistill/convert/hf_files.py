@@ -1,7 +1,6 @@
 """Hugging Face model directories: find one, read its tensors one by one, write one in shards."""
 
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -10,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from megadistill.atomic import atomic_directory
-from megadistill.config import resolve_path
 from megadistill.convert.weight_files import INDEX_FILE, SINGLE_FILE, open_weights, weight_map
+from megadistill.resolve import resolve
 
-_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICEN[CS]E*", "NOTICE*")
 _COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -38,26 +34,6 @@ _COPIED = (
 """What belongs to a model beside its weights and `config.json`; its terms go with it, too."""
 
 
-def resolve_model(model: str | Path) -> Path:
-    """The directory of `model`: a path as in a configuration, or a hub name that is downloaded.
-
-    With `HF_HUB_OFFLINE=1` only the cache is asked. Raises `ValueError` saying what to run.
-    """
-    path = Path(resolve_path(str(model)))
-    if path.is_dir():
-        return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
-        raise ValueError(f"{model}: no such directory, and not a hub name of the form org/name")
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=list(_DOWNLOADED)))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-        raise ValueError(
-            f"{model}: not a directory, not in the Hugging Face cache, and not downloadable here "
-            f"({type(error).__name__}); run `hf download {model}` where there is a network and "
-            "share its HF_HOME, or give a local directory"
-        ) from error
-
-
 class SafetensorsReader:
     """Reads tensors of a model directory by name; one weights file is mapped at a time.
 
@@ -66,8 +42,8 @@ class SafetensorsReader:
     """
 
     def __init__(self, model: str | Path) -> None:
-        """`model` as in `resolve_model`. Raises `ValueError` when it holds no safetensors."""
-        self.directory = resolve_model(model)
+        """`model` as a configuration names it. Raises `ValueError` when it holds no safetensors."""
+        self.directory = resolve("model", str(model))
         self._files = weight_map(self.directory)
         self._open_name: str | None = None
         self._open: Any = None  # a `safe_open`, which has no type annotations

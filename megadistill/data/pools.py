@@ -8,14 +8,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megadistill.config.schema import DataConfig
-from megadistill.data.sources import Record, read_pool
-from megadistill.types import Message, Prompt
+from megadistill.data.records import Record
+from megadistill.data.sources import read_pool
+from megadistill.data.tokenizer import chat_ids
+from megadistill.types import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,7 @@ def _render(
     messages = list(record.messages)
     first = 1 if messages[0]["role"] == "system" else 0
     while True:
-        token_ids = render_ids(messages, config.enable_thinking, tokenizer)
+        token_ids = chat_ids(messages, tokenizer, config.enable_thinking)
         if len(token_ids) <= config.max_prompt_tokens:
             return Prompt(
                 id=record.id,
@@ -163,21 +164,3 @@ def _is_too_long(
     if max_answered is None or prompt.answer is None:
         return False
     return len(prompt.token_ids) + len(answer_ids(prompt, tokenizer)) > max_answered
-
-
-def render_ids(
-    messages: Sequence[Message], enable_thinking: bool | None, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """Token ids of a conversation by the chat template, up to where the assistant begins."""
-    # `Any`, because the method has many other keyword arguments, of many types.
-    switches: dict[str, Any] = {}
-    if enable_thinking is not None:
-        switches["enable_thinking"] = enable_thinking
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=False,
-        add_generation_prompt=True,
-        **switches,
-    )
-    ids: list[int] = tokenizer.encode(str(text), add_special_tokens=False)
-    return ids

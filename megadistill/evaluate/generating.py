@@ -11,8 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from megadistill.config.refine import ChatModelConfig, EndpointConfig, ServedConfig
-from megadistill.convert.hf_files import resolve_model
-from megadistill.data.pools import render_ids
+from megadistill.data.tokenizer import chat_ids, load_tokenizer
 from megadistill.evaluate.benchmarks import get_benchmark, read_items
 from megadistill.evaluate.multi_turn import run_scenes
 from megadistill.evaluate.protocol import Item
@@ -21,8 +20,8 @@ from megadistill.inference.chat import ChatError, ChatModel, Usage, open_endpoin
 from megadistill.inference.engine import start_batch_engine
 from megadistill.inference.requests import BatchRequest, ChatRequest, SamplingParams
 from megadistill.refine.blocks import Blocks
-from megadistill.refine.prompts import load_tokenizer
 from megadistill.refine.stages import Stage, part_of
+from megadistill.resolve import resolve
 from megadistill.rollout.vllm_arguments import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ def write_all(
     model: ServedConfig, grid: SampleGrid, positions: Sequence[int], add: Add, *, gpu: bool
 ) -> None:
     """Through the bulk engine. A prompt that leaves no room for an answer has none."""
-    path = resolve_model(model.path)
+    path = resolve("model", model.path)
     tokenizer = load_tokenizer(path)
     thinking = model.extra_body.get("chat_template_kwargs", {}).get("enable_thinking")
     engine = start_batch_engine(
@@ -86,7 +85,7 @@ def write_all(
     def requests() -> Iterator[BatchRequest]:
         for position in positions:
             item, _ = grid.at(position)
-            token_ids = render_ids(item.messages, thinking, tokenizer)
+            token_ids = chat_ids(item.messages, tokenizer, thinking)
             if len(token_ids) >= model.max_model_len:
                 add(position, grid.row(position, "", "prompt_too_long", 0))
                 continue

@@ -4,7 +4,6 @@ The texts are a teacher's own answers or the pool's, written once and the same f
 training engine scores them as it does during a run.
 """
 
-import importlib.resources
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,19 +13,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from megadistill.config import EvaluateConfig, resolve_path
+from megadistill.config import EvaluateConfig
 from megadistill.config.evaluate import SignalConfig
 from megadistill.config.refine import ServedConfig
-from megadistill.config.schema import (
-    DataConfig,
-    DatasetSource,
-    FileSource,
-    PackagedSource,
-    PoolConfig,
-)
-from megadistill.convert.hf_files import resolve_model
-from megadistill.data.files import resolve_dataset
+from megadistill.config.schema import DataConfig
+from megadistill.data.files import files_of
 from megadistill.data.pools import answer_ids, make_pools
+from megadistill.data.tokenizer import load_tokenizer
 from megadistill.evaluate.benchmarks.recorded import scored
 from megadistill.evaluate.heldout import measure_texts
 from megadistill.evaluate.scoring import COLUMNS
@@ -36,8 +29,8 @@ from megadistill.launch.shards import fingerprint
 from megadistill.megatron.frozen import FrozenModels
 from megadistill.refine.blocks import read_rows_of, write_rows
 from megadistill.refine.pipeline import identity
-from megadistill.refine.prompts import load_tokenizer
 from megadistill.refine.stages import Stage
+from megadistill.resolve import resolve
 from megadistill.rollout.seeds import seed_for
 from megadistill.rollout.vllm_arguments import EngineSettings
 from megadistill.types import Prompt, TokenSpan
@@ -77,7 +70,7 @@ def text_arguments(config: EvaluateConfig, name: str) -> Arguments:
     return {
         "signal": _SIGNAL.dump_python(signal, mode="json") | kind,
         "data": data | {"pools": {signal.pool: data["pools"][signal.pool]}},
-        "files": [fingerprint(file) for file in source_files(pool)],
+        "files": [fingerprint(f) for source in pool.sources for f in files_of(source.location)],
         "writer": writer,
         "model": identity(_local(config, writer)),
         "seed": config.seed,
@@ -108,25 +101,13 @@ def title_of(signal: SignalConfig) -> str:
     return f"NLL of {whose}, {signal.pool}"
 
 
-def source_files(pool: PoolConfig) -> Iterator[Path]:
-    """The files and directories that a pool is read from."""
-    for source in pool.sources:
-        if isinstance(source, FileSource):
-            yield Path(resolve_path(source.path))
-        elif isinstance(source, DatasetSource):
-            yield resolve_dataset(source.path, source.revision)
-        elif isinstance(source, PackagedSource):
-            sets = Path(str(importlib.resources.files("megadistill.data") / "sets"))
-            yield from sorted(sets.glob(f"{source.name}_*.jsonl"))
-
-
 def write_texts(directory: Path, arguments: Mapping[str, Any]) -> None:
     """The shard: the texts of one signal. See `text_arguments`."""
     runtime = Stage.of(directory).runtime
     signal = _SIGNAL.validate_python(arguments["signal"])
     data = _DATA.validate_python(arguments["data"])
     model = _model(runtime, arguments["writer"])
-    tokenizer = load_tokenizer(resolve_model(model.path))
+    tokenizer = load_tokenizer(resolve("model", model.path))
     pool = make_pools(data, tokenizer, 0, [signal.pool])[signal.pool]
     prompts = pool.heldout[: signal.prompts]
     if not prompts:
@@ -167,7 +148,7 @@ def sample(
     context, most = lengths
     engine = start_batch_engine(
         EngineSettings(
-            model=resolve_model(model.path),
+            model=resolve("model", model.path),
             precision=model.precision,
             max_model_len=context,
             gpu=gpu,
@@ -191,15 +172,15 @@ def measure(directory: Path, arguments: Mapping[str, Any]) -> None:
     signals = {n: _SIGNAL.validate_python(given) for n, given in arguments["signals"].items()}
     names = [system, *(s.teacher for s in signals.values() if s.kind != "nll" and s.teacher)]
     models = {name: _model(runtime, name) for name in names}
-    tokenizer = load_tokenizer(resolve_model(models[system].path))
+    tokenizer = load_tokenizer(resolve("model", models[system].path))
     for writer in sorted(set(arguments["writers"].values())):
-        other = load_tokenizer(resolve_model(_model(runtime, writer).path))
+        other = load_tokenizer(resolve("model", _model(runtime, writer).path))
         if other.get_vocab() != tokenizer.get_vocab():
             raise ValueError(
                 f"signals: {system} and {writer} have different tokenizers, expected the same"
             )
     engine = FrozenModels(
-        {name: (resolve_model(model.path), model.precision) for name, model in models.items()},
+        {name: (resolve("model", model.path), model.precision) for name, model in models.items()},
         gpu=runtime["gpu"],
         threads=models[system].engine.threads,
     )

@@ -1,17 +1,18 @@
 """A benchmark: its items, how answers are sampled, what an answer is worth."""
 
 import heapq
-import importlib.util
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megadistill.config import resolve_path
-from megadistill.data.files import Longest, read_rows
+from megadistill.config.rows import Location
+from megadistill.data.files import BadRowError, Longest, files_of, read_rows
+from megadistill.data.formats import check_unicode
 from megadistill.data.pools import stable_hash
 from megadistill.evaluate.sandbox import Mode
 from megadistill.inference.requests import ChatRequest, SamplingParams
+from megadistill.resolve import PACKAGE, resolve
 from megadistill.types import Message
 
 PACKAGED = "packaged"
@@ -114,23 +115,22 @@ class Benchmark:
 
 
 def benchmark_file(benchmark: Benchmark, path: str) -> Path:
-    """The file that a configuration's `path` means."""
-    if path != PACKAGED:
-        return Path(resolve_path(path))
-    if benchmark.packaged is None:
+    """The file, or the directory of files, that a configuration's `path` means.
+
+    Raises `ValueError` saying how to get it when it is not here.
+    """
+    if path == PACKAGED and benchmark.packaged is None:
         raise ValueError(f"path: found packaged, but {benchmark.title} comes in no package")
-    package, _, rest = benchmark.packaged.partition("/")
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise ValueError(f"path: packaged needs the `eval` extra of this package ({package})")
-    return Path(found.submodule_search_locations[0]) / rest
+    name = f"{PACKAGE}{benchmark.packaged}" if path == PACKAGED else path
+    try:
+        return resolve("data", name, key="path")
+    except ValueError as error:
+        raise ValueError(f"{error}. {benchmark.title}: {benchmark.hint}") from None
 
 
 def read_benchmark(benchmark: Benchmark, file: Path) -> Iterator[Item]:
     """The items of a file. Raises `ValueError` with the row that is wrong."""
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file. {benchmark.title}: {benchmark.hint}")
-    items = _items(benchmark, file)
+    items = _items(benchmark, files_of(Location("data", str(file))))
     if benchmark.draws is None:
         return items
     return iter(heapq.nsmallest(benchmark.draws, items, key=lambda item: _place(item.id)))
@@ -140,19 +140,21 @@ def _place(item_id: str) -> int:
     return stable_hash(f"{DRAW_SEED}/{item_id}")
 
 
-def _items(benchmark: Benchmark, file: Path) -> Iterator[Item]:
+def _items(benchmark: Benchmark, files: Sequence[Path]) -> Iterator[Item]:
     seen: dict[str, int] = {}
-    for row in read_rows(file, LONGEST):
+    for row in (row for file in files for row in read_rows(file, LONGEST)):
+        values = row.values
         try:
-            item = benchmark.rows({"row": row.number, **row.values})
+            item = benchmark.rows({"row": row.number, **values})
+            if item is None:
+                continue
+            check_unicode(item.id, item.text, *(turn["content"] for turn in item.messages))
         except KeyError as error:
-            raise ValueError(
-                f"{row.place} has no field {error}; it has {sorted(row.values)}"
-            ) from None
+            raise ValueError(f"{row.place} has no field {error}; it has {sorted(values)}") from None
+        except BadRowError as error:
+            raise error.at(row.place) from None
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from None
-        if item is None:
-            continue
         if item.id in seen:
             raise ValueError(f"{row.place} has the id {item.id!r} of row {seen[item.id]}")
         seen[item.id] = row.number

@@ -38,16 +38,15 @@ def without_missing(config: EvaluateConfig) -> EvaluateConfig:
     """
     if unknown := list(_unknown_benchmarks(config)):
         raise ConfigError.listing(config.name, unknown)
-    missing = {
-        name: file
-        for name, chosen in config.benchmarks.items()
-        if chosen.optional
-        and not (file := benchmark_file(benchmark_of(config, name), chosen.path)).is_file()
-    }
-    for name, file in missing.items():
-        log.warning("benchmarks.%s is left out: no file %s", name, file)
-    kept = {name: chosen for name, chosen in config.benchmarks.items() if name not in missing}
-    return config.model_copy(update={"benchmarks": kept}) if missing else config
+    kept = dict(config.benchmarks)
+    for name, chosen in config.benchmarks.items():
+        try:
+            benchmark_file(benchmark_of(config, name), chosen.path)
+        except ValueError as error:
+            if chosen.optional:
+                log.warning("benchmarks.%s is left out: %s", name, error)
+                del kept[name]
+    return config.model_copy(update={"benchmarks": kept})
 
 
 def check(config: EvaluateConfig) -> dict[str, Path]:
@@ -60,12 +59,10 @@ def check(config: EvaluateConfig) -> dict[str, Path]:
             *_judge_problems(name, benchmark, chosen),
             *_tool_problems(config, name, benchmark),
         ]
-        files[name] = benchmark_file(benchmark, chosen.path)
-        if not files[name].is_file():
-            problems.append(
-                f"benchmarks.{name}.path: no file {files[name]}. {benchmark.title}: "
-                f"{benchmark.hint}"
-            )
+        try:
+            files[name] = benchmark_file(benchmark, chosen.path)
+        except ValueError as error:
+            problems.append(f"benchmarks.{name}.{error}")
     if problems:
         raise ConfigError.listing(config.name, problems)
     return files

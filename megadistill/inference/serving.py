@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megadistill.config.refine import ChatModelConfig, EndpointConfig, ServedConfig
-from megadistill.convert.hf_files import resolve_model
 from megadistill.inference.chat import ChatModel, open_endpoint
 from megadistill.launch.node_context import free_port
 from megadistill.launch.processes import Processes
 from megadistill.launch.roles import visible_gpus
+from megadistill.resolve import resolve
 from megadistill.rollout.vllm_arguments import EngineSettings, vllm_arguments, vllm_environment
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def open_models(
 def serve_command(config: ServedConfig, name: str, port: int, *, gpu: bool) -> list[str]:
     """The command line of one model's server; the token goes by the environment."""
     settings = EngineSettings(
-        model=resolve_model(config.path),
+        model=resolve("model", config.path),
         precision=config.precision,
         max_model_len=config.max_model_len,
         gpu=gpu,

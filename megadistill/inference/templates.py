@@ -9,16 +9,13 @@ Values are put in as they are in one pass, so braces in them mean nothing.
 """
 
 import hashlib
-import importlib.resources
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from megadistill.config import resolve_path
+from megadistill.resolve import resolve
 from megadistill.types import Message
 
-PACKAGED = "packaged:"
 _TURN = re.compile(r"^=== (system|user|assistant) ===\n", re.MULTILINE)
 _NAME = re.compile(r"\{([a-z_]+)\}")
 
@@ -54,13 +51,7 @@ def load_template(path: str, names: tuple[str, ...]) -> Template:
 
     Raises `ValueError` saying which file is wrong and how.
     """
-    if path.startswith(PACKAGED):
-        folder = importlib.resources.files("megadistill.inference") / "templates"
-        file = Path(str(folder / f"{path.removeprefix(PACKAGED)}.txt"))
-    else:
-        file = Path(resolve_path(path))
-    if not file.is_file():
-        raise ValueError(f"{path}: no such template file {file}")
+    file = resolve("template", path)
     text = file.read_text(encoding="utf-8")
     _, *parts = _TURN.split(text)
     turns = tuple(

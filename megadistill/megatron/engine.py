@@ -12,10 +12,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from megadistill.config import resolve_path
 from megadistill.config.schema import ModelConfig, Precision, RunConfig
 from megadistill.convert.families import read_spec
-from megadistill.convert.hf_files import resolve_model
 from megadistill.data.packing import PackingRules, num_inputs
 from megadistill.head import VocabularyHead
 from megadistill.megatron import checkpoint, export
@@ -30,6 +28,7 @@ from megadistill.megatron.scoring import (
 )
 from megadistill.megatron.training import Student
 from megadistill.megatron.world import connect, disconnect, most_memory_gib, pick_device
+from megadistill.resolve import resolve
 from megadistill.types import FloatArray, MicroBatch, Sample, StepResult, TokenSpan, TopK
 
 STUDENT = "student"
@@ -299,7 +298,7 @@ class Engine:
 
 
 def _directory(model: ModelConfig) -> Path:
-    return resolve_model(resolve_path(model.path))
+    return resolve("model", model.path)
 
 
 def _check_samples(samples: Sequence[Sample]) -> None:

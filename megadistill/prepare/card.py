@@ -33,7 +33,7 @@ def make_card(
         sources[name] = {
             "from": f"{source.hub}@{source.revision}" if source.hub else "files",
             "licence": source.licence,
-            "files": {file.name: hash_file(file) for file in files_of(config, source)},
+            "files": {file.name: hash_file(file) for file in files_of(source)},
         }
     parts = {
         name: {
@@ -41,7 +41,8 @@ def make_card(
             "kept": count.kept,
             "train": count.kept - count.heldout,
             "heldout": count.heldout,
-            "unusable": count.unusable,
+            "unusable": count.unusable.total(),
+            "unusable_by_reason": dict(sorted(count.unusable.items())),
             "near_duplicates": count.duplicates,
             "contaminated": dict(sorted(count.contaminated.items())),
             "prompt_length": count.quantiles(),

@@ -2,16 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from megadistill.config import PrepareConfig
-from megadistill.data.files import Row
+from megadistill.data.files import BadRowError, Row
 from megadistill.data.pools import is_heldout
-from megadistill.prepare.files import BadRowError
+from megadistill.data.records import Record
 from megadistill.prepare.overlap import BenchmarkItems, NearDuplicates
-from megadistill.prepare.records import Example
 from megadistill.types import Message
 
 Measure = Callable[[tuple[Message, ...]], int]
@@ -25,7 +24,8 @@ class PartCount:
     read: int = 0
     kept: int = 0
     heldout: int = 0
-    unusable: int = 0
+    unusable: Counter[str] = field(default_factory=Counter)
+    """By reason."""
     duplicates: int = 0
     contaminated: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
@@ -53,31 +53,29 @@ class Cleaner:
         self._ids: dict[str, str] = {}
         chosen = config.duplicates
         self._duplicates = NearDuplicates(chosen.n, chosen.threshold) if chosen else None
-        self._unusable = 0
 
-    def read(self, row: Row, part: str, convert: Callable[[Row], Example]) -> Example | None:
+    def read(self, row: Row, part: str, convert: Callable[[Row], Record]) -> Record | None:
         """The row as a record; None when it is unusable and may be. Raises `ValueError`."""
         count = self.counts.setdefault(part, PartCount())
         count.read += 1
         try:
-            example = convert(row)
+            record = without_empty_system(convert(row))
         except BadRowError as error:
-            count.unusable += 1
-            self._unusable += 1
-            if self._unusable > self._config.unusable:
-                raise ValueError(f"{row.place}: {error}") from None
+            count.unusable[error.reason] += 1
+            if sum(c.unusable.total() for c in self.counts.values()) > self._config.unusable:
+                raise
             return None
-        if (first := self._ids.setdefault(example.id, row.place)) != row.place:
+        if (first := self._ids.setdefault(record.id, row.place)) != row.place:
             raise ValueError(
-                f"{row.place}: its id {example.id!r} is also that of {first}; without `row.id` rows "
+                f"{row.place}: its id {record.id!r} is also that of {first}; without `row.id` rows "
                 "are named by their number"
             )
-        return example
+        return record
 
-    def is_clean(self, example: Example) -> bool:
+    def is_clean(self, record: Record) -> bool:
         """Whether no earlier record is like it, and no benchmark has it."""
-        count = self.counts.setdefault(example.part, PartCount())
-        text = example.text
+        count = self.counts.setdefault(record.part, PartCount())
+        text = record.bare_text
         if self._benchmarks is not None and (name := self._benchmarks.found_in(text)):
             count.contaminated[name] += 1
             return False
@@ -86,14 +84,22 @@ class Cleaner:
             return False
         return True
 
-    def keep(self, example: Example) -> Example:
+    def keep(self, record: Record) -> Record:
         """Count a record that goes into the result."""
-        count = self.counts.setdefault(example.part, PartCount())
+        count = self.counts.setdefault(record.part, PartCount())
         count.kept += 1
-        count.heldout += is_heldout(example.id, self._config.heldout_fraction)
-        count.lengths.append(self._measure(example.chat))
-        return example
+        count.heldout += is_heldout(record.id, self._config.heldout_fraction)
+        count.lengths.append(self._measure(record.medical_messages))
+        return record
 
-    def clean(self, examples: Iterable[Example]) -> Iterable[Example]:
+    def clean(self, records: Iterable[Record]) -> Iterable[Record]:
         """Those that stay, counted."""
-        return (self.keep(example) for example in examples if self.is_clean(example))
+        return (self.keep(record) for record in records if self.is_clean(record))
+
+
+def without_empty_system(record: Record) -> Record:
+    """A chat without a first system message that says nothing."""
+    turns = record.messages
+    if turns[0]["role"] == "system" and not turns[0]["content"].strip():
+        return replace(record, prompt=turns[1:])
+    return record

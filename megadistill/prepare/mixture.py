@@ -6,9 +6,10 @@ from pathlib import Path
 from megadistill.config import PrepareConfig
 from megadistill.config.prepare import MixtureConfig, PartConfig
 from megadistill.data.files import Row, count_rows, read_rows
+from megadistill.data.formats import to_record
+from megadistill.data.records import Record
 from megadistill.prepare.cleaning import Cleaner
 from megadistill.prepare.files import files_of, longest_of
-from megadistill.prepare.records import Example, to_example
 from megadistill.prepare.sampling import draw_rows, largest_remainder
 
 SPARE = 1.25
@@ -23,11 +24,11 @@ def quotas(recipe: MixtureConfig) -> dict[str, int | None]:
     return dict(largest_remainder(weights, recipe.total))
 
 
-def mix(config: PrepareConfig, recipe: MixtureConfig, cleaner: Cleaner) -> Iterator[Example]:
+def mix(config: PrepareConfig, recipe: MixtureConfig, cleaner: Cleaner) -> Iterator[Record]:
     """The clean records of every part. Raises `ValueError` when a part has too few."""
     for name, quota in quotas(recipe).items():
         part = recipe.parts[name]
-        files = files_of(config, part.source)
+        files = files_of(part.source)
         if quota is None:
             yield from cleaner.clean(_read_all(config, files, name, part, cleaner))
         elif quota:
@@ -36,12 +37,12 @@ def mix(config: PrepareConfig, recipe: MixtureConfig, cleaner: Cleaner) -> Itera
 
 def _read_all(
     config: PrepareConfig, files: Sequence[Path], name: str, part: PartConfig, cleaner: Cleaner
-) -> Iterator[Example]:
+) -> Iterator[Record]:
     for file in files:
         for row in read_rows(file, longest_of(config)):
-            example = cleaner.read(row, name, lambda found: to_example(found, part.row, name))
-            if example is not None:
-                yield example
+            record = cleaner.read(row, name, lambda found: to_record(found, part.row, part=name))
+            if record is not None:
+                yield record
 
 
 def _draw(
@@ -49,7 +50,7 @@ def _draw(
     files: Sequence[Path],
     share: tuple[str, PartConfig, int],
     cleaner: Cleaner,
-) -> Iterator[Example]:
+) -> Iterator[Record]:
     """`quota` clean records; more rows are drawn as long as too few of those drawn are clean."""
     name, part, quota = share
     sizes = [count_rows(file, longest_of(config)) for file in files]
@@ -63,10 +64,10 @@ def _draw(
             row = rows.pop(place, None)
             if row is None or kept == quota:
                 continue
-            example = cleaner.read(row, name, lambda found: to_example(found, part.row, name))
-            if example is not None and cleaner.is_clean(example):
+            record = cleaner.read(row, name, lambda found: to_record(found, part.row, part=name))
+            if record is not None and cleaner.is_clean(record):
                 kept += 1
-                yield cleaner.keep(example)
+                yield cleaner.keep(record)
         seen, wanted = len(drawn), wanted * 2
     if kept < quota:
         raise ValueError(

@@ -1,6 +1,7 @@
 """One preparation from its configuration to a JSONL file with its card: all of it, or nothing."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,25 +12,31 @@ import yaml
 from megadistill.atomic import atomic_files
 from megadistill.config import PrepareConfig, dump, resolve_path
 from megadistill.config.prepare import ConversationsConfig, MixtureConfig
-from megadistill.convert.hf_files import resolve_model
-from megadistill.data.pools import is_heldout, render_ids
+from megadistill.data.pools import is_heldout
+from megadistill.data.records import Record
+from megadistill.data.tokenizer import chat_ids, load_tokenizer
 from megadistill.evaluate.benchmarks import read_items
 from megadistill.prepare import card, conversations, files, mixture
 from megadistill.prepare.cleaning import Cleaner, Measure
 from megadistill.prepare.overlap import BenchmarkItems, words_of
-from megadistill.prepare.records import Example
-from megadistill.refine.prompts import load_tokenizer
+from megadistill.resolve import resolve
 from megadistill.types import Message
+
+log = logging.getLogger(__name__)
+NO_MIRROR = (
+    "data sets of the hub lie in the Hugging Face cache, which `--download-only` fills; for files of "
+    "the mirror set `files` to their paths, and no `hub`"
+)
 
 
 def run_preparation(config: PrepareConfig, download_only: bool = False) -> str:
     """Make the files of a preparation; returns its card for people."""
     sources = list(card.sources_of(config).values())
+    if config.mirror is not None:
+        log.warning("mirror: found %r, which is not read any more; %s", config.mirror, NO_MIRROR)
+    found = [files.files_of(source, download=True) for source in sources]
     if download_only:
-        places = files.download(config, sources)
-        return "\n".join(str(place) for place in places) or "nothing of this is on the hub"
-    for source in sources:
-        files.files_of(config, source)
+        return "\n".join(str(file) for some in found for file in some)
     cleaner = Cleaner(config, _benchmarks(config), _measure(config))
     folder = Path(resolve_path(config.output_dir))
     try:
@@ -48,9 +55,9 @@ def _write(config: PrepareConfig, cleaner: Cleaner, folder: Path) -> str:
             name: stack.enter_context(file.open("w", encoding="utf-8"))
             for name, file in outputs.items()
         }
-        for example in _examples(config, cleaner):
-            row = json.dumps(to_row(example, config), ensure_ascii=False)
-            streams[names.get(example.part, f"{config.name}.jsonl")].write(row + "\n")
+        for record in _records(config, cleaner):
+            row = json.dumps(to_row(record, config), ensure_ascii=False)
+            streams[names.get(record.part, f"{config.name}.jsonl")].write(row + "\n")
     settings = yaml.safe_load(dump(config))
     made = card.make_card(config, cleaner.counts, outputs, settings)
     text = card.describe(made)
@@ -60,22 +67,20 @@ def _write(config: PrepareConfig, cleaner: Cleaner, folder: Path) -> str:
     return text
 
 
-def to_row(example: Example, config: PrepareConfig) -> dict[str, Any]:
+def to_row(record: Record, config: PrepareConfig) -> dict[str, Any]:
     """What a run reads: the prompt in fields of its own, the answer in `answer` only."""
-    row: dict[str, Any] = {"id": example.id}
+    row: dict[str, Any] = {"id": record.id}
     recipe = config.recipe
     if isinstance(recipe, MixtureConfig) and recipe.prompts == "question":
-        if example.question is None:
+        if not isinstance(record.prompt, str):
             raise ValueError(
                 "recipe.prompts: found question, but the rows are chats; set it to messages"
             )
-        row |= {"question": example.question, "options": example.options}
-    elif example.messages is not None:
-        row["messages"] = list(example.messages)
+        row |= {"question": record.prompt, "options": record.options}
     else:
-        row["messages"] = [{"role": "user", "content": _as_text(example)}]
-    split = "heldout" if is_heldout(example.id, config.heldout_fraction) else "train"
-    return row | {"answer": example.answer, "part": example.part, "split": split}
+        row["messages"] = list(record.messages)
+    split = "heldout" if is_heldout(record.id, config.heldout_fraction) else "train"
+    return row | {"answer": record.answer or None, "part": record.part, "split": split}
 
 
 def _names(config: PrepareConfig) -> dict[str, str]:
@@ -86,7 +91,7 @@ def _names(config: PrepareConfig) -> dict[str, str]:
     return {"": config.name}
 
 
-def _examples(config: PrepareConfig, cleaner: Cleaner) -> Iterator[Example]:
+def _records(config: PrepareConfig, cleaner: Cleaner) -> Iterator[Record]:
     if isinstance(config.recipe, MixtureConfig):
         return mixture.mix(config, config.recipe, cleaner)
     return conversations.split(config, config.recipe, cleaner)
@@ -105,16 +110,9 @@ def _benchmarks(config: PrepareConfig) -> BenchmarkItems | None:
 def _measure(config: PrepareConfig) -> Measure:
     if config.tokenizer is None:
         return _count_words
-    tokenizer = load_tokenizer(resolve_model(config.tokenizer))
-    return lambda chat: len(render_ids(chat, None, tokenizer))
+    tokenizer = load_tokenizer(resolve("model", config.tokenizer, key="tokenizer"))
+    return lambda chat: len(chat_ids(chat, tokenizer))
 
 
 def _count_words(chat: tuple[Message, ...]) -> int:
     return sum(len(words_of(turn["content"])) for turn in chat)
-
-
-def _as_text(example: Example) -> str:
-    options = example.options or {}
-    return "\n".join(
-        [example.question or "", *(f"{letter}. {text}" for letter, text in options.items())]
-    )

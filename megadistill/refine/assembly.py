@@ -13,11 +13,11 @@ import pyarrow as pa
 
 from megadistill.atomic import write_atomic
 from megadistill.config import RefineConfig
+from megadistill.data.records import Record
 from megadistill.inference.chat import Usage, cost_of
 from megadistill.launch.shards import content_hash
 from megadistill.refine.blocks import read_blocks, read_rows_of, write_rows
 from megadistill.refine.fusing import COLUMNS as FUSION_COLUMNS
-from megadistill.refine.records import QaRecord
 from megadistill.refine.similarity import passes
 from megadistill.refine.stages import FIGURES, Stage
 
@@ -94,7 +94,7 @@ def assemble(
             {
                 "id": record.id,
                 "question": record.question,
-                "original": record.answer,
+                "original": record.raw_answer,
                 "written": row["written"],
                 "rewrite": row["rewrite"],
                 "similarity": found["similarity"],
@@ -113,7 +113,7 @@ def assemble(
 
 
 def decide(
-    record: QaRecord,
+    record: Record,
     row: Mapping[str, Any],
     similarity: float | None,
     fusion: Mapping[str, Any] | None,
@@ -122,9 +122,9 @@ def decide(
     """Eq. (3) and (4) for one record: the refined answer, the decision, and its reason."""
     chosen = dict.fromkeys(("round", "candidates", "usage"))
     if similarity is None:
-        kept = {"decision": "original", "reason": row["reason"], "refined": record.answer}
+        kept = {"decision": "original", "reason": row["reason"], "refined": record.raw_answer}
     elif not passes(similarity, config.filter.tau):
-        kept = {"decision": "original", "reason": "below_tau", "refined": record.answer}
+        kept = {"decision": "original", "reason": "below_tau", "refined": record.raw_answer}
     elif config.fusion is None:
         kept = {"decision": "rewrite", "reason": None, "refined": row["rewrite"]}
     else:
@@ -134,25 +134,25 @@ def decide(
         kept = {
             "decision": "fused" if is_fused else "original",
             "reason": fusion["reason"],
-            "refined": fusion["fused"] if is_fused else record.answer,
+            "refined": fusion["fused"] if is_fused else record.raw_answer,
         }
     return {**chosen, **kept}
 
 
 def refined_row(
-    record: QaRecord, row: Mapping[str, Any], decided: Mapping[str, Any]
+    record: Record, row: Mapping[str, Any], decided: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A row that a training pool reads."""
     passed = decided["decision"] != "original" or decided["candidates"] is not None
-    rewrite = record.answer if row["rewrite"] is None else row["rewrite"]
+    rewrite = record.raw_answer if row["rewrite"] is None else row["rewrite"]
     return {
         "id": record.id,
         "messages": [dict(turn) for turn in record.messages],
         "question": record.question,
         "answer": decided["refined"],
-        "original": record.answer,
+        "original": record.raw_answer,
         "rewrite": rewrite,
-        "filtered": rewrite if passed else record.answer,
+        "filtered": rewrite if passed else record.raw_answer,
         "decision": decided["decision"],
     }
 

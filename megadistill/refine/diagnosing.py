@@ -15,18 +15,18 @@ from pydantic import TypeAdapter
 
 from megadistill import stats
 from megadistill.config.refine import DiagnoseConfig, EngineConfig, FilterConfig, RewriteConfig
-from megadistill.convert.hf_files import resolve_model
 from megadistill.data.pools import stable_hash
+from megadistill.data.records import Record
+from megadistill.data.tokenizer import chat_ids, load_tokenizer
 from megadistill.inference.engine import BatchEngine, start_batch_engine
 from megadistill.inference.requests import BatchRequest, SamplingParams, without_thinking
 from megadistill.refine import answer_measures
 from megadistill.refine.assembly import read_result, write_json
 from megadistill.refine.blocks import read_rows_of, write_rows
-from megadistill.refine.prompts import chat_ids, load_tokenizer
-from megadistill.refine.records import QaRecord
 from megadistill.refine.report import write_report
 from megadistill.refine.similarity import Encoder, SentenceEncoder, Vectors, embed
 from megadistill.refine.stages import Stage
+from megadistill.resolve import resolve
 from megadistill.rollout.seeds import seed_for
 from megadistill.rollout.vllm_arguments import EngineSettings
 
@@ -97,14 +97,14 @@ def sample(rows: Sequence[Mapping[str, Any]], size: int, seed: int) -> list[Mapp
 
 def ask_model(
     rows: Sequence[Mapping[str, Any]],
-    records: Sequence[QaRecord],
+    records: Sequence[Record],
     arguments: Mapping[str, Any],
     runtime: Mapping[str, Any],
 ) -> list[Values]:
     """B, and the NLL of R and F under the base model."""
     settings = _REWRITE.validate_python(arguments["rewrite"])
     most = _DIAGNOSE.validate_python(arguments["settings"]).base_max_tokens
-    path = resolve_model(settings.model)
+    path = resolve("model", settings.model)
     tokenizer = load_tokenizer(path)
     prompts = [chat_ids(record.messages, tokenizer) for record in records]
     texts = {

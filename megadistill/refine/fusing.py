@@ -17,13 +17,13 @@ import pyarrow as pa
 from pydantic import TypeAdapter
 
 from megadistill.config.refine import ChatModelConfig, FusionConfig
+from megadistill.data.records import Record
 from megadistill.inference.chat import ChatError, ChatModel, Usage, run_calls
 from megadistill.inference.requests import ChatRequest, SamplingParams, without_thinking
 from megadistill.inference.serving import open_models
 from megadistill.inference.templates import Template, load_template
 from megadistill.refine.blocks import Blocks, read_blocks
 from megadistill.refine.checking import Rules, rejection_reason
-from megadistill.refine.records import QaRecord
 from megadistill.refine.similarity import passes
 from megadistill.refine.stages import Stage
 from megadistill.rollout.seeds import seed_for
@@ -87,14 +87,14 @@ class Fuser:
     rules: Rules
     seed: int = 0
 
-    async def fuse_record(self, record: QaRecord, rewrite: str) -> dict[str, Any]:
+    async def fuse_record(self, record: Record, rewrite: str) -> dict[str, Any]:
         """Up to R attempts, fewer when one is good enough; the best, or the original answer."""
         usage = {name: Usage() for name in (self.settings.model, *self.settings.judges)}
         candidates: list[Candidate] = []
         try:
             for number in range(self.settings.rounds):
                 text, cut = await self._attempt(record, rewrite, number, usage)
-                fault = "cut" if cut else rejection_reason(text, record.answer, self.rules)
+                fault = "cut" if cut else rejection_reason(text, record.raw_answer, self.rules)
                 scores = {} if fault else await self._judge(record, text, usage)
                 candidates.append(Candidate(text=text, fault=fault, scores=scores))
                 if good_enough(candidates[-1], self.settings.accept):
@@ -115,10 +115,10 @@ class Fuser:
         }
 
     async def _attempt(
-        self, record: QaRecord, rewrite: str, number: int, usage: Mapping[str, Usage]
+        self, record: Record, rewrite: str, number: int, usage: Mapping[str, Usage]
     ) -> tuple[str, bool]:
         """One fused answer, and whether it was cut."""
-        values = {"question": record.question, "answer": record.answer, "rewrite": rewrite}
+        values = {"question": record.question, "answer": record.raw_answer, "rewrite": rewrite}
         request = ChatRequest(
             messages=self.template.fill(values),
             sampling=SamplingParams(
@@ -133,10 +133,10 @@ class Fuser:
         return without_thinking(response.text), response.cut
 
     async def _judge(
-        self, record: QaRecord, candidate: str, usage: Mapping[str, Usage]
+        self, record: Record, candidate: str, usage: Mapping[str, Usage]
     ) -> dict[str, float | None]:
         """Every judge's score."""
-        values = {"question": record.question, "answer": record.answer, "candidate": candidate}
+        values = {"question": record.question, "answer": record.raw_answer, "candidate": candidate}
         requests = [
             ChatRequest(
                 messages=self.judge_template.fill(values),
@@ -213,14 +213,14 @@ def fuse(directory: Path, arguments: Mapping[str, Any]) -> None:
 
 
 async def fuse_one(
-    fuser: Fuser, work: Sequence[tuple[QaRecord, str]], position: int, blocks: Blocks
+    fuser: Fuser, work: Sequence[tuple[Record, str]], position: int, blocks: Blocks
 ) -> None:
     """The record at this position into its block."""
     if blocks.add(position, await fuser.fuse_record(*work[position])):
         log.info("fusion: a block of %d records is saved", blocks.size)
 
 
-def chosen_work(stage: Stage, arguments: Mapping[str, Any]) -> list[tuple[QaRecord, str]]:
+def chosen_work(stage: Stage, arguments: Mapping[str, Any]) -> list[tuple[Record, str]]:
     """The records that have a rewrite which passed, with it; in order."""
     rewrites = read_blocks(stage.outputs("rewrite", arguments["rewrites"]))
     measured = read_blocks(stage.outputs("filter", arguments["similarities"]))

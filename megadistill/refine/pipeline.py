@@ -10,12 +10,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
 from megadistill.atomic import write_atomic
-from megadistill.config import RefineConfig, dump, resolve_path
+from megadistill.config import RefineConfig, dump
 from megadistill.config.refine import (
     ChatModelConfig,
     EndpointConfig,
@@ -31,9 +31,9 @@ from megadistill.launch.staged_work import StagedWork
 from megadistill.launch.stages import Limits, ShardedStage
 from megadistill.refine import assembly, entries, fusing, rewriting
 from megadistill.refine.entries import PlainArguments
-from megadistill.refine.records import input_file, read_records, write_records
-from megadistill.refine.similarity import encoder_path
+from megadistill.refine.records import input_files, read_records, read_settings, write_records
 from megadistill.refine.stages import Stage, part_of
+from megadistill.resolve import local, resolve
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +87,8 @@ class Pipeline:
                     f"{most}, which the models of one shard use"
                 )
         load_template(self.config.rewrite.template, rewriting.FIELDS)
-        encoder_path(self.config.filter.encoder)
-        input_file(self.config.input.path)
+        resolve("encoder", self.config.filter.encoder, key="filter.encoder")
+        input_files(self.config.input)
         if (fusion := self.config.fusion) is not None:
             for path, names in (
                 (fusion.template, fusing.FUSE_FIELDS),
@@ -101,9 +101,9 @@ class Pipeline:
 
     def read_input(self) -> str:
         """Read the input once; returns the key under which its records lie."""
-        settings = _dump(self.config.input)
-        content = fingerprint(input_file(self.config.input.path))
-        key = content_hash([FORMAT, settings, content])
+        files = [fingerprint(file) for file in input_files(self.config.input)]
+        settings = read_settings(self.config.input)
+        key = content_hash([FORMAT, settings, *files])
         directory = self.root / "input" / key
         if not (directory / "records.parquet").exists():
             records, rejected = read_records(self.config.input)
@@ -131,7 +131,7 @@ class Pipeline:
         common = {
             # tau decides later, so another tau measures nothing again.
             "settings": {**_dump(settings), "tau": 0.0, "batch_size": 1},
-            "encoder": model_hash(encoder_path(settings.encoder)),
+            "encoder": model_hash(settings.encoder, "encoder"),
             "input": source,
             "block": self.config.shards.block,
         }
@@ -185,7 +185,7 @@ class Pipeline:
             "model": model_hash(self.config.rewrite.model),
             "rewrite": _dump(self.config.rewrite),
             "filter": _dump(self.config.filter),
-            "encoder": model_hash(encoder_path(self.config.filter.encoder)),
+            "encoder": model_hash(self.config.filter.encoder, "encoder"),
             "accept": self.config.fusion.accept if self.config.fusion else None,
             "input": source,
             "result": result.key,
@@ -266,10 +266,10 @@ def uses_gpu(config: RefineConfig) -> bool:
     return torch.cuda.is_available()
 
 
-def model_hash(path: str) -> str:
-    """Identifies a model's files; a hub name that is not resolved here stands for itself."""
-    directory = Path(resolve_path(path))
-    return fingerprint(directory) if directory.is_dir() else path
+def model_hash(name: str, kind: Literal["model", "encoder"] = "model") -> str:
+    """Identifies a model's files; a hub name stands for itself."""
+    directory = local(kind, name)
+    return name if directory is None else fingerprint(directory)
 
 
 def identity(config: EndpointConfig | ServedConfig) -> Mapping[str, Any]:

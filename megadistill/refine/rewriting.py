@@ -12,15 +12,15 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
 from megadistill.config.refine import EngineConfig, RewriteConfig
-from megadistill.convert.hf_files import resolve_model
+from megadistill.data.records import Record
+from megadistill.data.tokenizer import chat_ids, load_tokenizer, special_tokens
 from megadistill.inference.engine import BatchEngine, start_batch_engine
 from megadistill.inference.requests import BatchRequest, SamplingParams, without_thinking
 from megadistill.inference.templates import Template, load_template
 from megadistill.refine.blocks import Blocks
 from megadistill.refine.checking import Rules, rejection_reason
-from megadistill.refine.prompts import chat_ids, load_tokenizer, special_tokens
-from megadistill.refine.records import QaRecord
 from megadistill.refine.stages import Stage, part_of
+from megadistill.resolve import resolve
 from megadistill.rollout.seeds import seed_for
 from megadistill.rollout.vllm_arguments import EngineSettings
 from megadistill.types import Message
@@ -52,7 +52,7 @@ class Rewriter:
     seed: int
 
     def prompts(
-        self, records: Sequence[QaRecord], positions: Sequence[int], blocks: Blocks
+        self, records: Sequence[Record], positions: Sequence[int], blocks: Blocks
     ) -> Iterator[BatchRequest]:
         """A request for each record that can be rewritten; the others' rows go to their blocks."""
         specials = special_tokens(self.tokenizer)
@@ -71,7 +71,7 @@ class Rewriter:
                 blocks.add(position, row(record, reason=reason))
 
     def finish(
-        self, record: QaRecord, token_ids: Sequence[int], finish_reason: str
+        self, record: Record, token_ids: Sequence[int], finish_reason: str
     ) -> dict[str, Any]:
         """The row of a record that was rewritten."""
         # The method is typed for batches too, whose result would be a list.
@@ -82,7 +82,7 @@ class Rewriter:
         fault = (
             "cut"
             if finish_reason == "length"
-            else rejection_reason(text, record.answer, self.rules)
+            else rejection_reason(text, record.raw_answer, self.rules)
         )
         values = {"written": written, "num_tokens": len(token_ids)}
         return row(record, reason=fault, rewrite=None if fault else text, **values)
@@ -101,21 +101,21 @@ def rules_of(settings: RewriteConfig) -> Rules:
     )
 
 
-def rewrite_chat(record: QaRecord, template: Template) -> list[Message]:
+def rewrite_chat(record: Record, template: Template) -> list[Message]:
     """The chat with its last turn replaced by the template's; earlier turns stay."""
-    values = {"question": record.messages[-1]["content"], "answer": record.answer}
+    values = {"question": record.messages[-1]["content"], "answer": record.raw_answer}
     return [*record.messages[:-1], *template.fill(values)]
 
 
-def row(record: QaRecord, *, reason: str | None, **values: Any) -> dict[str, Any]:
+def row(record: Record, *, reason: str | None, **values: Any) -> dict[str, Any]:
     """A row of this stage."""
     empty = {"rewrite": None, "written": None, "num_tokens": 0}
     return {"index": record.index, "id": record.id, "reason": reason} | empty | values
 
 
-def _special(record: QaRecord, specials: Sequence[str]) -> str | None:
+def _special(record: Record, specials: Sequence[str]) -> str | None:
     """A text that the tokenizer would take for the end of a turn would break the template."""
-    texts = [record.answer, *(turn["content"] for turn in record.messages)]
+    texts = [record.raw_answer, *(turn["content"] for turn in record.messages)]
     found = any(special in text for text in texts for special in specials)
     return "special_tokens" if found else None
 
@@ -129,7 +129,7 @@ def rewrite(directory: Path, arguments: Mapping[str, Any]) -> None:
     positions = blocks.missing()
     if not positions:
         return
-    model = resolve_model(settings.model)
+    model = resolve("model", settings.model)
     rewriter = Rewriter(
         settings=settings,
         template=load_template(settings.template, FIELDS),
@@ -156,7 +156,7 @@ def rewrite(directory: Path, arguments: Mapping[str, Any]) -> None:
 
 def rewrite_all(
     rewriter: Rewriter,
-    records: Sequence[QaRecord],
+    records: Sequence[Record],
     positions: Sequence[int],
     blocks: Blocks,
     *,

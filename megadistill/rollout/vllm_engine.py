@@ -14,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from megadistill.config import RunConfig
-from megadistill.convert.hf_files import resolve_model
+from megadistill.resolve import resolve
 from megadistill.rollout import wire
 from megadistill.rollout.model_files import eos_token_ids
 from megadistill.rollout.serve import RequestError
@@ -159,7 +159,7 @@ def engine_settings(config: RunConfig, *, gpu: bool) -> EngineSettings:
     assert rollout is not None, "an engine needs config.rollout"
     precision = config.student.precision or config.precision
     return EngineSettings(
-        model=resolve_model(config.student.path),
+        model=resolve("model", config.student.path),
         precision="fp32" if precision == "fp32" else "bf16",
         max_model_len=rollout.max_model_len or config.data.max_prompt_tokens + rollout.max_tokens,
         gpu=gpu,

@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 
 from megadistill.convert.hf_files import (
     SafetensorsReader,
-    resolve_model,
     writing_model,
 )
 from megadistill.convert.weight_files import INDEX_FILE, SINGLE_FILE
+from megadistill.resolve import resolve
 from tests.convert.conftest import assert_same, read_all
 
 TENSORS = {
@@ -143,12 +143,12 @@ def test_models_are_found_by_path_and_by_cache_name(
 ) -> None:
     monkeypatch.setenv("MEGADISTILL_CACHE", str(tmp_path))
     (tmp_path / "small").mkdir()
-    assert resolve_model(tmp_path / "small") == tmp_path / "small"
-    assert resolve_model("cache:small") == tmp_path / "small"
+    assert resolve("model", str(tmp_path / "small")) == tmp_path / "small"
+    assert resolve("model", "cache:small") == tmp_path / "small"
 
 
 def test_models_that_are_not_here_say_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such directory, and not a hub name"):
-        resolve_model(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"model: found .*absent', which does not exist"):
+        resolve("model", str(tmp_path / "absent"))
     with pytest.raises(ValueError, match="run `hf download no-such-org/no-such-model`"):
-        resolve_model("no-such-org/no-such-model")
+        resolve("model", "no-such-org/no-such-model")

@@ -21,7 +21,13 @@ from megadistill.config.schema import (
     Source,
 )
 from megadistill.data.files import count_rows, read_rows
-from megadistill.data.sources import Record, medical_messages, read_pool
+from megadistill.data.records import Record
+from megadistill.data.sources import read_pool
+from megadistill.types import Message
+
+
+def medical_messages(question: str, options: dict[str, str] | None) -> tuple[Message, ...]:
+    return Record(id="x", prompt=question, options=options).medical_messages
 
 
 def read(*sources: Source, medical: bool = False) -> list[Record]:
@@ -282,9 +288,12 @@ def test_a_data_set_that_was_saved_is_read_as_a_file_is(hub: Path) -> None:
     [
         ({"split": "dev"}, 'data set .*rows: cannot be read: Unknown split "dev"'),
         ({"subset": "hard"}, "data set .*rows: cannot be read: BuilderConfig 'hard' not found"),
-        ({"revision": "main"}, "revision: found 'main', expected none for a directory"),
+        (
+            {"revision": "main"},
+            "path: found .*rows', a directory, and revision 'main', expected none",
+        ),
         ({"path": "org/absent"}, "path: found 'org/absent', .*hf download --repo-type dataset"),
-        ({"path": "./gone"}, "path: found './gone', expected a directory or `org/name`"),
+        ({"path": "./gone"}, "path: found './gone', which does not exist"),
         ({"prompt": "question"}, "data set .*rows/train: row 1 has no field 'question'; it has"),
         ({"path": "SAVED", "split": "dev"}, r"subset None and split 'dev', .* one of \['train'\]"),
         ({"path": "SAVED", "subset": "a"}, "found subset a and split 'train', expected no subset"),
@@ -325,20 +334,21 @@ def test_rows_are_counted_to_the_last_of_them(tmp_path: Path) -> None:
     [
         ({"question": "x"}, r"row 2 has no field 'prompt'; it has \['question'\]"),
         ({"prompt": "x"}, "row 2 has no field 'a'"),
-        ({"prompt": " ", "a": 1, "o": {}}, "row 2: 'prompt' is empty"),
-        ({"prompt": 3, "a": 1, "o": {}}, "row 2: 'prompt' is empty, or neither text nor chat"),
-        ({"prompt": [], "a": 1, "o": {}}, "row 2: 'prompt' is empty"),
-        ({"prompt": [{"role": "user"}], "a": 1, "o": {}}, "row 2: 'prompt' has a turn without"),
-        ({"prompt": ["text"], "a": 1, "o": {}}, "row 2: 'prompt' has a turn without"),
+        ({"prompt": " ", "a": 1, "o": {}}, "row 2 has 'prompt' empty"),
+        ({"prompt": 3, "a": 1, "o": {}}, "row 2 has 'prompt' empty, or neither text nor chat"),
+        ({"prompt": [], "a": 1, "o": {}}, "row 2 has no turn of the user to answer"),
+        ({"prompt": [{"role": "user"}], "a": 1, "o": {}}, "row 2 has a turn in 'prompt' whose `c"),
+        ({"prompt": ["text"], "a": 1, "o": {}}, "row 2 has no list of turns in 'prompt'"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "text"}]}], "a": 1, "o": {}},
-            "row 2: 'prompt' has a turn whose `content` is no text",
+            "row 2 has a turn in 'prompt' whose `content` is no text",
         ),
         (
             {"prompt": [{"role": "assistant", "content": "x"}], "a": 1, "o": {}},
-            "row 2: .* no turn of",
+            "row 2 has no turn of the user",
         ),
-        ({"prompt": "x", "a": 1, "o": ["yes", "no"]}, "row 2: 'o' is not a mapping"),
+        ({"prompt": "x", "a": 1, "o": 3}, "row 2 has the options 3, expected letters"),
+        ({"prompt": "x", "a": ["b"], "o": {}}, "row 2 has a list in 'a', expected text"),
         (["x"], "row 2 is a list"),
     ],
 )
@@ -357,7 +367,7 @@ def test_a_row_that_is_not_json_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gone\.jsonl: no such file"):
+    with pytest.raises(ValueError, match=r"path: found '.*gone\.jsonl', which does not exist"):
         read(FileSource(path=str(tmp_path / "gone.jsonl")))
 
 

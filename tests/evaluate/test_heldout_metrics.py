@@ -172,5 +172,5 @@ def test_an_optional_benchmark_without_its_file_is_left_out(world: World) -> Non
     benchmarks = {"medqa": {"path": str(world.path / "none.jsonl"), "optional": True}}
     config = parse(EvaluateConfig, {**world.tree, "benchmarks": benchmarks})
     assert without_missing(config).benchmarks == {}
-    with pytest.raises(ValueError, match="no file"):
+    with pytest.raises(ValueError, match="which does not exist"):
         world.run(benchmarks={"medqa": benchmarks["medqa"] | {"optional": False}})

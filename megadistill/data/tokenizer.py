@@ -1,7 +1,8 @@
-"""A chat as the token ids that a local model reads."""
+"""A model's tokenizer, and a chat as the token ids that the model reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -21,14 +22,23 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     ]
 
 
-def chat_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def chat_ids(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    enable_thinking: bool | None = None,
+) -> list[int]:
     """Token ids up to where the answer is to begin; a last assistant turn is its beginning."""
     opened = messages[-1]["role"] == "assistant"
+    # `Any`, because the method has many other keyword arguments, of many types.
+    switches: dict[str, Any] = (
+        {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    )
     text = tokenizer.apply_chat_template(
         [dict(message) for message in messages],
         tokenize=False,
         add_generation_prompt=not opened,
         continue_final_message=opened,
+        **switches,
     )
     ids: list[int] = tokenizer.encode(str(text), add_special_tokens=False)
     return ids
