@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from megadistill.config import (
+    CampaignConfig,
     ConfigError,
+    EvaluateConfig,
     RunConfig,
     cache_dir,
     dump,
@@ -37,6 +39,10 @@ def write(file: Path, tree: Tree) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return file
+
+
+def dataset(path: str, **changes: Any) -> Tree:
+    return {"kind": "dataset", "path": path} | changes
 
 
 def error_lines(tree: Tree) -> list[str]:
@@ -83,6 +89,34 @@ def test_keys_inside_tagged_unions_are_written_as_in_yaml() -> None:
         "data.pools.file.sources.0.path",
         "data.pools.file.sources.0.limit",
     }
+
+
+@pytest.mark.parametrize(
+    ("kind", "tree", "key"),
+    [
+        # A key that is called as a member of the union is.
+        (RunConfig, {"algorithm": {"kind": "raft", "sft": "perhaps"}}, "algorithm.sft"),
+        (RunConfig, {"algorithm": {"kind": "sft", "sft": True}}, "algorithm.sft"),
+        # A union without tags, a key that is no name, and a section that is none.
+        (EvaluateConfig, {"benchmarks": {"a": {"judge": {}}}}, "benchmarks.a.judge"),
+        (EvaluateConfig, {"benchmarks": {"../up": {}}}, "benchmarks.../up"),
+        (CampaignConfig, {"stages": {"a": 5}}, "stages.a"),
+        # Contradictions of a section that lies in a list.
+        (
+            RunConfig,
+            {"data": {"pools": {"p": {"sources": [dataset("a", split="x[:3]")]}}}},
+            "data.pools.p.sources.0.split",
+        ),
+    ],
+)
+def test_a_problem_has_the_key_that_its_user_wrote(
+    kind: type[RunConfig | EvaluateConfig | CampaignConfig], tree: Tree, key: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(kind, tree)
+    _, *lines = str(caught.value).splitlines()
+    wrong = {line.split(": ")[0].strip() for line in lines if "Field required" not in line}
+    assert wrong == {key}
 
 
 def test_names_that_are_not_defined_are_listed_together() -> None:
