@@ -96,6 +96,15 @@ def test_without_a_python_uv_makes_the_environment_where_it_is_there(tmp_path: P
     assert done.stdout == f"venv --quiet --seed --python=3.13 {tmp_path}/.venv\n"
 
 
+def test_a_python_without_venv_is_said_to_lack_it(tmp_path: Path) -> None:
+    lacks = 'case "$2" in *ensurepip*) exit 1 ;; *print*) echo python3.12-venv ;; esac'
+    write_command(tmp_path / "bin/python3.12", lacks)
+    done = set_up(tmp_path, tmp_path / "bin")
+    assert (
+        f"found {tmp_path}/bin/python3.12 without its venv; install python3.12-venv" in done.stderr
+    )
+
+
 def test_set_up_takes_the_newest_python_that_works(tmp_path: Path) -> None:
     write_command(tmp_path / "bin/python3.13", "exit 127")  # as a shim without its interpreter
     is_venv = '[[ $1 != -m ]] || { echo "3.12 $*"; exit 7; }'

@@ -51,17 +51,20 @@ find_python() { # prints the first interpreter that can run this project
 }
 
 make_venv() { # by an interpreter that is here, or by uv, which brings one
-  local python package
+  local python package=
   if python=$(find_python); then
     package=$("$python" -c 'import sys; print("python3.%d-venv" % sys.version_info.minor)')
-    "$python" -c 'import venv, ensurepip' 2>/dev/null || install_system "$package" ||
-      fail "$python has no venv; ask an administrator for: apt-get install $package"
-    "$python" -m venv "$venv"
-  elif command -v uv >/dev/null; then
-    uv venv --quiet --seed --python="${pythons[0]#python}" "$venv"
+    if "$python" -c 'import venv, ensurepip' 2>/dev/null || install_system "$package"; then
+      "$python" -m venv "$venv"
+      return
+    fi
+  fi
+  if command -v uv >/dev/null; then
+    uv venv --quiet --seed --python="${python:-${pythons[0]#python}}" "$venv"
   else
-    fail "found none of ${pythons[*]}; install Python 3.11, 3.12 or 3.13 and set PYTHON to its path, or have" \
-      "uv make the environment, then this again: pip install uv && uv venv --seed --python=3.13 $venv"
+    fail "found ${python:-none of ${pythons[*]}}${python:+ without its venv}; install" \
+      "${package:-Python 3.11, 3.12 or 3.13 and set PYTHON to its path}, or have uv make the environment," \
+      "then this again: pip install uv && uv venv --seed --python=${python:-3.13} $venv"
   fi
 }
 
