@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from megadistill import startup
-from megadistill.algorithms import Algorithm, Sft, make_algorithm
+from megadistill.algorithms import Algorithm, Supervised, make_algorithm
 from megadistill.algorithms.raft import TEACHER_WORDS
 from megadistill.collect import AnswerCollector, Collector, OnPolicyCollector, Sampler
 from megadistill.config import ConfigError, RunConfig, resolve_path
@@ -70,7 +70,7 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
         parts.sampler = _connect(run, config)
         if ahead := restore_ahead(run, state):
             parts.sampler.restore_pending(state.step, ahead)
-    if isinstance(algorithm, Sft):
+    if isinstance(algorithm, Supervised):
         (pool,) = config.algorithm.pools.values()
         parts.collector = AnswerCollector(algorithm, pools[pool], tokenizer, state.cursors)
     else:
@@ -86,10 +86,10 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
 def publish_student(parts: Parts, version: int) -> None:
     """Stream the student to the running engines, which echo version and checksum. Collective.
 
-    Nothing to do without engines, or for SFT, whose engines never sample the student after its
-    start. Waits for rollouts that are under way.
+    Nothing to do without engines, or where answers are trained on: engines then sample the student
+    at its start alone. Waits for rollouts that are under way.
     """
-    if parts.config.rollout is None or isinstance(parts.algorithm, Sft):
+    if parts.config.rollout is None or not parts.config.algorithm.needs_rollouts:
         return
     tensors = parts.engine.hf_tensors()
     if parts.sampler is None:

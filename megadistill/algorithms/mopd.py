@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from megadistill.algorithms.gaps import (
     importance_weights,
@@ -32,6 +33,7 @@ from megadistill.config.algorithm import (
     MopdConfig,
     SelectiveBranchConfig,
 )
+from megadistill.config.schema import RunConfig
 from megadistill.types import FloatArray, Rollout, Sample, Scored, TokenSpan
 
 log = logging.getLogger(__name__)
@@ -136,6 +138,15 @@ class Camopd(Mopd):
     def scale(self, branch: str) -> float:
         """r_b of Eq. (9)."""
         return self.branches[branch].scale
+
+
+def make(config: RunConfig, tokenizer: PreTrainedTokenizerBase, state: Mapping[str, float]) -> Mopd:
+    """The one or the other, as the configuration says; neither learns anything of the run."""
+    algorithm = config.algorithm
+    if isinstance(algorithm, CamopdConfig):
+        return make_camopd(algorithm, config.batch.size)
+    assert isinstance(algorithm, MopdConfig)
+    return make_mopd(algorithm, config.batch.size)
 
 
 def make_mopd(config: MopdConfig, batch_size: int) -> Mopd:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -81,6 +81,7 @@ class OnPolicy(Algorithm, Protocol):
         """Which rollouts are kept, and their token weights."""
 
 
+@runtime_checkable
 class Supervised(Algorithm, Protocol):
     """Learns from the answers that come with the prompts."""
 

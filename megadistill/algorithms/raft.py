@@ -20,7 +20,7 @@ from megadistill.algorithms.protocol import (
 )
 from megadistill.algorithms.sft import answer_sample
 from megadistill.config.algorithm import BranchConfig, RaftConfig
-from megadistill.config.schema import DataConfig
+from megadistill.config.schema import DataConfig, RunConfig
 from megadistill.data.pools import answer_ids
 from megadistill.data.tokenizer import chat_ids
 from megadistill.losses import answer_conditioned
@@ -147,7 +147,7 @@ class Raft:
         return logged
 
     def state(self) -> dict[str, float]:
-        """The averages; `make_algorithm` takes them back."""
+        """The averages; `make` takes them back."""
         return {"sft": self.moments.sft, "kl": self.moments.kl, "steps": self.moments.steps}
 
     def _response(self, scored: Scored, num_samples: int) -> Sample:
@@ -174,3 +174,10 @@ class Raft:
             return ids
         turn = {"role": "user", "content": text}
         return chat_ids([*earlier, turn], self.tokenizer, self.data.enable_thinking)
+
+
+def make(config: RunConfig, tokenizer: PreTrainedTokenizerBase, state: Mapping[str, float]) -> Raft:
+    """With the moving averages that `state` holds."""
+    assert isinstance(config.algorithm, RaftConfig)
+    moments = Moments(**state)  # type: ignore[arg-type]
+    return Raft(config.algorithm, config.data, config.batch.size, tokenizer, moments)

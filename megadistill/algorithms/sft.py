@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from megadistill.algorithms.protocol import Selection, Weighted
+from megadistill.config.schema import RunConfig
 from megadistill.types import Prompt, Sample, TokenSpan
 
 
@@ -29,6 +31,11 @@ class Sft(Weighted):
             scores={},
             metrics={"sft/response_tokens": float(np.mean(lengths))},
         )
+
+
+def make(config: RunConfig, tokenizer: PreTrainedTokenizerBase, state: Mapping[str, float]) -> Sft:
+    """It has nothing to set but the batch, and learns nothing of the run."""
+    return Sft(config.batch.size)
 
 
 def answer_sample(prompt: Prompt, answer_ids: Sequence[int], num_samples: int) -> Sample:

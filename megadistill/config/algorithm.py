@@ -43,6 +43,8 @@ class ImportanceConfig(Config):
 class BaseAlgorithmConfig(Config):
     """What a run asks of its algorithm, whichever it is."""
 
+    decisions: ClassVar[str]
+    """Module of `megadistill.algorithms` whose `make` carries the configuration out."""
     needs_rollouts: ClassVar[bool] = True
     """Whether it trains on the student's own responses."""
 
@@ -82,6 +84,7 @@ class SftConfig(BaseAlgorithmConfig):
     """Longest prompt and answer together, at most what the context holds; records beyond are dropped
     and counted."""
 
+    decisions = "sft"
     needs_rollouts = False
 
     @property
@@ -103,6 +106,8 @@ class MopdConfig(BaseAlgorithmConfig):
     """Share of the batch drawn from the general branch."""
     importance: ImportanceConfig = Field(default_factory=ImportanceConfig)
 
+    decisions = "mopd"
+
 
 class CamopdConfig(BaseAlgorithmConfig):
     """CaMOPD, Eq. (5)-(9): alternating branches, gap-mass selection, scaled recovery."""
@@ -112,6 +117,8 @@ class CamopdConfig(BaseAlgorithmConfig):
     domain: SelectiveBranchConfig
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     importance: ImportanceConfig = Field(default_factory=ImportanceConfig)
+
+    decisions = "mopd"
 
 
 class RaftConfig(BaseAlgorithmConfig):
@@ -146,6 +153,8 @@ class RaftConfig(BaseAlgorithmConfig):
     """`exact` includes this step's losses, for one more forward pass."""
     lambda_max: PositiveFloat = 100.0
     """Bound on lambda, which grows without one as the distillation loss goes to 0."""
+
+    decisions = "raft"
 
     @property
     def branches(self) -> Mapping[str, BranchConfig]:

@@ -4,9 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-FamilyName = Literal["llama", "qwen2", "qwen3"]
+from typing import Any
 
 # Values of a `config.json` are whatever JSON holds, hence Any; they are checked as they are read.
 Json = Mapping[str, Any]
@@ -26,7 +24,8 @@ class RopeScaling:
 class ModelSpec:
     """Everything that decides a model's parameters and their meaning."""
 
-    family: FamilyName
+    family: str
+    """Name in `FAMILIES`."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -65,7 +64,8 @@ class ModelSpec:
 class Family:
     """What a family fixes in code rather than in `config.json`, and its defaults there."""
 
-    name: FamilyName
+    name: str
+    """`model_type` in `config.json`."""
     qkv_bias: bool
     qk_norm: bool
     default_head_dim: int | None = None
