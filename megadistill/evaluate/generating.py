@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,12 @@ from pydantic import TypeAdapter
 from megadistill.config.refine import ChatModelConfig, EndpointConfig, ServedConfig
 from megadistill.data.tokenizer import chat_ids, load_tokenizer
 from megadistill.evaluate.benchmarks import get_benchmark, read_items
-from megadistill.evaluate.multi_turn import run_scenes
-from megadistill.evaluate.protocol import Item
+from megadistill.evaluate.protocol import Item, MultiTurn
 from megadistill.evaluate.sample_grid import COLUMNS, SampleGrid
-from megadistill.inference.chat import ChatError, ChatModel, Usage, open_endpoint, run_calls
+from megadistill.inference.chat import ChatError, ChatModel, Usage, open_endpoint, run_each
 from megadistill.inference.engine import start_batch_engine
 from megadistill.inference.requests import BatchRequest, ChatRequest, SamplingParams
+from megadistill.inference.serving import open_models
 from megadistill.refine.blocks import Blocks
 from megadistill.refine.stages import Stage, part_of
 from megadistill.resolve import resolve
@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 _MODEL: TypeAdapter[ChatModelConfig] = TypeAdapter(ChatModelConfig)
 _SAMPLING: TypeAdapter[SamplingParams] = TypeAdapter(SamplingParams)
-Add = Callable[[int, Mapping[str, Any]], bool]
+SCENES = 16
+"""Under way at the same time; each waits for one line at a time."""
 
 
 def generate(directory: Path, arguments: Mapping[str, Any]) -> None:
@@ -43,20 +44,21 @@ def generate(directory: Path, arguments: Mapping[str, Any]) -> None:
         arguments["seed"],
     )
     blocks = Blocks(directory, COLUMNS, total=len(grid), size=arguments["block"])
-    positions = blocks.missing()
-    if not positions:
+    if not (missing := blocks.missing()):
         return
     model = _MODEL.validate_python(runtime["systems"][arguments["system"]])
     begun = time.monotonic()
     if benchmark.multi_turn is not None:
-        names = (arguments["system"], settings["judges"][0])
-        run_scenes(benchmark.multi_turn, runtime, names, grid, blocks, directory)
+        director = _MODEL.validate_python(runtime["models"][settings["judges"][0]])
+        models = {"actor": model, "director": director}
+        with open_models(models, gpu=runtime["gpu"], logs=directory) as chats:
+            run_scenes(benchmark.multi_turn, list(chats.values()), grid, blocks)
     elif isinstance(model, EndpointConfig):
-        ask_all(open_endpoint(arguments["system"], model), grid, positions, blocks.add)
+        ask_all(open_endpoint(arguments["system"], model), grid, blocks)
     else:
-        write_all(model, grid, positions, blocks.add, gpu=runtime["gpu"])
+        write_all(model, grid, blocks, gpu=runtime["gpu"])
     seconds = time.monotonic() - begun
-    stage.note_figures(directory, {"answers": len(positions), "seconds": seconds})
+    stage.note_figures(directory, {"answers": len(missing), "seconds": seconds})
 
 
 def read_share(settings: Mapping[str, Any]) -> list[Item]:
@@ -65,29 +67,19 @@ def read_share(settings: Mapping[str, Any]) -> list[Item]:
     return list(items)[: settings["limit"]]
 
 
-def write_all(
-    model: ServedConfig, grid: SampleGrid, positions: Sequence[int], add: Add, *, gpu: bool
-) -> None:
+def write_all(model: ServedConfig, grid: SampleGrid, blocks: Blocks, *, gpu: bool) -> None:
     """Through the bulk engine. A prompt that leaves no room for an answer has none."""
     path = resolve("model", model.path)
     tokenizer = load_tokenizer(path)
     thinking = model.extra_body.get("chat_template_kwargs", {}).get("enable_thinking")
-    engine = start_batch_engine(
-        EngineSettings(
-            model=path,
-            precision=model.precision,
-            max_model_len=model.max_model_len,
-            gpu=gpu,
-            limits=model.engine,
-        )
-    )
+    engine = start_batch_engine(EngineSettings.of(model, gpu=gpu))
 
     def requests() -> Iterator[BatchRequest]:
-        for position in positions:
+        for position in blocks.missing():
             item, _ = grid.at(position)
             token_ids = chat_ids(item.messages, tokenizer, thinking)
             if len(token_ids) >= model.max_model_len:
-                add(position, grid.row(position, "", "prompt_too_long", 0))
+                blocks.add(position, grid.row(position, "", "prompt_too_long", 0))
                 continue
             yield BatchRequest(key=position, token_ids=token_ids, seed=grid.seed_at(position))
 
@@ -96,12 +88,12 @@ def write_all(
     for response in engine.generate(requests(), sampling):
         text = str(tokenizer.decode(list(response.token_ids), skip_special_tokens=True))
         row = grid.row(response.key, text, response.finish_reason, len(response.token_ids))
-        if add(response.key, row):
+        if blocks.add(response.key, row):
             log.info("generating: a block of answers is saved")
     engine.close()
 
 
-def ask_all(chat: ChatModel, grid: SampleGrid, positions: Sequence[int], add: Add) -> None:
+def ask_all(chat: ChatModel, grid: SampleGrid, blocks: Blocks) -> None:
     """Through an endpoint, as many at a time as it takes."""
     usage = Usage()
 
@@ -115,7 +107,29 @@ def ask_all(chat: ChatModel, grid: SampleGrid, positions: Sequence[int], add: Ad
             written, reason = response.text, "length" if response.cut else "stop"
         except ChatError as error:
             written, reason = "", str(error)
-        add(position, grid.row(position, written, reason))
+        blocks.add(position, grid.row(position, written, reason))
 
-    run_calls([partial(ask, position) for position in positions], [chat])
+    run_each(ask, blocks.missing(), [chat])
     log.info("generating: %s", usage)
+
+
+def run_scenes(
+    multi_turn: MultiTurn, models: Sequence[ChatModel], grid: SampleGrid, blocks: Blocks
+) -> None:
+    """Answers that take several turns between the system and the judge's model."""
+    usage = Usage()
+    actor, director = (
+        partial(model.ask_until_parsed, parse=lambda text: text or None, usage=usage)
+        for model in models
+    )
+
+    async def run_scene(position: int) -> None:
+        item, _ = grid.at(position)
+        try:
+            written, reason = await multi_turn(item, actor, director), "stop"
+        except ChatError as error:  # without an answer when it broke off
+            written, reason = "", str(error)
+        blocks.add(position, grid.row(position, written, reason))
+
+    run_each(run_scene, blocks.missing(), models, SCENES)
+    log.info("scenes: %s", usage)

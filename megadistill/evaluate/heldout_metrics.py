@@ -146,15 +146,7 @@ def sample(
     `lengths`: of the context, and of an answer.
     """
     context, most = lengths
-    engine = start_batch_engine(
-        EngineSettings(
-            model=resolve("model", model.path),
-            precision=model.precision,
-            max_model_len=context,
-            gpu=gpu,
-            limits=model.engine,
-        )
-    )
+    engine = start_batch_engine(EngineSettings.of(model, gpu=gpu, max_model_len=context))
     requests = [
         BatchRequest(key=number, token_ids=prompt.token_ids, seed=seed)
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))

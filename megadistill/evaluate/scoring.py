@@ -5,10 +5,9 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from megadistill.config.refine import ChatModelConfig
 from megadistill.evaluate.benchmarks import get_benchmark
 from megadistill.evaluate.generating import read_share
 from megadistill.evaluate.protocol import Benchmark, Item, Judged, Score, Tools
-from megadistill.inference.chat import ChatError, ChatModel, Usage, run_calls
+from megadistill.inference.chat import ChatError, ChatModel, Usage, run_each
 from megadistill.inference.requests import ChatRequest, without_thinking
 from megadistill.inference.serving import open_models
 from megadistill.refine.blocks import Blocks, read_blocks
@@ -51,86 +50,55 @@ def score(directory: Path, arguments: Mapping[str, Any]) -> None:
     runtime = stage.runtime
     settings = runtime["benchmarks"][arguments["benchmark"]]
     benchmark = get_benchmark(settings["kind"])
+    judged = benchmark.judged
     items = {item.id: item for item in read_share(settings)}
     answers = read_blocks(stage.outputs("generate", arguments["answers"]))
     blocks = Blocks(directory, COLUMNS, total=len(answers), size=arguments["block"])
-    positions = blocks.missing()
-    if benchmark.run is not None:
+    if not settings["judges"] or judged is None:
         tools = Tools(checkout=Path(settings["checkout"]), sandbox=runtime["sandbox"])
-        by_running(benchmark.run, tools, items, answers, blocks)
-        return
-    if not settings["judges"] or benchmark.judged is None:
-        by_rules(benchmark, items, answers, positions, blocks.add)
+        by_rules(benchmark, tools, items, answers, blocks)
         return
     models = {name: _MODEL.validate_python(runtime["models"][name]) for name in settings["judges"]}
     with open_models(models, gpu=runtime["gpu"], logs=directory) as chats:
-        judges = [Judge(benchmark.judged, chats[name]) for name in models]
-        calls = [
-            partial(
-                judge, benchmark, judges, at, items[answers[at]["item"]], answers[at], blocks.add
-            )
-            for at in positions
-        ]
-        run_calls(calls, chats.values())
+        judges = [Judge(judged, model) for model in chats.values()]
+
+        async def judge(position: int) -> None:
+            """One answer by all judges."""
+            answer = answers[position]
+            item, text = items[answer["item"]], visible(benchmark, answer["written"])
+            given = await asyncio.gather(*(one.replies(item, text) for one in judges))
+            scores = [judged.score_replies(item, text, replies) for replies in given]
+            replies = [reply for some in given for reply in some]
+            blocks.add(position, to_row(item, answer, majority(scores), replies))
+
+        run_each(judge, blocks.missing(), chats.values())
     for name, one in zip(models, judges, strict=True):
         log.info("scoring: %s: %s", name, one.usage)
 
 
 def by_rules(
     benchmark: Benchmark,
-    items: Mapping[str, Item],
-    answers: Sequence[Row],
-    positions: Sequence[int],
-    add: Callable[[int, Row], bool],
-) -> None:
-    """Without another model."""
-    assert benchmark.score is not None
-    for position in positions:
-        answer = answers[position]
-        item = items[answer["item"]]
-        found = benchmark.score(item, visible(benchmark, answer["written"]))
-        add(position, to_row(item, answer, found, []))
-
-
-def by_running(
-    run: Callable[[Item, str, Tools], Score],
     tools: Tools,
     items: Mapping[str, Item],
     answers: Sequence[Row],
     blocks: Blocks,
 ) -> None:
-    """By programs, as many at a time as this shard has processors."""
+    """Without another model; where programs run, as many at a time as there are processors."""
     positions = blocks.missing()
 
-    def score_at(position: int) -> dict[str, Any]:
+    def row_at(position: int) -> dict[str, Any]:
         answer = answers[position]
-        item = items[answer["item"]]
-        return to_row(item, answer, run(item, without_thinking(answer["written"]), tools), [])
+        item, text = items[answer["item"]], visible(benchmark, answer["written"])
+        if benchmark.run is not None:
+            return to_row(item, answer, benchmark.run(item, text, tools))
+        assert benchmark.score is not None
+        return to_row(item, answer, benchmark.score(item, text))
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for position, row in zip(positions, pool.map(score_at, positions), strict=True):
+        # Rules stay in this thread: math-verify limits its time by signals.
+        rows = map(row_at, positions) if benchmark.run is None else pool.map(row_at, positions)
+        for position, row in zip(positions, rows, strict=True):
             blocks.add(position, row)
-
-
-async def judge(
-    benchmark: Benchmark,
-    judges: Sequence["Judge"],
-    position: int,
-    item: Item,
-    answer: Row,
-    add: Callable[[int, Row], bool],
-) -> None:
-    """One answer by all judges."""
-    text = visible(benchmark, answer["written"])
-    given = await asyncio.gather(*(one.replies(item, text) for one in judges))
-    scores = [
-        one.score_replies(item, text, list(replies))
-        for one, replies in zip(judges, given, strict=True)
-    ]
-    add(
-        position,
-        to_row(item, answer, majority(scores), [text for group in given for text in group]),
-    )
 
 
 def majority(scores: Sequence[Score]) -> Score:
@@ -153,7 +121,6 @@ class Judge:
 
     def __init__(self, judged: Judged, model: ChatModel) -> None:
         self.usage = Usage()
-        self.score_replies = judged.score_replies
         self._judged = judged
         self._judge = model
         self._replies: dict[str, asyncio.Future[str]] = {}
@@ -184,7 +151,7 @@ def visible(benchmark: Benchmark, written: str) -> str:
     return without_thinking(written) if benchmark.strip_thinking else written
 
 
-def to_row(item: Item, answer: Row, found: Score, replies: Sequence[str]) -> dict[str, Any]:
+def to_row(item: Item, answer: Row, found: Score, replies: Sequence[str] = ()) -> dict[str, Any]:
     """The transcript with its score."""
     return {
         **answer,

@@ -8,8 +8,8 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, NoReturn, Self
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import httpx2
 import openai
@@ -19,6 +19,8 @@ from megadistill.config.refine import EndpointConfig, ServedConfig
 from megadistill.inference.requests import ChatRequest, ChatResponse, without_thinking
 
 log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 REFUSED = (400, 413, 422)
 """This request cannot be answered, others can."""
@@ -75,11 +77,6 @@ class Usage:
     """Given up after every try, or refused."""
     unparsable: int = 0
     """Answers that could not be read, such as a judge's without a score."""
-
-    def add(self, other: Self) -> None:
-        for item in fields(self):
-            total = getattr(self, item.name) + getattr(other, item.name)
-            setattr(self, item.name, total)
 
 
 class _CheckedClient(openai.DefaultAsyncHttpxClient):
@@ -225,26 +222,30 @@ def open_endpoint(name: str, config: EndpointConfig) -> ChatModel:
     return ChatModel(name, config.model, config.base_url, key, config)
 
 
-def run_calls(
-    calls: Sequence[Callable[[], Awaitable[None]]],
+def run_each(
+    call: Callable[[Item], Awaitable[None]],
+    items: Sequence[Item],
     models: Iterable[ChatModel],
     most: int = MOST_ALIVE,
 ) -> None:
-    """Run coroutines that ask these models, `most` alive at a time, to their end or the first problem."""
+    """Run a coroutine that asks these models for each item, `most` alive at a time.
+
+    The first problem ends them all.
+    """
 
     async def run() -> None:
-        waiting = iter(calls)
+        waiting = iter(items)
 
         async def work() -> None:
-            for call in waiting:
-                await call()
+            for item in waiting:
+                await call(item)
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(most, len(calls))):
+                for _ in range(min(most, len(items))):
                     group.create_task(work())
-        except* ValueError as group_of_problems:
-            raise group_of_problems.exceptions[0] from None
+        except* ValueError as problems:
+            raise problems.exceptions[0] from None
         finally:
             for model in models:
                 await model.close()

@@ -20,7 +20,6 @@ from megadistill.inference.chat import ChatModel, open_endpoint
 from megadistill.launch.node_context import free_port
 from megadistill.launch.processes import Processes
 from megadistill.launch.roles import visible_gpus
-from megadistill.resolve import resolve
 from megadistill.rollout.vllm_arguments import EngineSettings, vllm_arguments, vllm_environment
 
 log = logging.getLogger(__name__)
@@ -63,13 +62,7 @@ def open_models(
 
 def serve_command(config: ServedConfig, name: str, port: int, *, gpu: bool) -> list[str]:
     """The command line of one model's server; the token goes by the environment."""
-    settings = EngineSettings(
-        model=resolve("model", config.path),
-        precision=config.precision,
-        max_model_len=config.max_model_len,
-        gpu=gpu,
-        limits=config.engine,
-    )
+    settings = EngineSettings.of(config, gpu=gpu)
     words = {"served_model_name": name, "host": HOST, "port": port, **vllm_arguments(settings)}
     command = [sys.executable, "-m", "megadistill.inference.vllm_serve", str(settings.model)]
     for word, value in words.items():

@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from pydantic import TypeAdapter
 
 from megadistill.config.refine import ChatModelConfig, FusionConfig
 from megadistill.data.records import Record
-from megadistill.inference.chat import ChatError, ChatModel, Usage, run_calls
+from megadistill.inference.chat import ChatError, ChatModel, Usage, run_each
 from megadistill.inference.requests import ChatRequest, SamplingParams, without_thinking
 from megadistill.inference.serving import open_models
 from megadistill.inference.templates import Template, load_template
@@ -206,18 +205,14 @@ def fuse(directory: Path, arguments: Mapping[str, Any]) -> None:
             rules=Rules(**arguments["rules"]),
             seed=arguments["seed"],
         )
-        calls = [partial(fuse_one, fuser, work, position, blocks) for position in positions]
-        # As many as keep the models busy.
+
+        async def fuse_one(position: int) -> None:
+            if blocks.add(position, await fuser.fuse_record(*work[position])):
+                log.info("fusion: a block of %d records is saved", blocks.size)
+
+        # As many at a time as keep the models busy.
         most = 2 * max(model.config.concurrency for model in models.values())
-        run_calls(calls, models.values(), most)
-
-
-async def fuse_one(
-    fuser: Fuser, work: Sequence[tuple[Record, str]], position: int, blocks: Blocks
-) -> None:
-    """The record at this position into its block."""
-    if blocks.add(position, await fuser.fuse_record(*work[position])):
-        log.info("fusion: a block of %d records is saved", blocks.size)
+        run_each(fuse_one, positions, models.values(), most)
 
 
 def chosen_work(stage: Stage, arguments: Mapping[str, Any]) -> list[tuple[Record, str]]:

@@ -6,10 +6,11 @@ Imports neither vLLM nor torch: both read the environment when they are imported
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from megadistill.config.refine import EngineConfig
+from megadistill.config.refine import EngineConfig, ServedConfig
 from megadistill.config.schema import RolloutConfig
+from megadistill.resolve import resolve
 from megadistill.rollout.model_files import kv_bytes_per_token, read_model_config
 
 CPU_BLOCK = 128
@@ -36,6 +37,17 @@ class EngineSettings:
     max_model_len: int
     gpu: bool
     limits: EngineConfig | RolloutConfig
+
+    @classmethod
+    def of(cls, model: ServedConfig, *, gpu: bool, max_model_len: int | None = None) -> Self:
+        """Of a model that a shard serves or writes with; raises `ValueError` if it is not here."""
+        return cls(
+            model=resolve("model", model.path),
+            precision=model.precision,
+            max_model_len=max_model_len or model.max_model_len,
+            gpu=gpu,
+            limits=model.engine,
+        )
 
 
 def vllm_arguments(settings: EngineSettings) -> dict[str, Any]:

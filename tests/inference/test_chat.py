@@ -5,13 +5,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import pytest
 
 from megadistill.config.refine import EndpointConfig
-from megadistill.inference.chat import ChatError, ChatModel, Usage, open_endpoint, run_calls
+from megadistill.inference.chat import ChatError, ChatModel, Usage, open_endpoint, run_each
 from megadistill.inference.requests import (
     ChatRequest,
     ChatResponse,
@@ -51,13 +50,13 @@ def ask(
     model = open_endpoint("strong", EndpointConfig(**endpoint_tree(server.url) | changes))
     found: list[ChatResponse | str] = []
 
-    async def one() -> None:
+    async def one(_: int) -> None:
         try:
             found.append(await model.ask(request, usage))
         except ChatError as error:
             found.append(str(error))
 
-    run_calls([one] * count, [model])
+    run_each(one, range(count), [model])
     return found
 
 
@@ -186,14 +185,14 @@ def test_requests_under_way_are_bounded(serve: Serve) -> None:
 def test_coroutines_alive_are_bounded() -> None:
     alive = most_alive = 0
 
-    async def call() -> None:
+    async def call(_: int) -> None:
         nonlocal alive, most_alive
         alive += 1
         most_alive = max(most_alive, alive)
         await asyncio.sleep(0)
         alive -= 1
 
-    run_calls([call] * 20, [], most=4)
+    run_each(call, range(20), [], most=4)
     assert (alive, most_alive) == (0, 4)
 
 
@@ -213,7 +212,7 @@ def test_a_reply_that_cannot_be_read_is_asked_for_again(serve: Serve) -> None:
             found.append(await model.ask_until_parsed(requests, parse, usage))
 
     model = open_endpoint("judge", EndpointConfig(**endpoint_tree(server.url)))
-    run_calls([partial(score, model)], [model])
+    run_each(score, [model], [model])
     assert found == ["8", "idea"]
     assert (usage.requests, usage.unparsable) == (4, 3)
     assert [body["seed"] for body in server.bodies] == [0, 1, 0, 1]
