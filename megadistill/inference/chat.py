@@ -137,34 +137,23 @@ class ChatModel:
         Raises `ChatError` when this request cannot be answered, and `ValueError` when the
         endpoint cannot be used at all.
         """
-        sampling = request.sampling
-        extra = {**self.config.extra_body}
-        if request.seed is not None:
-            extra.setdefault("seed", request.seed)
-        # What OpenAI's interface has no name for goes along as vLLM calls it.
-        if sampling.top_k:
-            extra["top_k"] = sampling.top_k
-        if sampling.repetition_penalty != 1.0:
-            extra["repetition_penalty"] = sampling.repetition_penalty
+        failure = None
         try:
             async with self._slots:
-                raw = await self._client.chat.completions.with_raw_response.create(
-                    model=self.model,
-                    messages=[dict(message) for message in request.messages],  # type: ignore[misc]
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=sampling.max_tokens,
-                    extra_body=extra,
+                response = await self._client.post(
+                    "/chat/completions", body=self._body(request), cast_to=httpx2.Response
                 )
+            sent = response.request
         except openai.APIError as error:
-            retries = int(error.request.headers.get("x-stainless-retry-count", 0))
-            usage.requests += 1 + retries
-            usage.retries += retries
-            self._give_up(error, usage)
+            failure, sent = error, error.request
+        retries = int(sent.headers["x-stainless-retry-count"])
+        usage.requests += 1 + retries
+        usage.retries += retries
+        if failure is not None:
+            usage.failed += 1
+            self._give_up(failure)
         self._failed_in_row = 0
-        usage.requests += 1 + raw.retries_taken
-        usage.retries += raw.retries_taken
-        completion = _COMPLETION.validate_json(raw.content)
+        completion = _COMPLETION.validate_json(response.content)
         if completion.usage is not None:
             usage.prompt_tokens += completion.usage.prompt_tokens
             usage.completion_tokens += completion.usage.completion_tokens
@@ -183,29 +172,46 @@ class ChatModel:
             usage.unparsable += 1
         return text
 
-    def _give_up(self, error: openai.APIError, usage: Usage) -> NoReturn:
+    def _body(self, request: ChatRequest) -> dict[str, Any]:
+        """As the endpoint wants it (any: JSON)."""
+        sampling = request.sampling
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": list(request.messages),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            **({} if request.seed is None else {"seed": request.seed}),
+            **self.config.extra_body,
+        }
+        # What OpenAI's interface has no name for goes along as vLLM calls it.
+        if sampling.top_k:
+            body["top_k"] = sampling.top_k
+        if sampling.repetition_penalty != 1.0:
+            body["repetition_penalty"] = sampling.repetition_penalty
+        return body
+
+    def _give_up(self, error: openai.APIError) -> NoReturn:
         problem = str(error.__cause__ or error)
         if isinstance(error, openai.APIStatusError):
             status, said = error.status_code, error.response.text[:200]
             problem = f"status {status}: {said}"
-            if status not in (*REFUSED, *RETRIED) and status < 500:
+            if status in REFUSED:
+                log.warning("%s: refused: %s", self.name, said)
+                raise ChatError("endpoint_refused") from error
+            if status not in RETRIED and status < 500:
                 raise ValueError(
                     f"models.{self.name}: the endpoint answered {status} ({said}); check "
                     "base_url, model and api_key_env"
                 ) from error
-            if status in REFUSED:
-                usage.failed += 1
-                log.warning("%s: refused: %s", self.name, said)
-                raise ChatError("endpoint_refused") from error
-        usage.failed += 1
         self._failed_in_row += 1
-        if self._failed_in_row >= self.config.give_up_after:
-            raise ValueError(
-                f"models.{self.name}: {self._failed_in_row} requests in a row failed every one of "
-                f"{self.config.tries} tries; the last: {problem}. What is finished is kept: mend "
-                "the endpoint and run this again"
-            ) from error
-        raise ChatError("endpoint_failed") from error
+        if self._failed_in_row < self.config.give_up_after:
+            raise ChatError("endpoint_failed") from error
+        raise ValueError(
+            f"models.{self.name}: {self._failed_in_row} requests in a row failed every one of "
+            f"{self.config.tries} tries; the last: {problem}. What is finished is kept: mend the "
+            "endpoint and run this again"
+        ) from error
 
     async def close(self) -> None:
         """Close its connections; it belongs to the event loop that has used it."""

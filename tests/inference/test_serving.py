@@ -1,8 +1,8 @@
 """Models that a shard serves: started, found, and ended, with a small server in vLLM's place."""
 
 import asyncio
-import importlib.metadata
 import os
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -15,7 +15,7 @@ from megadistill.inference import serving
 from megadistill.inference.chat import Usage
 from megadistill.inference.requests import ChatRequest, SamplingParams
 from megadistill.inference.serving import HOST, open_models, serve_command, serve_environment
-from megadistill.inference.vllm_serve import name_vllm
+from megadistill.rollout.vllm_arguments import vllm_environment
 from tests.inference.scripted import completion
 from tests.tiny import write_model_config
 
@@ -102,7 +102,10 @@ def test_commands_hold_no_secret_and_each_model_its_gpus(
 
 
 @pytest.mark.vllm
-def test_vllm_is_given_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    name_vllm(tmp_path)
-    assert importlib.metadata.version("vllm")
+@pytest.mark.slow
+def test_vllms_own_command_line_starts_under_its_name() -> None:
+    command = [sys.executable, "-m", "megadistill.inference.vllm_serve", "--help"]
+    environment = {**os.environ, **vllm_environment(1, gpu=False)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "vllm serve" in ended.stdout
