@@ -6,16 +6,13 @@ The papers' questions are not published: D-Acc takes the user's own test questio
 import ast
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
-from megadistill.evaluate.benchmarks.verified import decision, score_replies
-from megadistill.evaluate.protocol import Benchmark, Item, Judged, user
-from megadistill.inference.requests import ChatRequest, SamplingParams
-from megadistill.inference.templates import load_template
+from megadistill.evaluate.benchmarks.verified import judged_by
+from megadistill.evaluate.protocol import Benchmark, Item, user
+from megadistill.inference.requests import SamplingParams
 from megadistill.types import Message
 
-FIELDS = ("prompt", "response", "reference")
 SYSTEM = "You are a helpful assistant."
 """A first turn that MS-Bench's rows have for nothing."""
 FOREIGN = ("moss", "human:", "user:", "assistant:")
@@ -62,17 +59,6 @@ def ms_bench_item(row: Mapping[str, Any]) -> Item | None:
     )
 
 
-def requests(item: Item, answer: str, *, template: str) -> Sequence[ChatRequest]:
-    """One question to a judge."""
-    values = {
-        "prompt": item.messages[-1]["content"],
-        "response": answer,
-        "reference": item.reference,
-    }
-    messages = load_template(template, FIELDS).fill(values)
-    return [ChatRequest(messages=messages, sampling=SamplingParams(max_tokens=1024))]
-
-
 def _parsed(text: str) -> Any:  # whatever the row holds
     """A list that was written as JSON or as Python."""
     try:
@@ -85,21 +71,13 @@ def _parsed(text: str) -> Any:  # whatever the row holds
         raise ValueError(f"conversations: neither JSON nor a Python list: {error}") from None
 
 
-def _judged(template: str) -> Judged:
-    return Judged(
-        requests=partial(requests, template=template),
-        parse=decision,
-        score_replies=score_replies,
-        votes=True,
-    )
-
-
+JUDGING = SamplingParams(max_tokens=1024)
 D_ACC = Benchmark(
     title="D-Acc",
     block="domain",
     sampling=SamplingParams(max_tokens=1024),
     rows=d_acc_item,
-    judged=_judged("packaged:correct-v1"),
+    judged=judged_by("packaged:correct-v1", JUDGING),
     hint="your test questions as JSONL with question and answer, or messages and answer",
 )
 MS_BENCH = Benchmark(
@@ -107,7 +85,7 @@ MS_BENCH = Benchmark(
     block="general",
     sampling=SamplingParams(max_tokens=1024),
     rows=ms_bench_item,
-    judged=_judged("packaged:acceptable-v1"),
+    judged=judged_by("packaged:acceptable-v1", JUDGING),
     draws=200,
     hint=(
         "ModelScope's data set iic/ms_bench as .jsonl, .csv or .parquet: `modelscope download "

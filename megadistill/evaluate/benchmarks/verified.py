@@ -7,6 +7,7 @@ unequal; without a verifier math-verify (for GPQA the letter) decides alone.
 import random
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megadistill.evaluate.benchmarks.medical import final_letter
@@ -14,7 +15,7 @@ from megadistill.evaluate.protocol import Benchmark, Item, Judged, Score, user
 from megadistill.inference.requests import ChatRequest, SamplingParams
 from megadistill.inference.templates import load_template
 
-FIELDS = ("prompt", "response", "truth")
+FIELDS = ("prompt", "response", "reference")
 _DECISION = re.compile(r"<decision>\s*(yes|no)\s*</decision>", re.IGNORECASE)
 _EXTRACTED = re.compile(r"<extracted_answer>(.*?)</extracted_answer>", re.DOTALL | re.IGNORECASE)
 CHOICE = "Reason step by step, then end with a line `Final answer: <letter>`."
@@ -27,18 +28,6 @@ def decision(reply: str) -> bool | None:
     return found[-1].lower() == "yes" if found else None
 
 
-def requests(item: Item, answer: str) -> Sequence[ChatRequest]:
-    """One question to the verifier, at the paper's temperature."""
-    values = {
-        "prompt": item.messages[-1]["content"],
-        "response": answer,
-        "truth": str(item.reference),
-    }
-    messages = load_template("packaged:verifier-v1", FIELDS).fill(values)
-    sampling = SamplingParams(temperature=0.2, max_tokens=512)
-    return [ChatRequest(messages=messages, sampling=sampling)]
-
-
 def score_replies(item: Item, answer: str, replies: Sequence[str]) -> Score:
     """Right where the verifier says yes; a reply without a decision counts as no, and is counted."""
     verdict = decision(replies[-1])
@@ -48,6 +37,25 @@ def score_replies(item: Item, answer: str, replies: Sequence[str]) -> Score:
         extracted=found[-1].strip() if found else None,
         details={"no_decision": float(verdict is None)},
     )
+
+
+def judged_by(template: str, sampling: SamplingParams) -> Judged:
+    """By yes or no to one question, which a template makes of prompt, response and reference."""
+
+    def requests(item: Item, answer: str) -> Sequence[ChatRequest]:
+        values = {
+            "prompt": item.messages[-1]["content"],
+            "response": answer,
+            "reference": str(item.reference),
+        }
+        messages = load_template(template, FIELDS).fill(values)
+        return [ChatRequest(messages=messages, sampling=sampling)]
+
+    return Judged(requests=requests, parse=decision, score_replies=score_replies, votes=True)
+
+
+VERIFIER = judged_by("packaged:verifier-v1", SamplingParams(temperature=0.2, max_tokens=512))
+"""At the paper's temperature."""
 
 
 def by_letter(item: Item, answer: str) -> Score:
@@ -76,7 +84,7 @@ def by_mathematics(item: Item, answer: str) -> Score:
 
 def hmmt_requests(item: Item, answer: str) -> Sequence[ChatRequest]:
     """Nothing where the answers are equal already."""
-    return [] if by_mathematics(item, answer).value else requests(item, answer)
+    return [] if by_mathematics(item, answer).value else VERIFIER.requests(item, answer)
 
 
 def hmmt_score_replies(item: Item, answer: str, replies: Sequence[str]) -> Score:
@@ -116,7 +124,7 @@ GPQA_DIAMOND = Benchmark(
     ),
     rows=gpqa_item,
     score=by_letter,
-    judged=Judged(requests=requests, parse=decision, score_replies=score_replies, votes=True),
+    judged=VERIFIER,
     hint=(
         "gpqa_diamond.csv of the gated data set Idavidrein/gpqa: accept its terms on the hub, then "
         "`hf download Idavidrein/gpqa gpqa_diamond.csv --repo-type dataset`"
@@ -131,9 +139,7 @@ HMMT25 = Benchmark(
     ),
     rows=hmmt_item,
     score=by_mathematics,
-    judged=Judged(
-        requests=hmmt_requests, parse=decision, score_replies=hmmt_score_replies, votes=True
-    ),
+    judged=replace(VERIFIER, requests=hmmt_requests, score_replies=hmmt_score_replies),
     hint="`hf download MathArena/hmmt_feb_2025 --repo-type dataset`",
     size=30,
 )
