@@ -5,7 +5,8 @@ holds the error over the whole table.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,8 @@ from megadistill import stats
 from megadistill.atomic import write_atomic
 from megadistill.evaluate import results
 from megadistill.evaluate.benchmarks import get_benchmark
-from megadistill.evaluate.rendering import RENDERERS
-from megadistill.evaluate.tables import BLOCKS, Cell, Column, Table
+from megadistill.evaluate.tables import RENDERERS, Table, draw, mark
 from megadistill.refine.blocks import read_rows_of
-from megadistill.stats import Interval
 
 SEED = 0
 
@@ -73,35 +72,42 @@ def make_table(systems: Mapping[str, Sequence[Path]], confidence: float) -> Tabl
     """The table of these systems, the first of which is the baseline."""
     loaded = [SystemResults.load(name, places) for name, places in systems.items()]
     names = list(dict.fromkeys(name for system in loaded for name in system.summaries[0]))
-    columns = [_column(name, loaded) for name in names]
-    in_points = {column.name: column.in_points for column in columns}
-    cells: dict[tuple[str, str], Cell] = {}
-    tests: list[tuple[tuple[str, str], float]] = []
-    for name in names:
-        baseline = loaded[0].scores(name)
-        for system in loaded:
-            scores = system.scores(name)
-            if scores is None:
-                continue
-            place = (system.name, name)
-            cells[place] = Cell(interval=_interval(scores, confidence, shares=in_points[name]))
-            if baseline is not None and system is not loaded[0]:
-                tests.append((place, _p_value(name, scores, baseline)))
-    for (place, _), p_value in zip(tests, stats.holm([p for _, p in tests]), strict=True):
-        reference = cells[loaded[0].name, place[1]].interval.value
-        cells[place] = Cell(
-            interval=cells[place].interval,
-            p_value=p_value,
-            significant=p_value < 1 - confidence,
-            better=(cells[place].interval.value > reference) == in_points[place[1]],
-        )
+    rows = [row for name in names for row in _rows(name, loaded, confidence)]
     return Table(
+        frame=mark(rows, confidence),
         systems=[system.name for system in loaded],
-        columns=sorted(columns, key=lambda column: list(BLOCKS).index(column.block)),
-        cells=cells,
         confidence=confidence,
         remarks=[remark for name in names if (remark := _remark(name, loaded, confidence))],
     )
+
+
+def _rows(
+    name: str, loaded: Sequence[SystemResults], confidence: float
+) -> Iterator[dict[str, Any]]:  # of the table's frame
+    """A benchmark's score of each system that has one, and the p-value of its difference."""
+    found = next(system.summaries[0][name] for system in loaded if name in system.summaries[0])
+    benchmark = get_benchmark(found["benchmark"])
+    baseline = loaded[0].scores(name)
+    for system in loaded:
+        scores = system.scores(name)
+        if scores is None:
+            continue
+        interval = stats.interval(
+            *_stacked(scores), seed=SEED, confidence=confidence, shares=benchmark.is_share
+        )
+        yield {
+            "system": system.name,
+            "block": benchmark.block,
+            "benchmark": name,
+            "title": found["title"] + ("" if found["whole_set"] else " (part)"),
+            "items": found["items"],
+            "is_share": benchmark.is_share,
+            "higher_is_better": benchmark.higher_is_better,
+            "score": interval.value,
+            "low": interval.low,
+            "high": interval.high,
+            "p_adjusted": _p_value(name, scores, None if system is loaded[0] else baseline),
+        }
 
 
 def _remark(name: str, loaded: Sequence[SystemResults], confidence: float) -> str | None:
@@ -125,37 +131,20 @@ def write_tables(
     systems: Mapping[str, Sequence[Path]], folder: Path, confidence: float = 0.95
 ) -> str:
     """Write the table in every format, with its picture; returns the Markdown."""
-    from megadistill.evaluate.picture import draw_bars  # noqa: PLC0415 - matplotlib is slow
-
     table = make_table(systems, confidence)
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, render in RENDERERS.items():
         write_atomic(folder / f"table.{suffix}", render(table))
-    draw_bars(table, folder / "table.png")
+    draw(table, folder / "table.png")
     return RENDERERS["md"](table)
 
 
-def _column(name: str, loaded: Sequence[SystemResults]) -> Column:
-    found = next(system.summaries[0][name] for system in loaded if name in system.summaries[0])
-    title = found["title"]
-    if not found["whole_set"]:
-        title += " (part)"
-    return Column(
-        name=name,
-        title=title,
-        block=get_benchmark(found["benchmark"]).block,
-        num_items=found["items"],
-    )
-
-
-def _interval(scores: Sequence[results.Scores], confidence: float, *, shares: bool) -> Interval:
-    values_SI, weights_I = _stacked(scores)
-    return stats.interval(values_SI, weights_I, seed=SEED, confidence=confidence, shares=shares)
-
-
 def _p_value(
-    name: str, scores: Sequence[results.Scores], baseline: Sequence[results.Scores]
+    name: str, scores: Sequence[results.Scores], baseline: Sequence[results.Scores] | None
 ) -> float:
+    """Of the difference to the baseline's; NaN without any."""
+    if baseline is None:
+        return math.nan
     if scores[0].items != baseline[0].items:
         raise ValueError(f"{name}: the systems have results on different items, expected the same")
     values_SI, weights_I = _stacked(scores)

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from megadistill import stats
 from megadistill.atomic import write_atomic
 from megadistill.config import EvaluateConfig, dump, resolve_path
 from megadistill.config.evaluate import ExternalConfig
@@ -216,11 +217,12 @@ class Evaluation:
         """What is kept of a benchmark beside its transcripts (any: JSON)."""
         benchmark = get_benchmark(kind)
         found = results.summarise(rows, benchmark.groups)
-        interval = results.interval_of(
-            found,
+        interval = stats.interval(
+            found.values_I[None],
+            found.weights_I,
             seed=self.config.seed,
             confidence=self.config.confidence,
-            shares=benchmark.block != "heldout",
+            shares=benchmark.is_share,
         )
         return {
             "benchmark": kind,

@@ -112,6 +112,12 @@ class Benchmark:
     """`mean_of_means`: tasks (`category/task`) in categories count the same however long they are."""
     size: int | None = None
     """Items of the whole set."""
+    higher_is_better: bool = True
+
+    @property
+    def is_share(self) -> bool:
+        """Whether a score is a share of what is right, shown in points; else it is nats per token."""
+        return self.block != "heldout"
 
 
 def benchmark_file(benchmark: Benchmark, path: str) -> Path:

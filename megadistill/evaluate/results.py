@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from megadistill import stats
 from megadistill.refine.blocks import read_rows_of
-from megadistill.stats import Array, Interval
+from megadistill.stats import Array
 
 SUMMARY = "summary.json"
 
@@ -76,17 +75,6 @@ def group_weights(groups: Sequence[str]) -> Array:
 def load_scores(file: Path, groups: str) -> Scores:
     """The scores of a benchmark's file."""
     return summarise(read_rows_of(file), groups)
-
-
-def interval_of(scores: Scores, *, seed: int, confidence: float, shares: bool) -> Interval:
-    """The score with its interval."""
-    return stats.interval(
-        scores.values_I[None],
-        scores.weights_I,
-        seed=seed,
-        confidence=confidence,
-        shares=shares,
-    )
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> float:

@@ -5,6 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from megadistill.plots import Histogram, save_png
+
 Values = Mapping[str, Any]  # the JSON of the diagnostics
 MOST_CHARACTERS = 1500
 
@@ -68,49 +72,21 @@ def _agreement(pair: Values) -> str:
 
 def draw(file: Path, values: Values) -> None:
     """Similarities, lengths, NLL and judges' scores in one picture."""
-    import matplotlib  # noqa: PLC0415 - slow to import, needed only here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415 - after the backend is chosen
-
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
-    pairs = {
+    series: dict[str, Mapping[str, Sequence[float]]] = {
         "cosine similarity of rewrites": {"rewrites": values["similarity"]},
         "length in tokens": _sides(values["length"]["values"], "tokens"),
         "NLL per token under the base model": _sides(values["base_nll"]["values"], "nll"),
         "judges' scores": values["judges"].get("scores", {}),
     }
-    for axis, (label, series) in zip(axes, pairs.items(), strict=True):
-        _histogram(axis, label, series)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    save_png(file, [Histogram(title=title, series=found) for title, found in series.items()])
 
 
 def _sides(found: Mapping[str, Sequence[float]], what: str) -> dict[str, Sequence[float]]:
     return {"raw": found[f"raw_{what}"], "refined": found[f"refined_{what}"]}
 
 
-def _histogram(axis: Any, label: str, series: Mapping[str, Sequence[float]]) -> None:
-    """Several series over the same bins (any: matplotlib has no types)."""
-    filled = {name: list(found) for name, found in series.items() if len(found)}
-    axis.set(xlabel=label, ylabel="records")
-    if not filled:
-        return
-    everything = [value for found in filled.values() for value in found]
-    low, high = min(everything), max(everything)
-    width = (high - low or 1.0) / 24
-    bins = [low + number * width for number in range(26)]
-    for name, found in filled.items():
-        axis.hist(found, bins=bins, alpha=0.55, label=name)
-    axis.legend()
-
-
 def html_fragment(values: Values, rows: Sequence[tuple[str, str]]) -> str:
     """A `<section>` for a larger page; the picture lies beside it."""
-    table = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>\n"
-        for name, value in rows
-    )
     blocks = "".join(
         f"<h3>{title}</h3>\n" + "".join(_example(found) for found in values["examples"][kind])
         for kind, title in (
@@ -120,22 +96,19 @@ def html_fragment(values: Values, rows: Sequence[tuple[str, str]]) -> str:
     )
     return (
         '<section class="refinement">\n<h2>Refinement</h2>\n'
-        f"<table>\n{table}</table>\n"
+        f"{pd.DataFrame(rows).to_html(header=False, index=False, border=0)}\n"
         '<img src="refinement.png" alt="similarities, lengths, NLL and scores">\n'
         f"{blocks}</section>\n"
     )
 
 
 def _example(found: Values) -> str:
-    cells = "".join(
-        f"<td>{html.escape(_shortened(found[name]))}</td>"
-        for name in ("original", "rewrite", "refined")
-    )
+    texts = {name: _shortened(found[name]) for name in ("original", "rewrite", "refined")}
     return (
         f"<details><summary>{html.escape(_shortened(found['question']))} "
         f"(similarity {found['similarity']:.3f}, {found['decision']})</summary>\n"
-        "<table><tr><th>original</th><th>rewrite</th><th>refined</th></tr>\n"
-        f"<tr>{cells}</tr></table></details>\n"
+        # By str, because pandas would show the end of a line as two characters.
+        f"{pd.DataFrame([texts]).to_html(index=False, border=0, formatters=[str] * 3)}</details>\n"
     )
 
 

@@ -1,28 +1,27 @@
 """Which curves of the metrics are shown, for one run and for several over each other."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from megadistill.report.charts import Chart, Point, Series, draw_columns, draw_curves
-from megadistill.report.effect import heldout_names
+from megadistill.plots import Columns, Curves, Point, Series
 from megadistill.report.ledger import ACTIVITIES, timeline
 
 Row = Mapping[str, Any]  # one line of metrics
 
-METRICS = (
-    ("loss", "loss"),
-    ("gap", "mean gap, teacher minus student, nats"),
-    ("gap_absolute", "mean |gap|, nats"),
-    ("selected_fraction", "selected fraction"),
-    ("entropy", "entropy of the student, nats"),
-    ("grad_norm", "gradient norm"),
-    ("raft/lambda", "λ of RAFT"),
-    ("rollout/tokens_per_s", "sampled tokens per second"),
-    ("train/tokens_per_s", "trained tokens per second"),
-    ("memory/trainer_gib", "memory of the fullest trainer, GiB"),
-)
-"""(metric, title); some are logged once a step, some under each branch's name."""
+METRICS = {
+    "loss": "loss",
+    "gap": "mean gap, teacher minus student, nats",
+    "gap_absolute": "mean |gap|, nats",
+    "selected_fraction": "selected fraction",
+    "entropy": "entropy of the student, nats",
+    "grad_norm": "gradient norm",
+    "raft/lambda": "λ of RAFT",
+    "rollout/tokens_per_s": "sampled tokens per second",
+    "train/tokens_per_s": "trained tokens per second",
+    "memory/trainer_gib": "memory of the fullest trainer, GiB",
+}
+"""Metric -> title; some are logged once a step, some under each branch's name."""
 
 LIKELIHOOD = "held-out answers: negative log-likelihood, nats per token"
 
@@ -30,77 +29,75 @@ FIRST_BRANCHES = ("general", "domain")
 """These have the same colour in every picture."""
 
 
-def run_charts(rows: Sequence[Row]) -> list[Chart]:
-    """The curves of one run, coloured by branch."""
-    names = heldout_names([dict(row) for row in rows])
+def run_curves(rows: Sequence[Row]) -> dict[str, Curves]:
+    """What is measured -> the curves of one run, coloured by branch."""
+    names = heldout_names(rows)
     colours = _colours([*names, *_branches(rows)])
-    held = draw_curves(
-        "held-out KL(student ‖ teacher), nats per token",
-        [
-            Series(
-                name=f"to {name} teacher", points=heldout_points(rows, name), colour=colours[name]
-            )
-            for name in names
-        ],
-    )
-    likelihood = draw_curves(
-        LIKELIHOOD,
-        [
-            Series(name=name, points=heldout_points(rows, name, "nll"), colour=colours[name])
-            for name in names
-        ],
-    )
-    charts = [held, likelihood]
-    for key, title in METRICS:
-        charts.append(draw_curves(title, _by_branch(rows, key, colours)))
-    return [chart for chart in charts if chart is not None]
+    return {
+        "heldout": Curves(
+            title="held-out KL(student ‖ teacher), nats per token",
+            series=[
+                Series(f"to {name} teacher", heldout_points(rows, name), colours[name])
+                for name in names
+            ],
+        ),
+        "likelihood": Curves(
+            title=LIKELIHOOD,
+            series=[
+                Series(name, heldout_points(rows, name, "nll"), colours[name]) for name in names
+            ],
+        ),
+        **{
+            key: Curves(title=title, series=list(_by_branch(rows, key, colours)))
+            for key, title in METRICS.items()
+        },
+    }
 
 
-def compared_charts(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Chart]:
+def compared_curves(runs: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[Curves]:
     """The curves of several runs over each other, coloured by run."""
-    every = [dict(row) for _, rows in runs for row in rows]
-    charts = [
-        draw_curves(
-            f"held-out {name}: KL(student ‖ teacher), nats per token",
-            _by_run(runs, partial(heldout_points, name=name)),
-        )
-        for name in heldout_names(every)
-    ]
-    charts += [
-        draw_curves(
-            f"{name}: {LIKELIHOOD}",
-            _by_run(runs, partial(heldout_points, name=name, quantity="nll")),
-        )
-        for name in heldout_names(every)
-    ]
-    for key, title in METRICS:
+    every = [row for _, rows in runs for row in rows]
+    names = heldout_names(every)
+    for name in names:
+        title = f"held-out {name}: KL(student ‖ teacher), nats per token"
+        yield _over_each_other(title, runs, partial(heldout_points, name=name))
+    for name in names:
+        points = partial(heldout_points, name=name, quantity="nll")
+        yield _over_each_other(f"{name}: {LIKELIHOOD}", runs, points)
+    for key, title in METRICS.items():
         plain = any(key in row for row in every)
-        found = [key] if plain else [f"{branch}/{key}" for branch in _branches(every)]
-        for metric in found:
-            label = title if plain else f"{metric.split('/')[0]}: {title}"
-            charts.append(draw_curves(label, _by_run(runs, partial(metric_points, key=metric))))
-    return [chart for chart in charts if chart is not None]
+        for branch in [""] if plain else [f"{branch}/" for branch in _branches(every)]:
+            label = f"{branch.replace('/', ': ')}{title}"
+            yield _over_each_other(label, runs, partial(metric_points, key=f"{branch}{key}"))
 
 
-def phase_timeline(rows: Sequence[Row]) -> Chart | None:
+def phase_timeline(rows: Sequence[Row]) -> Columns:
     """Seconds of each step by activity."""
-    plain = [dict(row) for row in rows]
-    return draw_columns("seconds of each step", [*ACTIVITIES, "other"], timeline(plain))
+    names = [*ACTIVITIES, "other"]
+    return Columns(title="seconds of each step", names=names, columns=timeline(rows))
+
+
+def measured_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows with a held-out measurement, first the one before training."""
+    return [row for row in rows if any(key.startswith("heldout/") for key in row)]
+
+
+def heldout_names(rows: Sequence[Row]) -> list[str]:
+    """Names of the held-out measurements in the metrics."""
+    return sorted({key.split("/")[1] for row in rows for key in row if key.startswith("heldout/")})
 
 
 def heldout_points(rows: Sequence[Row], name: str, quantity: str = "reverse_kl") -> list[Point]:
     """A held-out quantity by step, with its standard error."""
     key = f"heldout/{name}/{quantity}"
     return [
-        Point(x=row["step"], y=row[key], error=row.get(f"{key}_stderr", 0.0))
-        for row in rows
-        if key in row
+        Point(row["step"], row[key], row.get(f"{key}_stderr", 0.0)) for row in rows if key in row
     ]
 
 
 def metric_points(rows: Sequence[Row], key: str) -> list[Point]:
     """A metric by step."""
-    return [Point(x=row["step"], y=row[key]) for row in rows if key in row]
+    return [Point(row["step"], row[key]) for row in rows if key in row]
 
 
 def _by_branch(rows: Sequence[Row], key: str, colours: Mapping[str, int]) -> Iterable[Series]:
@@ -109,19 +106,19 @@ def _by_branch(rows: Sequence[Row], key: str, colours: Mapping[str, int]) -> Ite
         points = metric_points(rows, f"{branch}/{key}")
         if not points:
             points = metric_points([row for row in rows if row.get("branch") == branch], key)
-        yield Series(name=branch, points=points, colour=colours[branch])
+        yield Series(branch, points, colours[branch])
     joint = [row for row in rows if "+" in str(row.get("branch", ""))]
     if points := metric_points(joint, key):
-        yield Series(name="together", points=points, colour=colours["together"])
+        yield Series("together", points, colours["together"])
 
 
-def _by_run(
-    runs: Sequence[tuple[str, Sequence[Row]]], points: Callable[[Sequence[Row]], list[Point]]
-) -> list[Series]:
-    return [
-        Series(name=name, points=points(rows), colour=index)
-        for index, (name, rows) in enumerate(runs)
-    ]
+def _over_each_other(
+    title: str,
+    runs: Sequence[tuple[str, Sequence[Row]]],
+    points: Callable[[Sequence[Row]], list[Point]],
+) -> Curves:
+    series = [Series(name, points(rows), index) for index, (name, rows) in enumerate(runs)]
+    return Curves(title=title, series=series)
 
 
 def _branches(rows: Iterable[Row]) -> list[str]:

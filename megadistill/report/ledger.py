@@ -3,7 +3,7 @@
 Steps that a resumed attempt repeated count once, as the metrics hold them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from megadistill.rundir import WHOLE, RunDir
 ACTIVITIES = ("rollout", "score", "train", "publish", "evaluate")
 """Parts of a step that are measured, as `time/...`; a step's rest is `other`."""
 
-Row = dict[str, Any]  # one line of metrics
+Row = Mapping[str, Any]  # one line of metrics
 
 
 @dataclass(slots=True, kw_only=True)

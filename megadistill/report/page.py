@@ -10,8 +10,9 @@ import yaml
 
 from megadistill.atomic import write_atomic
 from megadistill.metrics import read_metrics
-from megadistill.report.curves import phase_timeline, run_charts
-from megadistill.report.effect import effects
+from megadistill.plots import charts
+from megadistill.report.curves import phase_timeline, run_curves
+from megadistill.report.effect import effect_table, effects
 from megadistill.report.history import (
     last_error,
     read_attempts,
@@ -48,9 +49,9 @@ def write_page(run: RunDir, file: Path) -> Path:
         "last_error": last_error(run),
         "nodes": read_nodes(run, config),
         "evaluations": read_evaluations(run),
-        "effects": effects(run),
-        "charts": run_charts(rows),
-        "timeline": phase_timeline(rows),
+        "effects": effect_table(effects(run)),
+        "charts": charts(run_curves(rows).values()),
+        "timeline": charts([phase_timeline(rows)]),
         "activities": ACTIVITIES,
         "costs": cost_ledger(run, config),
         "groups": sample_groups(run, config),

@@ -10,16 +10,21 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+import pandas as pd
 
-from megadistill.report.charts import Chart, Point, Series, draw_curves
-from megadistill.report.effect import measured_rows
+from megadistill.metrics import read_metrics
+from megadistill.plots import Curves, Point, Series, save_png
+from megadistill.report.curves import measured_rows
 from megadistill.report.groups import grouped, seed_of, unique_names
 from megadistill.rundir import RunDir
 from megadistill.stats import MeanWithCI, mean_with_ci
 
 Trajectory = list[tuple[float, float]]
 """(gain, cost) at each measurement, from (0, cost at the start)."""
+HEADS = (
+    *("runs", "gained on", "forgotten on", "n", "NLL gain", "KL after"),
+    *("at gain", "KL there", "less the first row's, by seed"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,86 +84,55 @@ def forgetting_curves(runs: Sequence[RunDir]) -> list[ForgettingCurve]:
     return found
 
 
-def trade_table(runs: Sequence[RunDir]) -> Table:
-    """The forgetting curves for a terminal."""
-    table = Table(title="gain on held-out answers, and KL to the start on held-out texts")
-    for heading in (
-        "runs",
-        "gained on",
-        "gain",
-        "forgotten on",
-        "KL",
-        "at gain",
-        "KL there",
-        "less the first's",
-    ):
-        table.add_column(heading)
-    for one in forgetting_curves(runs):
-        table.add_row(
-            *(one.group, one.likelihood, one.gain.text, one.divergence, one.cost.text),
-            "-" if one.level is None else f"{one.level:.4f}",
-            *(
-                "-" if found is None else found.text
-                for found in (one.cost_at_level, one.difference)
-            ),
+def trade_table(curves: Sequence[ForgettingCurve]) -> pd.DataFrame:
+    """The forgetting curves as people read them."""
+    rows = [
+        (
+            *(one.group, one.likelihood, one.divergence, str(one.num_runs)),
+            *(one.gain.text, one.cost.text, "-" if one.level is None else f"{one.level:.4f}"),
+            *("-" if ci is None else ci.text for ci in (one.cost_at_level, one.difference)),
         )
-    return table
+        for one in curves
+    ]
+    return pd.DataFrame(rows, columns=HEADS)
 
 
-def forgetting_charts(runs: Sequence[RunDir]) -> list[Chart]:
-    """The ways of all runs over gain and cost, coloured by group."""
+def trade_curves(runs: Sequence[RunDir]) -> list[Curves]:
+    """Every run's trajectory over gain and cost, coloured by group."""
     colours = {
         run.path: index for index, members in enumerate(grouped(runs).values()) for run in members
     }
-    charts = []
-    for likelihood, divergence in _pairs(runs):
-        series = [
-            Series(
-                name=name,
-                points=[Point(x=x, y=y) for x, y in path_of(run, likelihood, divergence)],
-                colour=colours[run.path],
-            )
-            for name, run in zip(unique_names(runs), runs, strict=True)
-        ]
-        title = f"KL to the {divergence} teacher by gain on {likelihood} answers, nats per token"
-        charts.append(draw_curves(title, series, across="gain"))
-    return [chart for chart in charts if chart is not None]
+    names = list(zip(unique_names(runs), runs, strict=True))
+    return [
+        Curves(
+            title=f"KL to the {divergence} teacher by gain on {likelihood} answers, nats per token",
+            series=[
+                Series(name, [Point(*at) for at in path_of(run, *pair)], colours[run.path])
+                for name, run in names
+            ],
+            x="gain",
+        )
+        for pair in _pairs(runs)
+        for likelihood, divergence in [pair]
+    ]
 
 
 def trade_picture(runs: Sequence[RunDir], file: Path) -> Path:
-    """Draw the ways of all runs, a panel for each pair; returns `file` (PNG)."""
-    import matplotlib  # noqa: PLC0415 - slow to import, needed only here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415 - after the backend is chosen
-
-    pairs = list(_pairs(runs))
-    if not pairs:
+    """Draw the trajectories of all runs, a panel for each pair; returns `file` (PNG)."""
+    panels = trade_curves(runs)
+    if not panels:
         raise ValueError("--picture: the runs have no held-out answers and texts in common")
-    figure, axes = plt.subplots(
-        1, len(pairs), figsize=(5.2 * len(pairs), 4.2), squeeze=False, layout="constrained"
-    )
-    for axis, (likelihood, divergence) in zip(axes[0], pairs, strict=True):
-        for index, (group, members) in enumerate(grouped(runs).items()):
-            for number, run in enumerate(members):
-                gains, costs = zip(*path_of(run, likelihood, divergence), strict=True)
-                label = group if number == 0 else None
-                axis.plot(gains, costs, marker=".", color=f"C{index}", label=label)
-        axis.set(
-            xlabel=f"fall of the NLL of held-out {likelihood} answers, nats/token",
-            ylabel=f"KL({divergence} teacher ‖ student), nats/token",
-        )
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", fontsize="small")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-    return file
+    return save_png(file, panels)
 
 
 def path_of(run: RunDir, likelihood: str, divergence: str) -> Trajectory:
     """A run's gain and cost at each of its measurements."""
     keys = f"heldout/{likelihood}/nll", f"heldout/{divergence}/forward_kl"
-    rows = [row for row in measured_rows(run) if all(key in row for key in keys)]
+    rows = [
+        row
+        for row in measured_rows(read_metrics(run.metrics_file))
+        if all(key in row for key in keys)
+    ]
     return [(rows[0][keys[0]] - row[keys[0]], row[keys[1]]) for row in rows]
 
 
@@ -184,7 +158,9 @@ def _pairs(runs: Sequence[RunDir]) -> Iterable[tuple[str, str]]:
 
 def _measured(run: RunDir) -> tuple[set[str], set[str]]:
     """Names of the answers and of the texts in a run's first measurement."""
-    rows: Sequence[Mapping[str, Any]] = measured_rows(run)  # metrics: any JSON
+    rows: Sequence[Mapping[str, Any]] = measured_rows(
+        read_metrics(run.metrics_file)
+    )  # metrics: any JSON
     keys = [key.split("/") for key in (rows[0] if rows else {}) if key.startswith("heldout/")]
     found = {
         quantity: {parts[1] for parts in keys if parts[2] == quantity}

@@ -5,7 +5,6 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +15,8 @@ from rich.console import Console
 
 from megadistill.algorithms import Camopd
 from megadistill.collect import Batch
-from megadistill.report.effect import effect_picture, effect_table, heldout_names
+from megadistill.report.curves import heldout_names
+from megadistill.report.effect import effect_picture, effect_table, effects
 from megadistill.report.rollouts import store_rollouts
 from megadistill.report.status import show, watch
 from megadistill.rundir import RunDir
@@ -31,22 +31,15 @@ def run(tmp_path: Path) -> RunDir:
     return make_run(tmp_path / "tiny")
 
 
-def rendered(table: Any) -> list[list[str]]:
-    """The cells of a table's rows, as text."""
-    return [list(cells) for cells in zip(*(column.cells for column in table.columns), strict=True)]
+def shown_effect(run: RunDir) -> list[list[str]]:
+    """The cells of the table's rows."""
+    rows: list[list[str]] = effect_table(effects(run)).to_numpy().tolist()
+    return rows
 
 
 def test_the_table_shows_before_after_and_change(run: RunDir) -> None:
     write_rows(run, ROWS)
-    table = effect_table(run)
-    assert [column.header for column in table.columns] == [
-        "held out",
-        "direction",
-        "before",
-        "after",
-        "change",
-    ]
-    assert rendered(table) == [
+    assert shown_effect(run) == [
         ["domain", "student ‖ teacher", "0.0000 ± 0.0100", "0.0500 ± 0.0100", "+0.0500"],
         ["domain", "teacher ‖ student", "0.0000 ± 0.0200", "0.0400 ± 0.0200", "+0.0400"],
         ["general", "student ‖ teacher", "0.8000 ± 0.0100", "0.2000 ± 0.0100", "-75%"],
@@ -57,7 +50,7 @@ def test_the_table_shows_before_after_and_change(run: RunDir) -> None:
 @pytest.mark.parametrize("rows", [[], ROWS[1:2]])
 def test_a_run_that_measured_nothing_has_an_empty_table(run: RunDir, rows: list[Row]) -> None:
     write_rows(run, rows)
-    assert rendered(effect_table(run)) == []
+    assert shown_effect(run) == []
 
 
 def test_heldout_measurements_are_found_by_name() -> None:
@@ -268,6 +261,6 @@ def test_likelihoods_of_answers_are_shown_beside_divergences(run: RunDir, tmp_pa
         return ROWS[0] | {"step": step} | answers
 
     write_rows(run, [row(0, 2.0), row(4, 1.5)])
-    shown = rendered(effect_table(run))
+    shown = shown_effect(run)
     assert ["answers", "reference answers", "2.0000 ± 0.2500", "1.5000 ± 0.2500", "-25%"] in shown
     assert effect_picture(run, tmp_path / "effect.png").exists()

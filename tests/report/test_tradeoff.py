@@ -15,6 +15,7 @@ from megadistill.report.tradeoff import (
     trade_picture,
     trade_table,
 )
+from megadistill.report.writing import terminal_table
 from megadistill.rundir import RunDir
 from tests.report.runs import Row, make_run, measured, step_row, write_rows
 from tests.tiny import camopd_tree
@@ -81,7 +82,8 @@ def test_the_page_and_the_table_show_it(tmp_path: Path, runs: list[RunDir]) -> N
     for text in ("What was gained", "0.7500", "quick0, quick1", "by gain on answers answers"):
         assert text in page
     shown = io.StringIO()
-    Console(file=shown, width=200).print(trade_table(runs))
+    table = trade_table(forgetting_curves(runs))
+    Console(file=shown, width=200).print(terminal_table(table, "[title]", num_texts=3))
     assert "slow1" in shown.getvalue()
     assert trade_picture(runs, tmp_path / "ways.png").stat().st_size > 1000
     assert path_of(runs[2], "answers", "general")[-1] == pytest.approx((0.75, 0.2))

@@ -12,7 +12,13 @@ def _no_item(row: Mapping[str, Any]) -> Item:
 
 
 def _metric(title: str) -> Benchmark:
-    return Benchmark(title=title, block="heldout", sampling=SamplingParams(), rows=_no_item)
+    return Benchmark(
+        title=title,
+        block="heldout",
+        sampling=SamplingParams(),
+        rows=_no_item,
+        higher_is_better=False,
+    )
 
 
 FORWARD_KL = _metric("KL(teacher ‖ system)")
