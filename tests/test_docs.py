@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.config.check import problem_of
+from megadistill.cli.check import problem_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -10,10 +10,10 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from megadistill.config import config_schema
+from megadistill.config import KINDS, json_schema
 
 Schema = Mapping[str, Any]  # JSON
-KINDS = {
+TITLES = {
     "run": "Training runs",
     "eval": "Evaluations",
     "refine": "Refinements",
@@ -24,8 +24,8 @@ KINDS = {
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made here."""
-    for kind, title in KINDS.items():
-        text = "\n".join(page(title, config_schema()))
+    for kind, title in TITLES.items():
+        text = "\n".join(page(title, json_schema(KINDS[kind])))
         files.append(File.generated(config, f"reference/{kind}.md", content=text))
     return files
 
