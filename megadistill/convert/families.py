@@ -179,10 +179,11 @@ def _sliding_layers(config: Json) -> str | None:
     if kinds := config.get("layer_types"):
         other = sorted(set(kinds) - {"full_attention"})
         return f"layer_types: found {other}" if other else None
-    in_use = config.get("use_sliding_window", False) and config.get("sliding_window") is not None
+    # Qwen's have a switch for the window; where a family has none, a window is one.
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     first = config.get("max_window_layers", 0)
-    if in_use and first < config.get("num_hidden_layers", 0):
-        return f"use_sliding_window: found true for layers from {first}"
+    if window is not None and first < config.get("num_hidden_layers", 0):
+        return f"sliding_window: found {window} for layers from {first}"
     return None
 
 

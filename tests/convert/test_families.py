@@ -115,8 +115,9 @@ def test_rope_settings_are_read_in_both_forms() -> None:
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: found"),
         (
             {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2},
-            "use_sliding_window: found true for layers from 2",
+            "sliding_window: found 4096 for layers from 2",
         ),
+        ({"sliding_window": 4096}, "sliding_window: found 4096 for layers from 0"),
     ],
 )
 def test_unsupported_settings_are_named(changes: dict[str, Any], message: str) -> None:
