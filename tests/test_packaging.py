@@ -1,5 +1,6 @@
 """What the distribution says of itself: one version everywhere, a licence, types."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -24,3 +25,21 @@ def test_the_licence_is_the_one_that_the_metadata_name() -> None:
     assert (
         "Apache License\n                           Version 2.0" in (ROOT / "LICENSE").read_text()
     )
+
+
+NEVER = re.compile(
+    r"\b(pickle\.loads?|torch\.load|yaml\.(unsafe_|full_)?load\(text\)|os\.system|eval|exec)\(|"
+    r"trust_remote_code|shell=True|verify=False"
+)
+INSIDE_THE_SANDBOX = {"evaluate/benchmarks/livecodebench.py"}
+
+
+def test_nothing_is_unpickled_or_run_that_the_security_page_says_is_not() -> None:
+    package = ROOT / "megadistill"
+    found = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if NEVER.search(line.replace("model.eval()", ""))
+    }
+    assert found == INSIDE_THE_SANDBOX
