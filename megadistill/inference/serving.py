@@ -66,11 +66,11 @@ def serve_command(config: ServedConfig, name: str, port: int, *, gpu: bool) -> l
     words = {"served_model_name": name, "host": HOST, "port": port, **vllm_arguments(settings)}
     command = [sys.executable, "-m", "megadistill.inference.vllm_serve", str(settings.model)]
     for word, value in words.items():
-        no, text = (
-            ("no-" if value is False else ""),
-            ([] if isinstance(value, bool) else [str(value)]),
-        )
-        command += [f"--{no}{word.replace('_', '-')}", *text]
+        option = word.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            command += [f"--{option}", str(value)]
     return [*command, *config.options]
 
 

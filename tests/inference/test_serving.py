@@ -98,6 +98,9 @@ def test_commands_hold_no_secret_and_each_model_its_gpus(
     assert environment["CUDA_VISIBLE_DEVICES"] == "6,7"
     assert environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in words
+    words = serve_command(config, "judge", 1234, gpu=False)
+    assert words[words.index("--dtype") + 1] == "bfloat16"
+    assert {"--enforce-eager", "--no-enable-chunked-prefill"} < set(words)
     assert "secret" not in os.environ.values()
 
 
