@@ -62,6 +62,11 @@ class MetricWriter:
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Every whole line, in order; a torn last line (the writer was killed) is left out."""
+    return [row for row in read_json_lines(file) if "step" in row]
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one a line (any: JSON); lines that were cut are left out."""
     if not file.exists():
         return []
     rows: list[dict[str, Any]] = []
@@ -70,7 +75,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict):
             rows.append(row)
     return rows
 

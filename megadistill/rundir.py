@@ -189,10 +189,19 @@ class RunDir:
         self.stop_file.unlink(missing_ok=True)
         (self.path / "control" / "token").unlink(missing_ok=True)
         self.token()
-        counter = self.path / "state" / "attempts.json"
-        attempt = json.loads(counter.read_text())["attempts"] if counter.exists() else 0
-        write_atomic(counter, json.dumps({"attempts": attempt + 1}))
+        attempt = self.num_attempts
+        write_atomic(self._attempt_counter, json.dumps({"attempts": attempt + 1}))
         return attempt
+
+    @property
+    def num_attempts(self) -> int:
+        """Attempts that have begun."""
+        counter = self._attempt_counter
+        return int(json.loads(counter.read_text())["attempts"]) if counter.exists() else 0
+
+    @property
+    def _attempt_counter(self) -> Path:
+        return self.path / "state" / "attempts.json"
 
     def request_stop(self, reason: str) -> None:
         write_atomic(self.stop_file, reason)

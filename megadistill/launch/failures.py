@@ -8,6 +8,7 @@ import re
 from dataclasses import asdict, dataclass
 
 from megadistill.launch.heartbeats import NO_SPACE, Failure
+from megadistill.metrics import read_json_lines
 from megadistill.rundir import RunDir
 
 FAILURES = "failures.jsonl"
@@ -43,11 +44,7 @@ def note_failure(run: RunDir, attempt: int, failure: Failure) -> PastFailure | N
 
 def read_failures(run: RunDir) -> list[PastFailure]:
     """The failed attempts of a run, oldest first."""
-    file = run.path / "state" / FAILURES
-    if not file.exists():
-        return []
-    lines = file.read_text().splitlines()
-    return [PastFailure(**json.loads(line)) for line in lines if line.endswith("}")]  # whole ones
+    return [PastFailure(**row) for row in read_json_lines(run.path / "state" / FAILURES)]
 
 
 def error_text(failure: Failure) -> str:

@@ -25,6 +25,7 @@ from megadistill.atomic import write_atomic
 from megadistill.config import RunConfig, dump
 from megadistill.launch.node_context import NodeContext, rendezvous_port
 from megadistill.launch.roles import Launch
+from megadistill.metrics import read_json_lines
 from megadistill.rundir import RunDir
 
 ATTEMPTS = "attempts.jsonl"
@@ -71,6 +72,18 @@ class AttemptOutcome:
     """The culprit of a failed attempt."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptOutcome:
+    """What is left of an attempt when another follows it."""
+
+    attempt: int
+    status: str
+    """As node 0 declared, or `interrupted`."""
+    message: str
+    step: int
+    """Steps the run had taken."""
+
+
 @dataclass(slots=True)
 class Heartbeats:
     """The heartbeats of one attempt, as seen and written by one node."""
@@ -87,12 +100,12 @@ class Heartbeats:
         if heartbeat == self.heartbeat and time.monotonic() - self._written < every_s:
             return
         self.heartbeat = replace(heartbeat, beat=self.heartbeat.beat + 1)
-        written = self._replace(self._heartbeat_file(self.node), asdict(self.heartbeat))
+        written = self._replace(self.heartbeat_file(self.node), asdict(self.heartbeat))
         self._written = time.monotonic() if written else 0.0  # tried again at the next look
 
     def read(self, node: int) -> Heartbeat | None:
         """Another node's latest heartbeat; None before its first."""
-        values = read_json(self._heartbeat_file(node))
+        values = read_json(self.heartbeat_file(node))
         if values is None:
             return None
         heartbeat = Heartbeat(**values | {"failure": read_failure(values)})
@@ -105,10 +118,10 @@ class Heartbeats:
         return time.monotonic() - self._seen[node][1] if node in self._seen else None
 
     def declare_outcome(self, end: AttemptOutcome) -> None:
-        self._replace(self._outcome_file, asdict(end))
+        self._replace(self.outcome_file, asdict(end))
 
     def read_outcome(self) -> AttemptOutcome | None:
-        values = read_json(self._outcome_file)
+        values = read_json(self.outcome_file)
         return (
             None if values is None else AttemptOutcome(**values | {"failure": read_failure(values)})
         )
@@ -127,10 +140,10 @@ class Heartbeats:
         return True
 
     @property
-    def _outcome_file(self) -> Path:
+    def outcome_file(self) -> Path:
         return self.directory / "ended.json"
 
-    def _heartbeat_file(self, node: int) -> Path:
+    def heartbeat_file(self, node: int) -> Path:
         return self.directory / f"node-{node}.json"
 
 
@@ -164,12 +177,7 @@ def keep_outcomes(run: RunDir, attempt: int) -> None:
 
     A node of that one may still be about to read its outcome.
     """
-    file = run.path / "state" / ATTEMPTS
-    noted = (
-        {json.loads(line)["attempt"] for line in file.read_text().splitlines()}
-        if file.exists()
-        else set()
-    )
+    noted = read_kept_outcomes(run)
     for old in (run.path / "control").glob("attempt-*"):
         number = int(old.name.removeprefix("attempt-"))
         if number not in noted:
@@ -187,14 +195,20 @@ def keep_outcome(run: RunDir, heartbeats: Heartbeats) -> None:
         status, message = "interrupted", reasons[0] if reasons else ""
     else:
         status, message = end.status, end.message
-    kept = {
-        "attempt": int(heartbeats.directory.name.removeprefix("attempt-")),
-        "status": status,
-        "message": message,
-        "step": run.read_progress().get("step", 0),
-    }
+    kept = KeptOutcome(
+        attempt=int(heartbeats.directory.name.removeprefix("attempt-")),
+        status=status,
+        message=message,
+        step=run.read_progress().get("step", 0),
+    )
     with (run.path / "state" / ATTEMPTS).open("a") as stream:
-        stream.write(json.dumps(kept) + "\n")
+        stream.write(json.dumps(asdict(kept)) + "\n")
+
+
+def read_kept_outcomes(run: RunDir) -> dict[int, KeptOutcome]:
+    """Attempt -> how it ended, of those that another has followed."""
+    rows = read_json_lines(run.path / "state" / ATTEMPTS)
+    return {row["attempt"]: KeptOutcome(**row) for row in rows}
 
 
 def await_launch(run: RunDir, context: NodeContext, timeout_s: float) -> Launch:

@@ -24,6 +24,20 @@ from megadistill.rundir import RunDir
 LOOK_EVERY_S = 5.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """How far the work is that an export has started."""
+
+    export: str
+    shards: int
+    done: int
+    failed: int
+
+    def describe(self) -> str:
+        trouble = f", {self.failed} failed" if self.failed else ""
+        return f"{self.export}: {self.done} of {self.shards} done{trouble}"
+
+
 @dataclass(slots=True, kw_only=True)
 class ExportWatch:
     """Starts the work for new exports and deletes old ones; never raises for what they cause."""
@@ -126,6 +140,26 @@ def delete(export: Path) -> None:
 def evaluation(run: RunDir, export: Path) -> Path:
     """Where the work on an export lies, as a fan-out."""
     return run.path / "evaluations" / (export.name if export.name.startswith("step-") else "final")
+
+
+def read_evaluations(run: RunDir) -> list[Evaluation]:
+    """The work that exports have started, in the order of their steps."""
+    found = []
+    every = (run.path / "evaluations").glob("*")
+    for root in sorted(every, key=lambda path: (path.name == "final", path.name)):
+        work = run.load_config().checkpoint.on_export
+        shards = [ShardFolder(path) for path in (root / "shards").glob("*")]
+        done = [shard for shard in shards if shard.done_file.exists()]
+        over = [shard for shard in shards if work and not shard.has_work(work.tries)]
+        found.append(
+            Evaluation(
+                export=root.name,
+                shards=len(shards),
+                done=len(done),
+                failed=max(len(over) - len(done), 0),
+            )
+        )
+    return found
 
 
 def log_file(run: RunDir) -> Path:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pandas as pd
 
 from megadistill.atomic import write_atomic
+from megadistill.launch.attempts import run_state
 from megadistill.metrics import read_metrics
 from megadistill.plots import charts
 from megadistill.report.curves import compared_curves
 from megadistill.report.effect import Effect, effects
 from megadistill.report.groups import grouped, unique_names
-from megadistill.report.history import run_state
 from megadistill.report.page import render
 from megadistill.report.tradeoff import forgetting_curves, trade_curves, trade_table
 from megadistill.rundir import RunDir

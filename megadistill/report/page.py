@@ -9,17 +9,12 @@ import jinja2
 import yaml
 
 from megadistill.atomic import write_atomic
+from megadistill.launch.attempts import last_error, read_attempts, read_nodes, run_state
+from megadistill.launch.on_export import read_evaluations
 from megadistill.metrics import read_metrics
 from megadistill.plots import charts
 from megadistill.report.curves import phase_timeline, run_curves
 from megadistill.report.effect import effect_table, effects
-from megadistill.report.history import (
-    last_error,
-    read_attempts,
-    read_evaluations,
-    read_nodes,
-    run_state,
-)
 from megadistill.report.ledger import ACTIVITIES, cost_ledger
 from megadistill.report.samples import SHADE_BOUNDS, sample_groups
 from megadistill.rundir import RunDir

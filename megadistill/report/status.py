@@ -1,6 +1,5 @@
 """`megadistill status RUN`: where a run stands, once or until it ends."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +12,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megadistill.metrics import read_metrics
-from megadistill.report.history import (
+from megadistill.launch.attempts import (
+    failure_since,
     last_error,
     read_attempts,
-    read_evaluations,
     read_nodes,
     run_state,
 )
+from megadistill.launch.on_export import read_evaluations
+from megadistill.metrics import read_metrics
 from megadistill.rundir import RunDir
 
 COLUMNS = (
@@ -94,14 +94,10 @@ def _screen(run: RunDir, console: Console) -> Iterator[Callable[[int], int]]:
 
 
 def _raise_failure(run: RunDir, since: float) -> None:
-    """The launcher's verdict on an attempt that ended after `since`, if it is a bad one."""
-    for file in run.path.glob("control/attempt-*/ended.json"):
-        if file.stat().st_mtime < since:
-            continue
-        end = json.loads(file.read_text())
-        if end["status"] == "failed":
-            detail = (end["failure"] or {}).get("detail", "")
-            raise ValueError(f"{run.path}: {end['message']}\n{detail}".rstrip())
+    """Raise what an attempt that ended after `since` failed by, if one did."""
+    if end := failure_since(run, since):
+        detail = end.failure.detail if end.failure else ""
+        raise ValueError(f"{run.path}: {end.message}\n{detail}".rstrip())
 
 
 def _view(run: RunDir) -> RenderableType:

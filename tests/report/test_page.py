@@ -77,7 +77,8 @@ def test_what_models_and_logs_wrote_is_escaped(run: RunDir) -> None:
         row["messages"] = [{"role": "user", "content": HOSTILE}]
         row["finish_reason"] = HOSTILE
     pq.write_table(pa.Table.from_pylist(table), run.rollout_file(1))
-    write_end(run, 0, {"status": "failed", "message": HOSTILE, "failure": {"detail": HOSTILE}})
+    failure = {"node": 0, "what": HOSTILE, "when": 0.0, "detail": HOSTILE}
+    write_end(run, 0, {"status": "failed", "message": HOSTILE, "failure": failure})
     write_rows(run, [*ROWS, step_row(5, HOSTILE)])
     page = page_of(run)
     assert "<script" not in page

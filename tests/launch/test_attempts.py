@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from megadistill.launch import attempts
+from megadistill.launch.attempts import (
+    last_error,
+    read_attempts,
+    read_nodes,
+    run_state,
+)
 from megadistill.launch.heartbeats import begin_launch
 from megadistill.launch.node_context import local_context
-from megadistill.report import history
-from megadistill.report.history import last_error, read_attempts, read_nodes, run_state
+from megadistill.launch.on_export import read_evaluations
 from megadistill.rundir import RunDir
 from tests.report.runs import make_run, write_end
 from tests.tiny import camopd_tree
@@ -45,7 +51,7 @@ def test_a_fresh_directory_is_not_started(run: RunDir) -> None:
 
 
 def test_a_submitted_run_is_queued(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "queue_state", lambda _: "job 7 is PENDING (Resources)")
+    monkeypatch.setattr(attempts, "queue_state", lambda _: "job 7 is PENDING (Resources)")
     assert run_state(run) == ("queued", "job 7 is PENDING (Resources)")
 
 
@@ -53,9 +59,9 @@ def test_the_newest_job_is_asked_for(run: RunDir) -> None:
     folder = run.path / "jobs" / "20260101-000000-abc"
     folder.mkdir(parents=True)
     (folder / "12_submitted.pkl").touch()
-    assert history._job_id(run) == "12"
+    assert attempts._job_id(run) == "12"
     begin(run, launch="15-0-0-9")
-    assert history._job_id(run) == "15"
+    assert attempts._job_id(run) == "15"
 
 
 def test_a_run_goes_from_starting_to_running_to_stopping(run: RunDir) -> None:
@@ -100,12 +106,12 @@ def test_what_earlier_attempts_ended_by_is_kept_when_the_next_begins(run: RunDir
     (run.path / "control/attempt-1/node-0.json").write_text(json.dumps(heartbeat))
     begin_launch(run, context)
     begin_launch(run, context)
-    attempts = read_attempts(run)
-    assert [one.outcome for one in attempts] == [
+    found = read_attempts(run)
+    assert [one.outcome for one in found] == [
         "stopped", "interrupted", "interrupted", "under way",
     ]  # fmt: skip
-    assert [one.reason for one in attempts] == ["stopped at step 2", "SIGTERM", history.LOST, ""]
-    assert [one.step for one in attempts] == [2, 2, 2, None]
+    assert [one.reason for one in found] == ["stopped at step 2", "SIGTERM", attempts.LOST, ""]
+    assert [one.step for one in found] == [2, 2, 2, None]
 
 
 def test_an_attempt_that_failed_and_was_requeued_has_failed(run: RunDir) -> None:
@@ -123,10 +129,10 @@ def test_each_attempt_has_an_outcome_and_a_reason(run: RunDir) -> None:
     (run.path / "state" / "failures.jsonl").write_text(json.dumps(past) + '\n{"attempt": 1, "st')
     (run.path / "logs" / "trainer-0.1.log").write_text("x")
     begin(run, attempt=2)
-    attempts = read_attempts(run)
-    assert [one.outcome for one in attempts] == ["failed", "interrupted", "under way"]
-    assert attempts[0].step == 2
-    assert attempts[1].last_sign is not None
+    found = read_attempts(run)
+    assert [one.outcome for one in found] == ["failed", "interrupted", "under way"]
+    assert found[0].step == 2
+    assert found[1].last_sign is not None
     assert last_error(run) == "attempt 0 at step 2: trainer-# was killed by SIGKILL"
 
 
@@ -141,7 +147,7 @@ def test_the_work_on_every_export_is_counted(tmp_path: Path) -> None:
                 (shard / "done.json").write_text("{}")
             if state == "f":
                 (shard / "failures.jsonl").write_text('{"what": "it broke"}\n' * 2)
-    assert [one.describe() for one in history.read_evaluations(run)] == [
+    assert [one.describe() for one in read_evaluations(run)] == [
         "step-000002: 1 of 3 done, 1 failed",
         "step-000010: 1 of 1 done",
         "final: 0 of 1 done",

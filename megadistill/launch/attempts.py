@@ -1,24 +1,28 @@
 """The attempts of a run, why each ended, and whether its nodes are alive now.
 
-Everything is read from the run directory; a file that is torn or not there yet says nothing.
+Everything is read from the run directory; a file that is not there yet says nothing.
 """
 
-import json
 import re
 import subprocess
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megadistill.config import RunConfig
-from megadistill.launch.failures import FAILURES
-from megadistill.launch.heartbeats import ATTEMPTS
+from megadistill.launch.failures import read_failures
+from megadistill.launch.heartbeats import (
+    AttemptOutcome,
+    Heartbeats,
+    attempt_directory,
+    launch_file,
+    read_json,
+    read_kept_outcomes,
+)
 from megadistill.launch.layout import Layout, layout
 from megadistill.launch.node import gpus_per_node
 from megadistill.launch.node_context import ask_slurm
-from megadistill.launch.shards import ShardFolder
 from megadistill.rundir import RunDir
 
 SILENT_S = 120.0
@@ -37,7 +41,6 @@ State = Literal[
     "failed",
     "done",
 ]
-Values = dict[str, Any]  # JSON of the run directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,47 +71,35 @@ class NodeSign:
     """Since its last sign of life; None before the first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """How far the work is that an export has started."""
-
-    export: str
-    shards: int
-    done: int
-    failed: int
-
-    def describe(self) -> str:
-        trouble = f", {self.failed} failed" if self.failed else ""
-        return f"{self.export}: {self.done} of {self.shards} done{trouble}"
-
-
 def read_attempts(run: RunDir) -> list[Attempt]:
     """Every attempt, oldest first."""
-    failures = {row["attempt"]: row for row in json_lines(run.path / "state" / FAILURES)}
-    kept = {row["attempt"]: row for row in json_lines(run.path / "state" / ATTEMPTS)}
+    failures = {failure.attempt: failure for failure in read_failures(run)}
+    kept = read_kept_outcomes(run)
     signs = _last_writes(run)
     latest = _latest_attempt(run)
-    counted = _read(run.path / "state" / "attempts.json").get("attempts", 0)
-    known = {*range(counted), *failures, *signs, *([] if latest is None else [latest])}
+    known = {*range(run.num_attempts), *failures, *signs, *([] if latest is None else [latest])}
     attempts = []
     for number in sorted(known):
-        end = _end(run, number) or kept.get(number, {})
-        if number in failures:  # also one that was requeued, whose verdict is then "stopped"
-            outcome, reason = "failed", end.get("message") or failures[number]["error"]
+        declared = _outcome(run, number)
+        end = declared or kept.get(number)
+        if number in failures:  # also one that was requeued, whose outcome is then "stopped"
+            outcome, reason = "failed", (end and end.message) or failures[number].error
         elif end:
-            outcome, reason = end["status"], end["message"] or LOST
+            outcome, reason = end.status, end.message or LOST
         elif number == latest:
             outcome, reason = "under way", ""
         else:
             outcome, reason = "interrupted", LOST
+        noted = failures.get(number) or kept.get(number)
+        culprit = declared.failure if declared else None
         attempts.append(
             Attempt(
                 number=number,
                 outcome=outcome,
                 reason=reason,
-                step=failures.get(number, end).get("step"),
+                step=noted.step if noted else None,
                 last_sign=signs.get(number),
-                detail=(end.get("failure") or {}).get("detail", ""),
+                detail=culprit.detail if culprit else "",
             )
         )
     return attempts
@@ -122,18 +113,18 @@ def run_state(run: RunDir) -> tuple[State, str]:
     if attempt is None:
         found = queue_state(run)
         return ("queued", found) if found else ("not started", "")
-    end = _end(run, attempt)
+    end = _outcome(run, attempt)
     if end:
-        state: State = "failed" if end["status"] == "failed" else "stopped"
-        return state, " ".join(part for part in (end["message"], queue_state(run)) if part)
-    ages = [age for file in _node_files(run, attempt) if (age := _age(file)) is not None]
+        state: State = "failed" if end.status == "failed" else "stopped"
+        return state, " ".join(part for part in (end.message, queue_state(run)) if part)
+    ages = [_age(file) or 0.0 for file in _node_files(run, attempt)]
     if ages and min(ages) > SILENT_S:
         queued = queue_state(run)
         silent = f"no sign of life for {min(ages):.0f} s"
         return ("queued", f"{silent}; {queued}") if queued else ("silent", silent)
     if run.stop_file.exists():
-        return "stopping", _text(run.stop_file)
-    began = _modified(run.path / "control" / "launch.json") or 0.0
+        return "stopping", run.stop_file.read_text()
+    began = _modified(launch_file(run)) or 0.0
     if run.read_progress().get("updated", 0.0) < began:
         return "starting", f"attempt {attempt}"
     return "running", f"attempt {attempt}"
@@ -141,49 +132,27 @@ def run_state(run: RunDir) -> tuple[State, str]:
 
 def read_nodes(run: RunDir, config: RunConfig) -> list[NodeSign]:
     """The nodes of the latest attempt, or those the configuration asks for."""
-    attempt = _latest_attempt(run)
-    files = [] if attempt is None else _node_files(run, attempt)
-    numbers = [int(file.stem.removeprefix("node-")) for file in files]
+    attempt = _latest_attempt(run) or 0
+    numbers = [int(file.stem.removeprefix("node-")) for file in _node_files(run, attempt)]
     count = max(numbers, default=-1) + 1 or config.cluster.nodes
     plan = _layout(config, count)
     hosts = _hosts(run, plan)
     signs = []
     for node in range(count):
-        file = run.path / "control" / f"attempt-{attempt}" / f"node-{node}.json"
-        age = _age(file)
-        state = str(_read(file).get("state", "not there yet"))
-        if state == "running" and age is not None and age > SILENT_S:
-            state = "silent"
+        heartbeats = Heartbeats(directory=attempt_directory(run, attempt), node=node)
+        heartbeat, age = heartbeats.read(node), _age(heartbeats.heartbeat_file(node))
+        state = heartbeat.state if heartbeat else "not there yet"
+        is_silent = state == "running" and age is not None and age > SILENT_S
         signs.append(
             NodeSign(
                 node=node,
                 host=hosts.get(node, ""),
                 roles=_roles(plan, node),
-                state=state,
+                state="silent" if is_silent else state,
                 age_s=age,
             )
         )
     return signs
-
-
-def read_evaluations(run: RunDir) -> list[Evaluation]:
-    """The work that exports have started, in the order of their steps."""
-    found = []
-    every = (run.path / "evaluations").glob("*")
-    for root in sorted(every, key=lambda path: (path.name == "final", path.name)):
-        work = run.load_config().checkpoint.on_export
-        shards = [ShardFolder(path) for path in (root / "shards").glob("*")]
-        done = [shard for shard in shards if shard.done_file.exists()]
-        over = [shard for shard in shards if work and not shard.has_work(work.tries)]
-        found.append(
-            Evaluation(
-                export=root.name,
-                shards=len(shards),
-                done=len(done),
-                failed=max(len(over) - len(done), 0),
-            )
-        )
-    return found
 
 
 def last_error(run: RunDir) -> str | None:
@@ -194,6 +163,16 @@ def last_error(run: RunDir) -> str | None:
     newest = failed[-1]
     at = "" if newest.step is None else f" at step {newest.step}"
     return f"attempt {newest.number}{at}: {newest.reason}"
+
+
+def failure_since(run: RunDir, since: float) -> AttemptOutcome | None:
+    """How an attempt failed that ended after `since`, seconds since the epoch."""
+    for number in _attempt_numbers(run):
+        heartbeats = Heartbeats(directory=attempt_directory(run, number), node=0)
+        end = heartbeats.read_outcome()
+        if end and end.status == "failed" and (_modified(heartbeats.outcome_file) or 0) >= since:
+            return end
+    return None
 
 
 def queue_state(run: RunDir) -> str:
@@ -212,23 +191,10 @@ def queue_state(run: RunDir) -> str:
     return f"job {job} is {lines[0].strip()}"
 
 
-def json_lines(file: Path) -> list[Values]:
-    """The objects of a file with one a line; lines that were cut are left out."""
-    rows = []
-    for line in _text(file).splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
 def _job_id(run: RunDir) -> str | None:
     """Slurm's number of the newest job known to the run: submitted, or seen at work."""
     submitted = sorted((run.path / "jobs").glob("*/*_submitted.pkl"))
-    launched = re.match(r"(\d+)-", str(_read(run.path / "control/launch.json").get("launch_id")))
+    launched = re.match(r"(\d+)-", str(_launch(run).get("launch_id")))
     numbers = [int(submitted[-1].name.split("_")[0])] if submitted else []
     numbers += [int(launched[1])] if launched else []
     return str(max(numbers)) if numbers else None
@@ -264,27 +230,33 @@ def _hosts(run: RunDir, plan: Layout | None) -> dict[int, str]:
     hosts = {}
     for node in plan.nodes if plan else ():
         for engine in node.engines:
-            if host := _read(run.engine_file(engine.index)).get("host"):
-                hosts[node.node] = str(host)
-    if first := _read(run.path / "control" / "launch.json").get("master_addr"):
+            if found := read_json(run.engine_file(engine.index)):
+                hosts[node.node] = str(found["host"])
+    if first := _launch(run).get("master_addr"):
         hosts[0] = str(first)
     return hosts
 
 
+def _attempt_numbers(run: RunDir) -> list[int]:
+    """Of those whose nodes' files are there still."""
+    found = (run.path / "control").glob("attempt-*")
+    return sorted(int(directory.name.removeprefix("attempt-")) for directory in found)
+
+
 def _latest_attempt(run: RunDir) -> int | None:
-    found = [
-        int(directory.name.removeprefix("attempt-"))
-        for directory in (run.path / "control").glob("attempt-*")
-    ]
-    return max(found, default=None)
+    return max(_attempt_numbers(run), default=None)
 
 
 def _node_files(run: RunDir, attempt: int) -> list[Path]:
-    return sorted((run.path / "control" / f"attempt-{attempt}").glob("node-*.json"))
+    return sorted(attempt_directory(run, attempt).glob("node-*.json"))
 
 
-def _end(run: RunDir, attempt: int) -> Mapping[str, Any]:
-    return _read(run.path / "control" / f"attempt-{attempt}" / "ended.json")
+def _outcome(run: RunDir, attempt: int) -> AttemptOutcome | None:
+    return Heartbeats(directory=attempt_directory(run, attempt), node=0).read_outcome()
+
+
+def _launch(run: RunDir) -> dict[str, Any]:
+    return read_json(launch_file(run)) or {}
 
 
 def _last_writes(run: RunDir) -> dict[int, float]:
@@ -296,22 +268,6 @@ def _last_writes(run: RunDir) -> dict[int, float]:
         if number.isdigit() and modified is not None:
             times[int(number)] = max(times.get(int(number), 0.0), modified)
     return times
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    """The file's object; empty while it is not there or not whole."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _modified(file: Path) -> float | None:
