@@ -20,13 +20,11 @@ from megadistill.preflight import used_pools
 from megadistill.publish.files import publish_files, published_at
 from megadistill.resolve import resolve
 from megadistill.rollout.client import EnginePool
+from megadistill.rollout.protocol import teacher_version
 from megadistill.rollout.seeds import seed_for
 from megadistill.rundir import RunDir
 from megadistill.state import RunState, restore, restore_ahead
 from megadistill.types import Prompt, Rollout
-
-TEACHER_VERSION = 1_000_000
-"""Weights versions from here on are teachers', in the engines only to sample held-out texts."""
 
 
 @dataclass
@@ -171,7 +169,7 @@ def _teacher_texts(parts: Parts, pools: Mapping[str, PromptPool]) -> Texts:
         if path == resolve_path(config.student.path):
             version = 0
         else:
-            version = TEACHER_VERSION + list(config.teachers).index(teacher)
+            version = teacher_version(list(config.teachers).index(teacher))
         rollouts: list[Rollout] = []
         if parts.sampler is not None:
             if parts.published != version:

@@ -3,7 +3,7 @@
 from megadistill.head.divergence import Divergences, divergences, forward_kl, jsd, reverse_kl
 from megadistill.head.logprobs import logprobs
 from megadistill.head.nll import NllStatistics, weighted_nll
-from megadistill.head.score import HeadScores, mass, score
+from megadistill.head.score import HeadScores, score
 from megadistill.head.vocabulary import VocabularyHead
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "forward_kl",
     "jsd",
     "logprobs",
-    "mass",
     "reverse_kl",
     "score",
     "weighted_nll",

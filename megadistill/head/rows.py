@@ -32,11 +32,6 @@ class RowStatistics:
         """Logarithm of the sum: log-probabilities are (z - maximum) - log_sum."""
         return self.sum_exp_C.log()
 
-    @property
-    def logsumexp(self) -> Tensor:
-        """Logarithm of the sum of exp(z)."""
-        return self.maximum_C + self.log_sum
-
     def rows(self, rows: slice) -> "RowStatistics":
         """The statistics of some rows, without the entropy sum."""
         return RowStatistics(maximum_C=self.maximum_C[rows], sum_exp_C=self.sum_exp_C[rows])

@@ -1,4 +1,4 @@
-"""Scoring without gradient: log-probs at ids, log-sum-exp, entropy, top-K, probability mass."""
+"""Scoring without gradient: log-probs at ids, entropy, top-K."""
 
 from dataclasses import dataclass
 
@@ -26,8 +26,6 @@ class HeadScores:
 
     logprobs_TK: Tensor
     """Log-probabilities at the ids that were asked for."""
-    logsumexp_T: Tensor
-    """Of the logits divided by the temperature."""
     entropy_T: Tensor | None
     """In nats; None unless asked for."""
     top_ids_TK: Tensor | None
@@ -62,19 +60,10 @@ def score(
         top_logprobs_TK = total.logprobs(top_logits_TK)
     return HeadScores(
         logprobs_TK=total.logprobs(sweep.picked_TK),
-        logsumexp_T=total.logsumexp,
         entropy_T=total.entropy if with_entropy else None,
         top_ids_TK=top_ids_TK,
         top_logprobs_TK=top_logprobs_TK,
     )
-
-
-def mass(
-    head: VocabularyHead, hidden_TD: Tensor, ids_TK: Tensor, *, temperature: float = 1.0
-) -> Tensor:
-    """Probability mass `[T]` inside each row's id set; the ids of a row must differ."""
-    logprobs_TK = score(head, hidden_TD, ids_TK, temperature=temperature).logprobs_TK
-    return logprobs_TK.exp().sum(-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

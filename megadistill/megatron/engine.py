@@ -119,14 +119,9 @@ class Engine:
         In the order of `spans`, equal on every rank. Raises `ValueError` for an unknown model, or a
         span that scores its first token.
         """
-        return self._score(model, spans, with_entropy=False)[0]
-
-    @_names_rank
-    def score_with_entropy(
-        self, model: str, spans: Sequence[TokenSpan]
-    ) -> tuple[list[FloatArray], list[FloatArray]]:
-        """As `score`, and the entropy in nats of each scored token's distribution."""
-        return self._score(model, spans, with_entropy=True)
+        scorable = self._scorable(model)
+        with self._offloader.on_device(scorable.model):
+            return score_spans(scorable, spans, self._rules)
 
     @_names_rank
     def score_top_k(
@@ -254,13 +249,6 @@ class Engine:
             [sample.weights_R for sample in samples],
             [sample.top_k for sample in samples],
         )
-
-    def _score(
-        self, model: str, spans: Sequence[TokenSpan], *, with_entropy: bool
-    ) -> tuple[list[FloatArray], list[FloatArray]]:
-        scorable = self._scorable(model)
-        with self._offloader.on_device(scorable.model):
-            return score_spans(scorable, spans, self._rules, with_entropy=with_entropy)
 
     def _scorable(self, name: str) -> Scorable:
         if name not in self._scorables:

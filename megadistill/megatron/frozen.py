@@ -38,8 +38,7 @@ class FrozenModels:
         """Log-probabilities of each span's scored tail."""
         scorable = self._models[model]
         with self._offloader.on_device(scorable.model):
-            found, _ = score_spans(scorable, spans, self._rules(spans), with_entropy=False)
-        return found
+            return score_spans(scorable, spans, self._rules(spans))
 
     def divergences(
         self, student: str, teacher: str, spans: Sequence[TokenSpan]

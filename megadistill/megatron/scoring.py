@@ -22,6 +22,7 @@ from megadistill.data.packing import (
     num_inputs,
 )
 from megadistill.head import VocabularyHead, divergences, score
+from megadistill.losses import teacher_top_k
 from megadistill.megatron.megatron_call import calls_megatron
 from megadistill.megatron.model import output_weight
 from megadistill.megatron.schedule import forward
@@ -65,9 +66,9 @@ def own_batches(
 
 @calls_megatron
 def score_spans(
-    scorable: Scorable, spans: Sequence[TokenSpan], rules: PackingRules, *, with_entropy: bool
-) -> tuple[list[FloatArray], list[FloatArray]]:
-    """fp32 log-probabilities `[R]` of every span's scored tail, and entropies (empty if not asked).
+    scorable: Scorable, spans: Sequence[TokenSpan], rules: PackingRules
+) -> list[FloatArray]:
+    """fp32 log-probabilities `[R]` of every span's scored tail.
 
     Every rank passes the same spans and gets the same answer.
     """
@@ -75,19 +76,14 @@ def score_spans(
 
     def visit(hidden_WD: Tensor, batch: MicroBatch) -> Tensor:
         assert head is not None
-        columns = hidden_WD.new_zeros(len(hidden_WD), 1 + with_entropy, dtype=torch.float32)
-        if len(hidden_WD):
-            scores = score(head, hidden_WD, batch.targets_W[:, None], with_entropy=with_entropy)
-            columns[:, 0] = scores.logprobs_TK[:, 0]
-            if scores.entropy_T is not None:
-                columns[:, 1] = scores.entropy_T
-        return columns
+        if not len(hidden_WD):
+            return hidden_WD.new_zeros(0, 1, dtype=torch.float32)
+        return score(head, hidden_WD, batch.targets_W[:, None]).logprobs_TK.float()
 
     batches = own_batches(spans, rules, scorable.world)
     scorable.model.eval()
     values = forward(scorable.model, batches, scorable.world, visit)
-    tables = _everywhere(spans, batches, values, 1 + with_entropy, scorable.world)
-    return _column(tables, 0), _column(tables, 1) if with_entropy else []
+    return _column(_everywhere(spans, batches, values, 1, scorable.world), 0)
 
 
 @calls_megatron
@@ -109,13 +105,10 @@ def top_k_spans(
         assert head is not None
         columns = hidden_WD.new_zeros(len(hidden_WD), 1 + 2 * top_k, dtype=torch.float32)
         if len(hidden_WD):
-            targets_W1 = batch.targets_W[:, None]
-            columns[:, :1] = score(head, hidden_WD, targets_W1).logprobs_TK
-            top = score(head, hidden_WD, targets_W1[:, :0], temperature=temperature, top_k=top_k)
-            assert top.top_ids_TK is not None
-            assert top.top_logprobs_TK is not None
-            columns[:, 1 : 1 + top_k] = top.top_ids_TK  # exact: ids are far below 2^24
-            columns[:, 1 + top_k :] = top.top_logprobs_TK
+            columns[:, :1] = score(head, hidden_WD, batch.targets_W[:, None]).logprobs_TK
+            top = teacher_top_k(head, hidden_WD, top_k, temperature=temperature)
+            columns[:, 1 : 1 + top_k] = top.ids_WK  # exact: ids are far below 2^24
+            columns[:, 1 + top_k :] = top.logprobs_WK
         return columns
 
     batches = own_batches(spans, rules, scorable.world)

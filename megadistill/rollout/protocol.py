@@ -6,6 +6,14 @@ from typing import Protocol
 
 from megadistill.types import Prompt, Rollout
 
+FIRST_TEACHER_VERSION = 1_000_000
+"""Lies above every version of a student, which is the number of its steps."""
+
+
+def teacher_version(index: int) -> int:
+    """Weights version under which a run's `index`-th teacher is published to sample held-out texts."""
+    return FIRST_TEACHER_VERSION + index
+
 
 class RolloutEngine(Protocol):
     """Samples responses with the student's published weights."""

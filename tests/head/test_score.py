@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadistill.head import mass, score
+from megadistill.head import score
 from megadistill.head.rows import TOP_K_GROUP
 from tests.head.dense import dense_entropy, dense_logprobs, make_case
 
@@ -100,18 +100,6 @@ def test_huge_logits_lose_nothing_where_the_maximum_is_shared(backend: str) -> N
     expected = torch.tensor([[-0.6931472, -0.6931472, -2e4 - 0.6931472]])
     torch.testing.assert_close(scores.logprobs_TK, expected)
     torch.testing.assert_close(scores.entropy_T, torch.tensor([0.6931472]))
-
-
-def test_mass_of_all_ids_is_one_and_of_one_id_its_probability(backend: str) -> None:
-    case = make_case(backend=backend)
-    everything_TK = torch.arange(case.vocab_size).expand(13, -1)
-    torch.testing.assert_close(
-        mass(case.head(), case.hidden_TD, everything_TK), torch.ones(13, dtype=torch.float64)
-    )
-    expected_T = dense_logprobs(case).exp().gather(1, case.targets_T[:, None]).squeeze(1).detach()
-    torch.testing.assert_close(
-        mass(case.head(), case.hidden_TD, case.targets_T[:, None]), expected_T
-    )
 
 
 @pytest.mark.parametrize("top_k", [1, 7, 20])

@@ -127,10 +127,10 @@ def reference(model_dir: Path, lengths: Sequence[int]) -> Reference:
     return Reference(
         spans=spans,
         logprobs=[scored(rows, span).numpy() for rows, span in zip(scores, spans, strict=True)],
-        entropies=[
-            (-(rows.exp() * rows).sum(-1))[-span.num_scored :].numpy()
+        entropy=sum(
+            float(-(rows.exp() * rows).sum(-1)[-span.num_scored :].sum())
             for rows, span in zip(scores, spans, strict=True)
-        ],
+        ),
         tops=tops,
         kl=kl,
         samples=samples,

@@ -25,7 +25,7 @@ from megadistill.config.schema import (
     RunConfig,
 )
 from megadistill.head import VocabularyHead, weighted_nll
-from megadistill.losses import answer_conditioned
+from megadistill.losses import answer_conditioned, policy_gradient
 from megadistill.megatron import export
 from megadistill.megatron.engine import STUDENT, Engine
 from megadistill.types import FloatArray, MicroBatch, Prompt, Rollout, Scored, TokenSpan
@@ -142,7 +142,8 @@ def scored_by(
 
 def _scoring(engine: Engine, reference: Reference) -> dict[str, float]:
     scores = engine.score(STUDENT, reference.spans)
-    same, entropies = engine.score_with_entropy("same", reference.spans)
+    same = engine.score("same", reference.spans)
+    entropy = engine.measure(reference.samples, policy_gradient)["train/entropy_sum"]
     forward_kl, reverse_kl = engine.divergences(STUDENT, "same", reference.spans)
     _, tops = engine.score_top_k("same", reference.spans, top_k=TOP_K, temperature=TEMPERATURE)
     taught = [
@@ -156,7 +157,7 @@ def _scoring(engine: Engine, reference: Reference) -> dict[str, float]:
         ),
         "top-k kl": abs(engine.measure(taught, loss)["raft/kl"] - reference.kl),
         "logprob": _largest_of(zip(scores, reference.logprobs, strict=True)),
-        "entropy": _largest_of(zip(entropies, reference.entropies, strict=True)),
+        "entropy": abs(entropy - reference.entropy) / reference.entropy,
         "gap to itself": _largest_of(zip(scores, same, strict=True)),
         "kl to itself": float(max(np.abs(forward_kl).max(), np.abs(reverse_kl).max())),
     }

@@ -25,7 +25,8 @@ class Reference:
 
     spans: list[TokenSpan]
     logprobs: list[FloatArray]
-    entropies: list[FloatArray]
+    entropy: float
+    """Summed over all scored tokens."""
     tops: list[TopK]
     """At TEMPERATURE."""
     kl: float
