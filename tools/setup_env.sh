@@ -93,6 +93,7 @@ if ! command -v cc >/dev/null || [[ ! -f $headers/Python.h ]]; then
     wanted=incomplete
   fi
 fi
+command -v bwrap >/dev/null || install_system bubblewrap || echo "setup_env: no bubblewrap, which eval wants for programs that models wrote"
 
 echo "installing Python packages into $venv (a few minutes the first time) ..."
 "$venv/bin/python" -c "import torch" 2>/dev/null ||

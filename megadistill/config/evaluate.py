@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megadistill.config.cluster import ClusterConfig
 from megadistill.config.fields import (
@@ -16,6 +16,12 @@ from megadistill.config.fields import (
 )
 from megadistill.config.refine import ChatModelConfig, ServedConfig
 from megadistill.config.schema import DataConfig
+
+Sandbox = Annotated[
+    Literal["bubblewrap", "none"],
+    BeforeValidator(lambda word: "bubblewrap" if word == "namespaces" else word),
+]
+"""`namespaces` is an older word for bubblewrap."""
 
 
 class BenchmarkConfig(Config):
@@ -132,7 +138,7 @@ class EvaluateConfig(Config):
     models: dict[str, ChatModelConfig] = Field(default_factory=dict)
     """Judges and verifiers, by name."""
     shards: EvaluateShardsConfig = Field(default_factory=EvaluateShardsConfig)
-    sandbox: Literal["namespaces", "none"] = "namespaces"
+    sandbox: Sandbox = "bubblewrap"
     """Where programs that models wrote run; `none`: with your rights, which is dangerous."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Of the intervals; significance is marked at 1 - confidence."""
@@ -153,7 +159,7 @@ class EvaluateConfig(Config):
         if not self.systems or not (self.benchmarks or self.signals or self.external):
             yield "systems and benchmarks: expected at least one of each"
         if self.external and self.sandbox != "none":
-            yield "sandbox: found namespaces, but `external` runs programs without: none"
+            yield "sandbox: found bubblewrap, but `external` runs programs without: none"
         yield from self._signal_problems()
         if self.baseline is not None and self.baseline not in self.systems:
             yield f"baseline: found {self.baseline!r}, expected one of `systems`"

@@ -121,5 +121,5 @@ def _tool_problems(config: EvaluateConfig, name: str, benchmark: Benchmark) -> I
             f"benchmarks.{name}.checkout: found {str(checkout)!r}, expected a directory with "
             f"{benchmark.needs}. {benchmark.title}: {benchmark.hint}"
         )
-    if config.sandbox == "namespaces" and (problem := sandbox.missing()):
+    if config.sandbox == "bubblewrap" and (problem := sandbox.missing()):
         yield f"sandbox: {problem}"

@@ -87,7 +87,7 @@ def test_a_systems_judgments_stand_in_the_table(tmp_path: Path, checkout: Path) 
 def test_it_wants_to_be_told_that_there_is_no_sandbox(tmp_path: Path, checkout: Path) -> None:
     world = world_of(tmp_path, checkout, "http://localhost:1/v1", [])
     with pytest.raises(ConfigError, match="`external` runs programs without"):
-        parse(EvaluateConfig, {**world.tree, "sandbox": "namespaces"})
+        parse(EvaluateConfig, {**world.tree, "sandbox": "bubblewrap"})
     missing = {"checkout": str(tmp_path), "python": sys.executable}
     with pytest.raises(ValueError, match=r"no file .*run_livebench.py; expected a checkout"):
         check(parse(EvaluateConfig, {**world.tree, "external": {"livebench": missing}}))

@@ -18,28 +18,65 @@ from megadistill.evaluate.sandbox import missing
 from tests.evaluate.test_evaluation import World
 from tests.inference.scripted import Endpoint, endpoint_tree
 
-boxed = pytest.mark.skipif(bool(missing()), reason="no namespaces on this machine")
+boxed = pytest.mark.skipif(bool(missing()), reason="no bubblewrap on this machine")
 TESTING = '''
-import io, json, sys
+import io, json, signal, sys
+from types import ModuleType
+from unittest.mock import patch
+
+class Capturing(list):
+    def __enter__(self):
+        self.out, sys.stdout = sys.stdout, io.StringIO()
+        return self
+
+    def __exit__(self, *args):
+        self.append(sys.stdout.getvalue())
+        sys.stdout = self.out
+
+def reliability_guard():
+    import os
+    os.kill = os.fork = None
+
+def compile_code(code, timeout):
+    module = ModuleType("tmp_sol")
+    exec(code, module.__dict__)
+    return module
+
+def get_function(solution, name):
+    return getattr(solution, name, None)
+
+def call_method(method, inputs):
+    with patch("sys.stdin", io.StringIO(inputs)):
+        method()
+
+def stop(number, frame):
+    raise TimeoutError("timeoutexception")
 
 def run_test(sample, test=None, debug=False, timeout=6):
     """As the official function: results of the tests, ending at the first that fails."""
+    signal.signal(signal.SIGALRM, stop)
+    reliability_guard()
     sample = json.loads(sample["input_output"])
+    name = sample["fn_name"]
+    if name is None:
+        lines = ["def wrapped_function():", *test.split("\\n"), "pass"]
+        test = "\\n    ".join(lines)
+    solution = compile_code(test, timeout)
+    method = get_function(solution, name or "wrapped_function")
     found = []
     for given, expected in zip(sample["inputs"], sample["outputs"]):
-        out, into = sys.stdout, sys.stdin
-        sys.stdout, sys.stdin = io.StringIO(), io.StringIO(given)
+        signal.alarm(timeout)
         try:
-            space = {}
-            exec(test, space)
-            said = sys.stdout.getvalue()
-            if sample["fn_name"]:
-                said = str(space[sample["fn_name"]](json.loads(given)))
-        except Exception:
-            return found + [-4], {}
+            if name is None:
+                with Capturing() as captured:
+                    call_method(method, given)
+                found.append(captured[0].strip() == expected)
+            else:
+                found.append(bool(method(json.loads(given)) == json.loads(expected)))
+        except Exception as error:
+            return found + [-3 if "timeoutexception" in repr(error) else -4], {}
         finally:
-            sys.stdout, sys.stdin = out, into
-        found.append(said.strip() == expected)
+            signal.alarm(0)
         if not found[-1]:
             return found, {}
     return found, {}
@@ -51,7 +88,7 @@ def tools(tmp_path: Path) -> Tools:
     file = tmp_path / "checkout" / livecodebench.TESTING
     file.parent.mkdir(parents=True)
     file.write_text(TESTING)
-    return Tools(checkout=tmp_path / "checkout", sandbox="namespaces")
+    return Tools(checkout=tmp_path / "checkout", sandbox="bubblewrap")
 
 
 def row(day: str = "2025-02-10", function: str | None = None, name: str = "p1") -> dict[str, Any]:
@@ -131,9 +168,98 @@ def test_an_answer_without_a_program_is_wrong(tools: Tools) -> None:
     assert livecodebench.run(item(), "I cannot.", tools).details["no_program"] == 1.0
 
 
-def test_a_forged_verdict_needs_the_mark() -> None:
-    assert livecodebench.verdicts("abc [1, 1]\n[1, 1]\n", "secret") == []
-    assert livecodebench.verdicts("x\nsecret [1, 0, 4]\n", "secret") == [1, 0, 4]
+WRITES_EVERYWHERE = """
+import os
+for n in range(64):
+    try:
+        os.write(n, b"[1, 1, 1, 1, 4]")
+    except OSError:
+        pass
+os._exit(0)
+"""
+EQUALS_EVERYTHING = """
+class Same:
+    __eq__ = lambda *_: True
+def twice(x):
+    return Same()
+"""
+CHANGES_THE_TESTS = """
+import sys
+def twice(x):
+    sys.modules["__main__"].json.dumps = lambda *_: "[1, 1, 1, 1, 4]"
+    frame = sys._getframe()
+    while frame:
+        frame.f_globals["print"] = frame.f_globals["int"] = lambda *_, **__: 1
+        frame = frame.f_back
+"""
+SEARCHES = """
+import ctypes, gc, os, stat, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def twice(x):
+    seen = [repr(o) for o in gc.get_objects() if type(o) in (dict, list, tuple)]
+    frame = sys._getframe()
+    while frame:
+        seen.append(repr(frame.f_locals))
+        frame = frame.f_back
+    wanted = "1234567"  # backwards, for else this would be what it finds
+    found = any(wanted in text[::-1] for text in seen)
+    attached = libc.ptrace(16, os.getppid(), 0, 0) == 0 or libc.syscall(438, 3, 1, 0) >= 0
+    opened = [n for n in range(64) if is_file(n)]
+    return int(wanted[::-1]) if found or attached or opened else 0
+def is_file(n):
+    try:
+        return stat.S_ISREG(os.fstat(n).st_mode)
+    except OSError:
+        return False
+"""
+
+
+@boxed
+@pytest.mark.parametrize("program", [WRITES_EVERYWHERE, EQUALS_EVERYTHING, CHANGES_THE_TESTS])
+def test_no_program_gives_itself_a_verdict(tools: Tools, program: str) -> None:
+    assert livecodebench.run(item("twice"), block(program), tools).details["passed"] == 0.0
+
+
+@boxed
+def test_a_program_finds_neither_the_expected_outputs_nor_a_way_to_the_driver(tools: Tools) -> None:
+    tests = json.dumps([{"input": "1", "output": "7654321", "testtype": "functional"}])
+    reference = {"public": tests, "hidden": "[]", "function": "twice"}
+    secret = replace(item("twice"), reference=reference)
+    assert livecodebench.run(secret, block(SEARCHES), tools).details["passed"] == 0.0
+    knowing = "def twice(x):\n    return 7654321"
+    assert livecodebench.run(secret, block(knowing), tools).details["passed"] == 1.0
+
+
+@boxed
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("2 * x", True),
+        ("float(2 * x)", True),
+        ("__import__('numpy').int64(2 * x)", True),
+        ("str(2 * x)", False),
+        ("print", False),
+    ],
+)
+def test_an_answer_is_a_plain_value(tools: Tools, answer: str, right: bool) -> None:
+    found = livecodebench.run(item("twice"), block(f"def twice(x):\n    return {answer}"), tools)
+    assert found.value == float(right)
+
+
+@boxed
+def test_what_a_program_keeps_lasts_to_its_next_test(tools: Tools) -> None:
+    program = "seen = []\ndef twice(x):\n    seen.append(x)\n    return 2 * x * (len(seen) - x)"
+    assert livecodebench.run(item("twice"), block(program), tools).value == 1.0
+
+
+@boxed
+def test_a_test_that_takes_too_long_is_not_passed(
+    tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(livecodebench, "TEST_S", 1)
+    program = "def twice(x):\n    while x == 2:\n        pass\n    return 2 * x"
+    found = livecodebench.run(item("twice"), block(program), tools)
+    assert found.details == {"no_program": 0.0, "timed_out": 0.0, "passed": 0.5}
 
 
 @boxed

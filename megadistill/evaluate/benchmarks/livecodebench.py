@@ -5,7 +5,6 @@ Each version is a window of contest dates. The question is put in our words, in 
 
 import json
 import re
-import secrets
 import sysconfig
 from collections.abc import Mapping
 from datetime import date
@@ -38,34 +37,7 @@ FROM_STDIN = (
     "the program in a code block:"
 )
 _FENCE = re.compile(r"```")
-DRIVER = """
-import base64, io, json, pickle, sys, types, zlib
-
-class Text(pickle.Unpickler):
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"expected text alone, found {{module}}.{{name}}")
-
-given = json.load(sys.stdin)
-sys.path.append({packages!r})
-testing = types.ModuleType("testing_util")
-exec(compile(given["testing"], "testing_util.py", "exec"), testing.__dict__)
-try:
-    hidden = json.loads(given["hidden"])
-except ValueError:
-    packed = zlib.decompress(base64.b64decode(given["hidden"]))
-    hidden = json.loads(Text(io.BytesIO(packed)).load())  # the data set pickles a string
-tests = json.loads(given["public"]) + hidden
-sample = {{
-    "inputs": [test["input"] for test in tests],
-    "outputs": [test["output"] for test in tests],
-    "fn_name": given["function"],
-}}
-write = sys.stdout.write
-found, _ = testing.run_test(
-    {{"input_output": json.dumps(sample)}}, test=given["program"], timeout={seconds}
-)
-write("\\n{mark} " + json.dumps([int(result) for result in found] + [len(tests)]) + "\\n")
-"""
+DRIVER = Path(__file__).with_name("livecodebench_driver.py")
 
 
 def to_item(row: Mapping[str, Any], version: str) -> Item | None:
@@ -105,34 +77,26 @@ def run(item: Item, answer: str, tools: Tools) -> Score:
     details = {"no_program": float(program is None), "timed_out": 0.0, "passed": 0.0}
     if program is None:
         return Score(value=0.0, details=details)
-    mark = secrets.token_hex(16)
     packages = sysconfig.get_paths()["platlib"]
     given = {
         **item.reference,
         "program": program,
+        "packages": packages,
         "testing": (tools.checkout / TESTING).read_text(encoding="utf-8"),
+        "seconds": TEST_S,
     }
     outcome = run_python(
-        DRIVER.format(packages=packages, seconds=TEST_S, mark=mark),
+        DRIVER.read_text(encoding="utf-8"),
         json.dumps(given),
         LIMITS,
         mode=tools.sandbox,
         readable=[Path(packages)],  # it needs numpy
     )
-    results = verdicts(outcome.stdout, mark)
     details["timed_out"] = float(outcome.timed_out)
-    if results:
-        *each, total = results
+    if outcome.stdout:
+        *each, total = json.loads(outcome.stdout)
         details["passed"] = sum(result > 0 for result in each) / total
     return Score(value=float(details["passed"] == 1.0), extracted=program, details=details)
-
-
-def verdicts(output: str, mark: str) -> list[int]:
-    """What the tests said, and how many there are; nothing when the program ended before that."""
-    for line in reversed(output.splitlines()):
-        if line.startswith(mark):
-            return [int(value) for value in json.loads(line.removeprefix(mark))]
-    return []
 
 
 def _benchmark(version: str, title: str, size: int) -> Benchmark:
