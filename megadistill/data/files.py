@@ -7,9 +7,9 @@ import codecs
 import csv
 import io
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Self, TextIO
@@ -26,8 +26,6 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_UNDECODED = re.compile("[\udc80-\udcff]")
-"""What Python reads of bytes that are no UTF-8."""
 _Rows = Iterator[tuple[int, Any]]
 """Number from 1, and whatever JSON stands there, or the `BadRowError` that says why nothing does."""
 
@@ -131,9 +129,15 @@ def read_rows(
     try:
         for number, content in _reader(file)(file, longest, wanted):
             if wanted is None or number in wanted:
+                content = _unicode(content)
                 yield Row(source=str(file), stem=_stem(file), number=number, content=content)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{file}: row {number + 1} cannot be read: {error}") from None
+
+
+def read_all(files: Iterable[Path], longest: Longest = DEFAULT) -> Iterator[Row]:
+    """The rows of several files, one after another."""
+    return chain.from_iterable(read_rows(file, longest) for file in files)
 
 
 def count_rows(file: Path, longest: Longest = DEFAULT) -> int:
@@ -143,6 +147,20 @@ def count_rows(file: Path, longest: Longest = DEFAULT) -> int:
     if _reader(file) is _json_lines:
         return max((number for number, _ in _lines(file, longest)), default=0)
     return max((row.number for row in read_rows(file, longest)), default=0)
+
+
+def _unicode(content: Any) -> Any:
+    """The same, or why it cannot be written."""
+    try:
+        json.dumps(content, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        why = f"holds half a character, {half:#x}"
+        if 0xDC80 <= half <= 0xDCFF:  # as Python reads bytes
+            why = f"is not UTF-8: found the byte {half - 0xDC00:#x}; convert the file (of Windows: "
+            why += "`iconv -f cp1252 -t utf-8`)"
+        return BadRowError("not_unicode", why)
+    return content
 
 
 def _suffix(file: Path) -> str:
@@ -204,20 +222,10 @@ def _json_lines(file: Path, longest: Longest, wanted: set[int] | None) -> _Rows:
 
 
 def _loaded(line: str) -> Any:
-    if problem := _undecoded([line]):
-        return problem
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         return BadRowError("not_json", f"is not JSON: {error}")
-
-
-def _undecoded(texts: Sequence[str]) -> BadRowError | None:
-    for text in texts:
-        if not text.isascii() and (found := _UNDECODED.search(text)):
-            why = f"is not UTF-8: found the byte 0x{ord(found[0]) - 0xDC00:02x}; convert the file"
-            return BadRowError("not_unicode", f"{why} (of Windows: `iconv -f cp1252 -t utf-8`)")
-    return None
 
 
 def _array(file: Path, _longest: Longest, _wanted: set[int] | None) -> _Rows:
@@ -260,7 +268,7 @@ def _row_of_cells(cells: dict[Any, Any]) -> dict[str, Any] | BadRowError:
     """Blank cells behind the last column are none."""
     if any(cell.strip() for cell in cells.pop(None, ())):
         return BadRowError("too_many_cells", "has more cells than the first line")
-    return _undecoded([cell for cell in cells.values() if cell]) or cells
+    return cells
 
 
 def _parquet(file: Path, _longest: Longest, wanted: set[int] | None) -> _Rows:

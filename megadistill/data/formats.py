@@ -39,43 +39,33 @@ Parts = tuple[str | Turns, Mapping[str, str] | None, str | None]
 
 
 def to_record(
-    row: Row, fields: RowConfig | RowsSource, *, name: str | None = None, part: str = ""
+    row: Row, fields: RowConfig | RowsSource, *, part: str = "", answered: bool = False
 ) -> Record:
-    """A row as `fields` say; `name` instead of the row's own. Raises `BadRowError` with its place."""
+    """A row as `fields` say, with an answer if it must be `answered`.
+
+    Raises `BadRowError` with its place.
+    """
+    values = row.values
     try:
         if isinstance(fields, RowsSource):
-            prompt, options, answer = _from_prompt(row.values, fields)
+            prompt, options, answer = _from_prompt(values, fields)
+            name = _name(row, "id")
         else:
-            prompt, options, answer = _FORMATS[fields.format](row.values, fields)
-        name = name or row_name(row, "id" if isinstance(fields, RowsSource) else fields.id)
-        record = Record(
-            id=f"{part}-{name}" if part else name,
-            prompt=prompt,
-            options=options or None,
-            answer=answer,
-            part=part,
-        )
-        check_unicode(record.id, record.question, answer or "")
+            prompt, options, answer = FORMATS[fields.format](values, fields)
+            name = _name(row, fields.id)
+        if answered and answer is None:
+            raise BadRowError("no_answer", "has no answer of the assistant")
     except BadRowError as error:
         raise error.at(row.place) from None
-    return record
+    record_id = f"{part}-{name}" if part else name
+    return Record(id=record_id, prompt=prompt, options=options or None, answer=answer, part=part)
 
 
-def row_name(row: Row, field: str | None) -> str:
+def _name(row: Row, field: str | None) -> str:
     """What the field says, where there is one; otherwise the file's name and the row's number."""
     value = row.values.get(field) if field is not None else None
-    if _is_absent(value) or isinstance(value, dict | list) or not str(value).strip():
-        return row.name
-    return str(value)
-
-
-def check_unicode(*texts: str) -> None:
-    """Raises `BadRowError` for a text that cannot be written."""
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadRowError("not_unicode", f"holds half a character: {error}") from None
+    is_name = not isinstance(value, dict | list) and not _is_absent(value) and str(value).strip()
+    return str(value) if is_name else row.name
 
 
 def read_chat(value: Any, name: str) -> tuple[list[Message], int]:
@@ -97,32 +87,28 @@ def read_chat(value: Any, name: str) -> tuple[list[Message], int]:
         called = turn.get("tool_calls") or turn.get("function_call") or role == "function_call"
         calls.append(bool(called))
         content = turn.get("content", turn.get("value"))
-        text = "" if content is None and calls[-1] else _content(content, name)
+        text = "" if content is None and called else _content(content, name)
         turns.append({"role": _ROLES[role], "content": text})
     return turns, [*calls, True].index(True)
 
 
-def split_chat(value: Any, name: str) -> tuple[Turns, str | None]:
-    """What comes before the last answer, or before the first call of a tool, and the answer."""
+def split_chat(value: Any, name: str, *, is_open: bool = False) -> tuple[Turns, str | None]:
+    """What comes before the last answer, or before the first call of a tool, and the answer.
+
+    An open chat is answered only by its last turn. Raises `BadRowError`.
+    """
     turns, end = read_chat(value, name)
-    answers = [at for at, turn in enumerate(turns[:end]) if turn["role"] == "assistant"]
-    if end == len(turns) and answers:
-        end = answers[-1]
+    answers = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not turns:
         raise BadRowError("no_answer", f"has no turns in {name!r}")
-    if not end or turns[end - 1]["role"] not in ("user", "tool"):
-        raise BadRowError("no_question", f"has no turn of the user before the answer in {name!r}")
-    return tuple(turns[:end]), turns[end]["content"] if end in answers else None
-
-
-def _open_chat(value: Any, name: str) -> tuple[Turns, str | None]:
-    """A chat to go on from: a last turn of the assistant is the answer, or is to call a tool."""
-    turns, end = read_chat(value, name)
-    is_answered = end == len(turns) > 0 and turns[-1]["role"] == "assistant"
-    asked = turns[: end - is_answered]
-    if not any(turn["role"] == "user" for turn in asked) or asked[-1]["role"] == "assistant":
+    answer = None
+    if end == len(turns) and answers and (not is_open or answers[-1] == end - 1):
+        end = answers[-1]
+        answer = turns[end]["content"]
+    asked = turns[:end]
+    if not any(turn["role"] == "user" for turn in asked) or end - 1 in answers:
         raise BadRowError("no_question", f"has no turn of the user to answer in {name!r}")
-    return tuple(asked), turns[-1]["content"] if is_answered else None
+    return tuple(asked), answer
 
 
 def parsed(value: Any) -> Any:
@@ -138,7 +124,7 @@ def _content(value: Any, name: str) -> str:
     """A turn's text, also as the parts of OpenAI's interface."""
     parts = value if isinstance(value, list) else [value]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not texts or not all(isinstance(text, str | int | float) for text in texts):
+    if not texts or not all(isinstance(t, str | int | float) and not _is_absent(t) for t in texts):
         raise BadRowError("not_text", f"has a turn in {name!r} whose `content` is no text")
     return "\n".join(map(str, texts))
 
@@ -151,17 +137,15 @@ def read_options(value: Any) -> dict[str, str]:
         pairs: list[tuple[Any, Any]] = [(match[1], match[2]) for match in found]
     elif isinstance(value, dict):
         pairs = list(value.items())
-    elif isinstance(value, list) and all(isinstance(option, dict) for option in value):
-        pairs = [(option.get("key"), option.get("value")) for option in value]
-    elif isinstance(value, list):
-        if len(value) > len(LETTERS):
-            why = f"has {len(value)} options, expected at most {len(LETTERS)}"
-            raise BadRowError("bad_options", why)
+    elif isinstance(value, list) and all(_has(option, "key", "value") for option in value):
+        pairs = [(option["key"], option["value"]) for option in value]
+    elif isinstance(value, list) and len(value) <= len(LETTERS):
         pairs = list(zip(LETTERS, value, strict=False))
     elif _is_absent(value):
         pairs = []
     else:
-        raise BadRowError("bad_options", f"has the options {value!r}, expected letters and texts")
+        why = f"has the options {str(value)[:60]}, expected up to {len(LETTERS)} letters and texts"
+        raise BadRowError("bad_options", why)
     # Parquet gives every row the letters of all rows.
     return {
         str(key).strip(): _text(text, f"option {key}")
@@ -184,14 +168,12 @@ def _from_prompt(values: Values, source: RowsSource) -> Parts:
     for name in (source.prompt, source.answer, source.options):
         if name is not None and name not in values:
             raise _missing(values, name)
-    value, answer = values[source.prompt], None
-    turns = parsed(value)
-    prompt: str | Turns
-    if isinstance(turns, list) and (turns is value or _is_chat(turns)):
-        prompt, answer = _open_chat(turns, source.prompt)
-    elif isinstance(value, str) and value.strip():
-        prompt = value
-    else:
+    value = values[source.prompt]
+    prompt: str | Turns = value
+    answer = None
+    if isinstance(value, list) or _is_chat(parsed(value)):
+        prompt, answer = split_chat(value, source.prompt, is_open=True)
+    elif not isinstance(value, str) or not value.strip():
         why = f"has {source.prompt!r} empty, or neither text nor chat messages"
         raise BadRowError("empty_question", why)
     if source.answer is not None:
@@ -202,10 +184,16 @@ def _from_prompt(values: Values, source: RowsSource) -> Parts:
     return prompt, options, answer if answer and answer.strip() else None
 
 
-def _is_chat(turns: list[Any]) -> bool:
-    return bool(turns) and all(
-        isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(_has(turn, "role") or _has(turn, "from") for turn in value)
     )
+
+
+def _has(value: Any, *names: str) -> bool:
+    return isinstance(value, dict) and set(names) <= value.keys()
 
 
 def _from_auto(values: Values, fields: RowConfig) -> Parts:
@@ -232,8 +220,8 @@ def _from_messages(values: Values, fields: RowConfig) -> Parts:
 
 
 def _from_pairs(values: Values, fields: RowConfig) -> Parts:
-    question = _field(values, fields.question, "empty_question")
-    return question, None, _field(values, fields.answer, "empty_answer")
+    question = text_of(values, fields.question, "empty_question")
+    return question, None, text_of(values, fields.answer, "empty_answer")
 
 
 def _from_instruction(values: Values, fields: RowConfig) -> Parts:
@@ -245,30 +233,32 @@ def _from_instruction(values: Values, fields: RowConfig) -> Parts:
     question = "\n\n".join(part for part in parts if part.strip())
     if not question:
         raise BadRowError("empty_question", f"has nothing in {fields.instruction!r}")
-    return question, None, _field(values, fields.output, "empty_answer")
+    return question, None, text_of(values, fields.output, "empty_answer")
 
 
 def _from_choices(values: Values, fields: RowConfig) -> Parts:
-    question = _field(values, fields.question, "empty_question")
-    answer = _field(values, fields.answer, "empty_answer")
+    question = text_of(values, fields.question, "empty_question")
+    answer = text_of(values, fields.answer, "empty_answer")
     written = values.get(fields.options)
     if fields.options == fields.question:
         question, written = _split_question(question)
     options = lettered(read_options(written))
     if not options:  # an open question among the others
         return question, None, answer
-    letter = _letter(answer, options)
-    return question, None if fields.open_ended else options, f"{letter}. {options[letter]}"
+    return _choice(question, options, _letter(answer, options), fields)
 
 
 def _from_medmcqa(values: Values, fields: RowConfig) -> Parts:
-    options = {letter: _field(values, f"op{letter.lower()}", "bad_options") for letter in "ABCD"}
+    options = {letter: text_of(values, f"op{letter.lower()}", "bad_options") for letter in "ABCD"}
+    letters = {str(at): letter for at, letter in enumerate(options, start=fields.letters_from)}
     number = str(values.get("cop"))
-    if not number.isdigit() or not 0 <= int(number) - fields.letters_from < len(options):
-        first = fields.letters_from
-        raise BadRowError("bad_answer", f"has {number!r} in 'cop', expected {first} to {first + 3}")
-    letter = LETTERS[int(number) - fields.letters_from]
-    question = _field(values, fields.question, "empty_question")
+    if number not in letters:
+        raise BadRowError("bad_answer", f"has {number!r} in 'cop', expected {', '.join(letters)}")
+    question = text_of(values, fields.question, "empty_question")
+    return _choice(question, options, letters[number], fields)
+
+
+def _choice(question: str, options: dict[str, str], letter: str, fields: RowConfig) -> Parts:
     return question, None if fields.open_ended else options, f"{letter}. {options[letter]}"
 
 
@@ -296,7 +286,7 @@ def _letter(answer: str, options: Mapping[str, str]) -> str:
     raise BadRowError("bad_answer", why)
 
 
-def _field(values: Values, name: str, empty: str) -> str:
+def text_of(values: Values, name: str, empty: str) -> str:
     """A field's text. Raises `BadRowError`, `empty` its reason where there is only white space."""
     if _is_absent(values.get(name)):
         raise _missing(values, name)
@@ -324,7 +314,7 @@ def _missing(values: Values, name: str) -> BadRowError:
     )
 
 
-_FORMATS: Mapping[str, Callable[[Values, RowConfig], Parts]] = {
+FORMATS: Mapping[str, Callable[[Values, RowConfig], Parts]] = {
     "auto": _from_auto,
     "messages": _from_messages,
     "pairs": _from_pairs,

@@ -13,7 +13,7 @@ from megadistill.config.schema import (
     ReasoningGymSource,
     RowsSource,
 )
-from megadistill.data.files import Row, files_of, read_rows
+from megadistill.data.files import Row, files_of, read_all
 from megadistill.data.formats import to_record
 from megadistill.data.records import Record
 
@@ -31,8 +31,7 @@ def read_pool(config: PoolConfig) -> Iterator[Record]:
 
 
 def _read_packaged(source: PackagedSource) -> Iterator[Record]:
-    (file,) = files_of(source.location)
-    for row in read_rows(file):
+    for row in read_all(files_of(source.location)):
         values = row.values
         if source.name == "general":
             yield Record(id=values["id"], prompt=values["prompt"])
@@ -64,8 +63,7 @@ def _read_reasoning_gym(source: ReasoningGymSource) -> Iterator[Record]:
 
 
 def _read_files(source: FileSource) -> Iterator[Record]:
-    rows = (row for file in files_of(source.location) for row in read_rows(file))
-    return _to_records(source, rows)
+    return _to_records(source, read_all(files_of(source.location)))
 
 
 def _read_dataset(source: DatasetSource) -> Iterator[Record]:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megadistill.config.rows import Location
-from megadistill.data.files import BadRowError, Longest, files_of, read_rows
-from megadistill.data.formats import check_unicode
+from megadistill.data.files import BadRowError, Longest, files_of, read_all
 from megadistill.data.pools import stable_hash
 from megadistill.evaluate.sandbox import Mode
 from megadistill.inference.requests import ChatRequest, SamplingParams
@@ -148,19 +147,18 @@ def _place(item_id: str) -> int:
 
 def _items(benchmark: Benchmark, files: Sequence[Path]) -> Iterator[Item]:
     seen: dict[str, int] = {}
-    for row in (row for file in files for row in read_rows(file, LONGEST)):
+    for row in read_all(files, LONGEST):
         values = row.values
         try:
             item = benchmark.rows({"row": row.number, **values})
-            if item is None:
-                continue
-            check_unicode(item.id, item.text, *(turn["content"] for turn in item.messages))
         except KeyError as error:
             raise ValueError(f"{row.place} has no field {error}; it has {sorted(values)}") from None
         except BadRowError as error:
             raise error.at(row.place) from None
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from None
+        if item is None:
+            continue
         if item.id in seen:
             raise ValueError(f"{row.place} has the id {item.id!r} of row {seen[item.id]}")
         seen[item.id] = row.number

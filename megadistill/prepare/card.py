@@ -1,24 +1,18 @@
 """The data card: what a file was made of, as JSON for programs and Markdown for people."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from megadistill.config import PrepareConfig
-from megadistill.config.prepare import ConversationsConfig, DataFilesConfig, MixtureConfig
 from megadistill.prepare.cleaning import PartCount
-from megadistill.prepare.files import files_of, hash_file
+from megadistill.prepare.files import files_of
 
 Card = Mapping[str, Any]  # plain JSON values
-
-
-def sources_of(config: PrepareConfig) -> dict[str, DataFilesConfig]:
-    """Every source of the recipe by the part that reads it."""
-    recipe = config.recipe
-    if isinstance(recipe, MixtureConfig):
-        return {name: part.source for name, part in recipe.parts.items()}
-    assert isinstance(recipe, ConversationsConfig)
-    return {"conversations": recipe.source}
+TEMPLATE = Path(__file__).with_name("templates") / "card.md"
 
 
 def make_card(
@@ -29,7 +23,7 @@ def make_card(
 ) -> Card:
     """`outputs`: file name -> the file as written so far. The same input makes the same card."""
     sources = {}
-    for name, source in sources_of(config).items():
+    for name, source in config.recipe.sources.items():
         sources[name] = {
             "from": f"{source.hub}@{source.revision}" if source.hub else "files",
             "licence": source.licence,
@@ -61,30 +55,16 @@ def make_card(
 
 def describe(card: Card) -> str:
     """The card as Markdown."""
-    lines = [f"# {card['name']}", ""]
-    lines += [f"- `{name}`: SHA-256 {digest}" for name, digest in card["outputs"].items()]
-    lines += ["", "## Sources", ""]
-    rows = [
-        [name, source["from"], source["licence"], str(len(source["files"]))]
-        for name, source in card["sources"].items()
-    ]
-    lines += table(["part", "from", "licence", "files"], rows)
-    lines += ["", f"## Records (prompt lengths in {card['length_unit']})", ""]
-    header = ["part", "read", "kept", "train", "held out", "unusable", "near duplicates"]
-    rows = [
-        [
-            name,
-            *(str(part[key]) for key in ("read", "kept", "train", "heldout", "unusable")),
-            str(part["near_duplicates"]),
-            ", ".join(f"{k} {v}" for k, v in part["contaminated"].items()) or "0",
-            " / ".join(str(value) for value in part["prompt_length"].values()),
-        ]
-        for name, part in card["parts"].items()
-    ]
-    lines += table([*header, "in a benchmark", "least / median / p90 / p99 / most"], rows)
-    return "\n".join([*lines, ""])
+    template = jinja2.Template(
+        TEMPLATE.read_text(encoding="utf-8"),
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return str(template.render(card))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]]
+def hash_file(file: Path) -> str:
+    """SHA-256 of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,13 +1,15 @@
 """What keeps a record out of the result, and the count of it."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from megadistill.config import PrepareConfig
+from megadistill.config.rows import RowConfig
 from megadistill.data.files import BadRowError, Row
+from megadistill.data.formats import to_record
 from megadistill.data.pools import is_heldout
 from megadistill.data.records import Record
 from megadistill.prepare.overlap import BenchmarkItems, NearDuplicates
@@ -46,7 +48,7 @@ class Cleaner:
     def __init__(
         self, config: PrepareConfig, benchmarks: BenchmarkItems | None, measure: Measure
     ) -> None:
-        self.counts: dict[str, PartCount] = {}
+        self.counts: defaultdict[str, PartCount] = defaultdict(PartCount)
         self._config = config
         self._benchmarks = benchmarks
         self._measure = measure
@@ -54,12 +56,14 @@ class Cleaner:
         chosen = config.duplicates
         self._duplicates = NearDuplicates(chosen.n, chosen.threshold) if chosen else None
 
-    def read(self, row: Row, part: str, convert: Callable[[Row], Record]) -> Record | None:
+    def read(
+        self, row: Row, fields: RowConfig, part: str, *, answered: bool = False
+    ) -> Record | None:
         """The row as a record; None when it is unusable and may be. Raises `ValueError`."""
-        count = self.counts.setdefault(part, PartCount())
+        count = self.counts[part]
         count.read += 1
         try:
-            record = without_empty_system(convert(row))
+            record = read_record(row, fields, part, answered=answered)
         except BadRowError as error:
             count.unusable[error.reason] += 1
             if sum(c.unusable.total() for c in self.counts.values()) > self._config.unusable:
@@ -72,9 +76,9 @@ class Cleaner:
             )
         return record
 
-    def is_clean(self, record: Record) -> bool:
-        """Whether no earlier record is like it, and no benchmark has it."""
-        count = self.counts.setdefault(record.part, PartCount())
+    def keeps(self, record: Record) -> bool:
+        """Whether no earlier record is like it, and no benchmark has it; counted either way."""
+        count = self.counts[record.part]
         text = record.bare_text
         if self._benchmarks is not None and (name := self._benchmarks.found_in(text)):
             count.contaminated[name] += 1
@@ -82,23 +86,15 @@ class Cleaner:
         if self._duplicates is not None and not self._duplicates.is_new(text):
             count.duplicates += 1
             return False
-        return True
-
-    def keep(self, record: Record) -> Record:
-        """Count a record that goes into the result."""
-        count = self.counts.setdefault(record.part, PartCount())
         count.kept += 1
         count.heldout += is_heldout(record.id, self._config.heldout_fraction)
         count.lengths.append(self._measure(record.medical_messages))
-        return record
-
-    def clean(self, records: Iterable[Record]) -> Iterable[Record]:
-        """Those that stay, counted."""
-        return (self.keep(record) for record in records if self.is_clean(record))
+        return True
 
 
-def without_empty_system(record: Record) -> Record:
-    """A chat without a first system message that says nothing."""
+def read_record(row: Row, fields: RowConfig, part: str, *, answered: bool) -> Record:
+    """The row's record, whose chat has no first system message that says nothing."""
+    record = to_record(row, fields, part=part, answered=answered)
     turns = record.messages
     if turns[0]["role"] == "system" and not turns[0]["content"].strip():
         return replace(record, prompt=turns[1:])

@@ -1,6 +1,5 @@
 """The files of a recipe: a user's own, or the hub's in the Hugging Face cache."""
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -41,9 +40,3 @@ def _matching(patterns: Iterable[str]) -> list[Path]:
 def longest_of(config: PrepareConfig) -> Longest:
     """The longest line that may be in an input file."""
     return Longest(config.max_line_mib << 20, "max_line_mib")
-
-
-def hash_file(file: Path) -> str:
-    """SHA-256 of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

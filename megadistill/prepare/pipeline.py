@@ -11,7 +11,7 @@ import yaml
 
 from megadistill.atomic import atomic_files
 from megadistill.config import PrepareConfig, dump, resolve_path
-from megadistill.config.prepare import ConversationsConfig, MixtureConfig
+from megadistill.config.prepare import MixtureConfig
 from megadistill.data.pools import is_heldout
 from megadistill.data.records import Record
 from megadistill.data.tokenizer import chat_ids, load_tokenizer
@@ -31,10 +31,9 @@ NO_MIRROR = (
 
 def run_preparation(config: PrepareConfig, download_only: bool = False) -> str:
     """Make the files of a preparation; returns its card for people."""
-    sources = list(card.sources_of(config).values())
     if config.mirror is not None:
         log.warning("mirror: found %r, which is not read any more; %s", config.mirror, NO_MIRROR)
-    found = [files.files_of(source, download=True) for source in sources]
+    found = [files.files_of(source, download=True) for source in config.recipe.sources.values()]
     if download_only:
         return "\n".join(str(file) for some in found for file in some)
     cleaner = Cleaner(config, _benchmarks(config), _measure(config))
@@ -48,16 +47,15 @@ def run_preparation(config: PrepareConfig, download_only: bool = False) -> str:
 
 def _write(config: PrepareConfig, cleaner: Cleaner, folder: Path) -> str:
     """Every file of the preparation; returns its card for people."""
-    names = {part: f"{name}.jsonl" for part, name in _names(config).items()}
-    outputs = {name: folder / name for name in names.values()}
+    names = [name for name in (config.name, config.sft_name) if name is not None]
+    outputs = {f"{name}.jsonl": folder / f"{name}.jsonl" for name in names}
     with ExitStack() as stack:
-        streams = {
-            name: stack.enter_context(file.open("w", encoding="utf-8"))
-            for name, file in outputs.items()
-        }
+        streams = [
+            stack.enter_context(file.open("w", encoding="utf-8")) for file in outputs.values()
+        ]
         for record in _records(config, cleaner):
             row = json.dumps(to_row(record, config), ensure_ascii=False)
-            streams[names.get(record.part, f"{config.name}.jsonl")].write(row + "\n")
+            streams[len(names) - 1 if record.part == conversations.SFT else 0].write(row + "\n")
     settings = yaml.safe_load(dump(config))
     made = card.make_card(config, cleaner.counts, outputs, settings)
     text = card.describe(made)
@@ -81,14 +79,6 @@ def to_row(record: Record, config: PrepareConfig) -> dict[str, Any]:
         row["messages"] = list(record.messages)
     split = "heldout" if is_heldout(record.id, config.heldout_fraction) else "train"
     return row | {"answer": record.answer or None, "part": record.part, "split": split}
-
-
-def _names(config: PrepareConfig) -> dict[str, str]:
-    """Part -> name of its file, where parts have files of their own."""
-    if isinstance(config.recipe, ConversationsConfig):
-        assert config.sft_name is not None
-        return {conversations.PROMPTS: config.name, conversations.SFT: config.sft_name}
-    return {"": config.name}
 
 
 def _records(config: PrepareConfig, cleaner: Cleaner) -> Iterator[Record]:

@@ -9,12 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megadistill.config.refine import InputConfig
 from megadistill.config.rows import Location
-from megadistill.data.files import BadRowError, Row, files_of, read_rows
+from megadistill.data.files import BadRowError, Row, files_of, read_all
 from megadistill.data.formats import to_record
 from megadistill.data.records import Record
 
@@ -49,10 +50,7 @@ def read_records(config: InputConfig) -> tuple[list[Record], list[Rejection]]:
     records: list[Record] = []
     rejected: list[Rejection] = []
     seen: dict[str, tuple[str, str | None]] = {}
-    files = input_files(config)
-    for number, row in enumerate((row for file in files for row in read_rows(file)), start=1):
-        if config.limit is not None and number > config.limit:
-            break
+    for row in islice(read_all(input_files(config)), config.limit):
         try:
             record = _to_record(row, config, len(records))
             content = (record.question, record.answer)
@@ -76,16 +74,14 @@ def read_records(config: InputConfig) -> tuple[list[Record], list[Rejection]]:
 
 def _to_record(row: Row, config: InputConfig, index: int) -> Record:
     """One row as a record. Raises `BadRowError` with the reason."""
-    record = to_record(row, config)
-    if record.answer is None:
-        raise BadRowError("no_answer", "has no answer of the assistant")
+    record = to_record(row, config, answered=True)
     if record.messages[-1]["role"] != "user":
         raise BadRowError("no_question", "has no turn of the user before the answer")
     if not record.messages[-1]["content"].strip():
         raise BadRowError("empty_question", "has a question without text")
-    if not record.answer.strip():
+    if not record.raw_answer.strip():
         raise BadRowError("empty_answer", "has an answer without text")
-    texts = [record.id, record.answer, *(turn["content"] for turn in record.messages)]
+    texts = [record.id, record.raw_answer, *(turn["content"] for turn in record.messages)]
     problem = None
     if sum(map(len, texts)) > config.max_characters:
         problem = "too_long"

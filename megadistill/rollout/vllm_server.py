@@ -20,8 +20,9 @@ from pathlib import Path
 import psutil
 
 from megadistill.atomic import write_atomic
-from megadistill.config import RunConfig, resolve_path
+from megadistill.config import RunConfig
 from megadistill.imports import quick_imports
+from megadistill.resolve import local
 from megadistill.rollout import wire
 from megadistill.rollout.serve import EngineServer, HostedEngine
 from megadistill.rollout.vllm_arguments import vllm_environment
@@ -79,7 +80,7 @@ def start_engine(config: RunConfig, version: int) -> HostedEngine:
         raise ValueError(f"rollout: missing, kind {config.algorithm.kind} needs no engine")
     gpu = config.device != "cpu" and config.cluster.gpus_per_node > 0
     os.environ.update(vllm_environment(rollout.threads, gpu=gpu))
-    if Path(resolve_path(config.student.path)).is_dir():
+    if local("model", config.student.path) is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore", FutureWarning)
     # They are for ways of decoding, for object detection and for sound, which we have no use for.

@@ -336,7 +336,7 @@ def test_rows_are_counted_to_the_last_of_them(tmp_path: Path) -> None:
         ({"prompt": "x"}, "row 2 has no field 'a'"),
         ({"prompt": " ", "a": 1, "o": {}}, "row 2 has 'prompt' empty"),
         ({"prompt": 3, "a": 1, "o": {}}, "row 2 has 'prompt' empty, or neither text nor chat"),
-        ({"prompt": [], "a": 1, "o": {}}, "row 2 has no turn of the user to answer"),
+        ({"prompt": [], "a": 1, "o": {}}, "row 2 has no turns in 'prompt'"),
         ({"prompt": [{"role": "user"}], "a": 1, "o": {}}, "row 2 has a turn in 'prompt' whose `c"),
         ({"prompt": ["text"], "a": 1, "o": {}}, "row 2 has no list of turns in 'prompt'"),
         (
@@ -347,7 +347,7 @@ def test_rows_are_counted_to_the_last_of_them(tmp_path: Path) -> None:
             {"prompt": [{"role": "assistant", "content": "x"}], "a": 1, "o": {}},
             "row 2 has no turn of the user",
         ),
-        ({"prompt": "x", "a": 1, "o": 3}, "row 2 has the options 3, expected letters"),
+        ({"prompt": "x", "a": 1, "o": 3}, "row 2 has the options 3, expected up to 10 letters"),
         ({"prompt": "x", "a": ["b"], "o": {}}, "row 2 has a list in 'a', expected text"),
         (["x"], "row 2 is a list"),
     ],

@@ -262,7 +262,7 @@ def test_what_an_official_evaluator_judged_stands_in_the_same_table(world: World
         (b'["q"]', "row 2 is a list, expected an object"),
         (b'{"question": "' + b"x" * 9000 + b'"}', "row 2 is longer than"),
         (json.dumps(medqa_row(0)).encode(), "row 2 has the id 'q0' of row 1"),
-        (json.dumps(medqa_row(1) | {"answer_idx": "E"}).encode(), "row 2: the answer is 'E'"),
+        (json.dumps(medqa_row(1) | {"answer_idx": "E"}).encode(), "row 2 has the answer 'E'"),
     ],
 )
 def test_a_bad_row_of_a_benchmark_is_named(

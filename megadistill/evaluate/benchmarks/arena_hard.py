@@ -1,17 +1,17 @@
 """Arena-Hard v2: a judge compares the answer with a baseline's, in two games with swapped order."""
 
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from megadistill.data.files import read_rows
 from megadistill.evaluate.benchmarks.style_control import controlled, rows_entries, style_of
 from megadistill.evaluate.protocol import Benchmark, Item, Judged, Score, user
 from megadistill.inference.requests import ChatRequest, SamplingParams
+from megadistill.resolve import PACKAGE, resolve
 
 Category = Literal["hard_prompt", "creative_writing"]
 FOLDER = "eval_framework/tasks/arena_hard/data/arena-hard-v2.0"
@@ -112,15 +112,11 @@ def _game(question: str, answer_a: str, answer_b: str) -> str:
 @functools.cache
 def _baseline_answers(model: str) -> dict[str, str]:
     """Question -> answer of a baseline."""
-    import eval_framework  # noqa: PLC0415 - optional
-
-    folder = Path(eval_framework.__path__[0]).parent / FOLDER / "model_answer"
+    file = resolve("data", f"{PACKAGE}{FOLDER}/model_answer/{model}.jsonl")
     answers = {}
-    with (folder / f"{model}.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            content = row["messages"][-1]["content"]
-            answers[row["uid"]] = content["answer"] if isinstance(content, dict) else content
+    for row in read_rows(file):
+        content = row.values["messages"][-1]["content"]
+        answers[row.values["uid"]] = content["answer"] if isinstance(content, dict) else content
     return answers
 
 

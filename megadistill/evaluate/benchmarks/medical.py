@@ -4,11 +4,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from megadistill.config.rows import RowConfig
+from megadistill.data.formats import FORMATS
 from megadistill.data.pools import is_heldout
+from megadistill.data.records import Record
 from megadistill.evaluate.protocol import Benchmark, Item, Score, user
 from megadistill.inference.requests import SamplingParams
 
-LETTERS = "ABCDEFGHIJ"
 INSTRUCTION = "Reason step by step, then end with a line `Final answer: <letter>`."
 HELDOUT_FRACTION = 0.12
 """`data.heldout_fraction` of configs/embedded/_data.yaml."""
@@ -33,19 +35,18 @@ def score(item: Item, answer: str) -> Score:
 
 
 def to_item(row: Mapping[str, Any]) -> Item:
-    """`question`, `options` (a mapping from letter to text) and `answer_idx` or `label`."""
-    options = row["options"]
-    letter = row["label"] if "label" in row else row["answer_idx"]
-    if not isinstance(options, dict) or "".join(options) != LETTERS[: len(options)]:
-        raise ValueError(f"options are {str(options)[:60]!r}, expected letters A, B, ... in order")
-    if letter not in options:
-        raise ValueError(f"the answer is {letter!r}, expected one of {', '.join(options)}")
-    lines = [row["question"], *(f"{key}. {text}" for key, text in options.items())]
+    """`question`, `options` in any notation, and `answer_idx` or `label`."""
+    fields = RowConfig(answer="label" if "label" in row else "answer_idx")
+    question, options, answer = FORMATS["choices"](row, fields)
+    if not options or answer is None:
+        raise ValueError("it has no options")
+    name = str(row.get("id", row["row"]))
+    record = Record(id=name, prompt=question, options=options)
     return Item(
-        id=str(row.get("id", row["row"])),
-        messages=user("\n".join([*lines, "", INSTRUCTION])),
-        text="\n".join([row["question"], *options.values()]),
-        reference=letter,
+        id=name,
+        messages=user(f"{record.question}\n\n{INSTRUCTION}"),
+        text=record.bare_text,
+        reference=answer[0],
     )
 
 
