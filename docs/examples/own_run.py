@@ -10,9 +10,8 @@ from megadistill.launch import run_here, submit
 
 config, overrides = sys.argv[1], sys.argv[2:]
 
-# The job script and who would run what where; nothing is submitted.
+# Prints the job script and who would run what where; nothing is submitted.
 planned = submit(config, overrides, dry_run=True)
-print(planned.layout)
 
 # The same run on this machine. On a cluster: submit(config, overrides), then planned.run_dir.
 if code := run_here(config, overrides):
