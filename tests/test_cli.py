@@ -314,9 +314,14 @@ def test_config_check_looks_into_models_only_when_asked(
 
 
 @pytest.mark.parametrize(("kind", "key"), [("run", "steps"), ("campaign", "stages")])
-def test_config_schema_prints_json(kind: str, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_schema_prints_json(
+    kind: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_cli("config", "schema", "--kind", kind) == 0
-    assert key in json.loads(capsys.readouterr().out)["properties"]
+    printed = capsys.readouterr().out
+    assert key in json.loads(printed)["properties"]
+    assert run_cli("config", "schema", "--write", str(tmp_path)) == 0
+    assert (tmp_path / f"{kind}.json").read_text() == printed
 
 
 @pytest.fixture

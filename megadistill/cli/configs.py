@@ -41,9 +41,17 @@ def check(
 
 
 @verb(config, example="config schema --kind campaign")
-def schema(kind: Annotated[KindName, Option(help="Of which kind of file.")] = "run") -> None:
+def schema(
+    kind: Annotated[KindName, Option(help="Of which kind of file.")] = "run",
+    write: Annotated[str | None, Option(metavar="DIR", help="Of all kinds, into files.")] = None,
+) -> None:
     """The JSON schema, for editors: what configs/schemas holds."""
-    print(json.dumps(json_schema(KINDS[kind]), indent=2))
+    texts = {name: json.dumps(json_schema(KINDS[name]), indent=2) + "\n" for name in KINDS}
+    if write is None:
+        print(texts[kind], end="")
+    else:
+        for name, text in texts.items():
+            (Path(write) / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 @verb(recipes, "list", example="recipes list")
