@@ -39,7 +39,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What one answer is worth."""
+    """The worth of one answer."""
 
     value: float
     """From 0 to 1."""
@@ -53,7 +53,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tools:
-    """What a benchmark needs that is no package: its own code, and where programs may run."""
+    """Needs of a benchmark that are no package: its own code, and a place where programs may run."""
 
     checkout: Path
     sandbox: Mode

@@ -147,7 +147,7 @@ class Judge:
 
 
 def visible(benchmark: Benchmark, written: str) -> str:
-    """What of an answer is scored."""
+    """The part of an answer that is scored."""
     return without_thinking(written) if benchmark.strip_thinking else written
 
 

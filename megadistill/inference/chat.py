@@ -66,7 +66,7 @@ class ChatError(ValueError):
 
 @dataclass(slots=True, kw_only=True)
 class Usage:
-    """What one model was asked, and what it cost."""
+    """Account of the requests to one model."""
 
     requests: int = 0
     """Sent, retries included."""

@@ -53,7 +53,7 @@ class BatchRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchResponse:
-    """What the model wrote to one prompt."""
+    """A model's answer to one prompt, as token ids."""
 
     key: int
     token_ids: Sequence[int]
@@ -61,5 +61,5 @@ class BatchResponse:
 
 
 def without_thinking(text: str) -> str:
-    """What follows the last `</think>`, without blanks around it."""
+    """The text after the last `</think>`, without blanks around it."""
     return text.rpartition(_THINKING)[2].strip()

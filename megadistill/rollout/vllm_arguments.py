@@ -1,4 +1,4 @@
-"""What vLLM is started with: one model's arguments and the process's environment.
+"""Arguments and environment with which vLLM is started, for every engine and server of ours.
 
 Imports neither vLLM nor torch: both read the environment when they are imported.
 """
@@ -30,7 +30,7 @@ IN_PROCESS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """A model, and what its engine may take."""
+    """A model, and the limits of its engine."""
 
     model: Path
     precision: Literal["bf16", "fp32"]
