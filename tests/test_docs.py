@@ -56,3 +56,13 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     page = (tmp_path / "reference/run/index.html").read_text(encoding="utf-8")
     assert "micro_batch_tokens" in page
     assert "Most tokens packed into one micro-batch" in page
+
+
+def test_the_walks_name_files_that_exist_and_are_short() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    _, *walks = re.split(r"^## ", text, flags=re.MULTILINE)
+    assert len(walks) == 4
+    assert all(len(walk.splitlines()) < 25 for walk in walks)
+    names = re.findall(r"`([a-z_/]+(?:\.py|/))`", text)
+    assert len(names) > 30
+    assert [name for name in names if not (ROOT / "megadistill" / name).exists()] == []
