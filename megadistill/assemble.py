@@ -1,4 +1,4 @@
-"""Everything a run needs, loaded, checked, and standing where the last checkpoint stands."""
+"""Loads and checks the parts of a run, and restores its last checkpoint."""
 
 import logging
 from collections.abc import Mapping, Sequence

@@ -14,7 +14,7 @@ def quick_imports(*unused: str) -> Iterator[None]:
     """
     for name in unused:
         sys.modules[name] = None  # type: ignore[assignment]  # an import of it fails
-    # Importing allocates millions of objects that live for ever: collecting meanwhile, or
+    # Importing allocates millions of objects that stay until the end: collecting meanwhile, or
     # scanning them later, costs seconds and frees nothing.
     gc.disable()
     yield

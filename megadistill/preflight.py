@@ -1,4 +1,4 @@
-"""What can be checked before anything is allocated: no GPU, no torch, all problems at once."""
+"""Checks before anything is allocated: no GPU, no torch, all problems at once."""
 
 import shutil
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a name in a configuration means: a path, `cache:NAME`, `packaged:NAME`, or `org/name` of the hub.
+"""Resolves names in configurations: a path, `cache:NAME`, `packaged:NAME`, or `org/name` of the hub.
 
 What is of the hub lies in the Hugging Face cache ($HF_HOME), at a revision.
 """

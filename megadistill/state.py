@@ -1,4 +1,4 @@
-"""Everything that moves during a run, as one object that is saved and restored with the weights."""
+"""The state of a run between two steps: one object, saved and restored with the weights."""
 
 import hashlib
 import logging

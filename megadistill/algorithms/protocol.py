@@ -1,4 +1,4 @@
-"""What an algorithm decides, and nothing of how it is carried out."""
+"""The decisions of an algorithm, and nothing of how they are carried out."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What keeps a run from starting, and what is wrong with a configuration file of any kind."""
+"""Reports the problems that keep a run from starting, and those of configuration files of any kind."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

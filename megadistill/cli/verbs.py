@@ -1,4 +1,4 @@
-"""What all verbs share: how they end, what they take, and reading a command line without running it."""
+"""Shared by all verbs: exit codes, common arguments, reading a command line without running it."""
 
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""What every configuration class is made of: strictness, and numbers with bounds."""
+"""The base class of all configuration: strict and immutable; numbers with bounds."""
 
 import json
 from collections.abc import Iterable

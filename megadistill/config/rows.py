@@ -1,4 +1,4 @@
-"""How a row of a user's data is read: runs, `prepare` and `refine` alike."""
+"""The settings for reading a row of a user's data, shared by runs, `prepare` and `refine`."""
 
 from typing import Literal, NamedTuple
 

@@ -1,4 +1,4 @@
-"""Which Hugging Face models we know: their shape, read from `config.json` and checked."""
+"""The Hugging Face model families: shapes, read from `config.json` and checked."""
 
 import json
 from collections.abc import Iterator, Mapping

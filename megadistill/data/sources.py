@@ -1,4 +1,4 @@
-"""Where prompts come from: packaged sets, tasks, files, data sets of the hub. One record a prompt."""
+"""Sources of prompts: packaged sets, tasks, files, data sets of the hub. One record a prompt."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace

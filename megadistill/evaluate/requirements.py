@@ -1,4 +1,4 @@
-"""What an evaluation needs before any work: files, judges, code of the benchmarks' own, a sandbox."""
+"""Checks before any work of an evaluation: files, judges, benchmarks' own code, a sandbox."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: one Parquet file of scored transcripts a benchmark, and its summary.
+"""The results of an evaluation: a Parquet file of scored transcripts a benchmark, and a summary.
 
 RUN/results/SYSTEM/BENCHMARK.parquet   every answer with its score
 RUN/results/SYSTEM/summary.json        benchmark -> protocol, score with interval, details

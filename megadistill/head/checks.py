@@ -1,4 +1,4 @@
-"""What callers may get wrong at the head's border, each with one clear error."""
+"""Checks of the head's arguments, each with one clear error."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Where a configuration may have files written, on sites that restrict it.
+"""Restricts where a configuration may have files written, on sites that want it.
 
 `MEGADISTILL_ROOTS=/home/me:/scratch/me` in the environment (a site's, not the configuration's) refuses
 run directories and exports elsewhere; unset, the file system's permissions alone decide.

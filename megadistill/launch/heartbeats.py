@@ -1,4 +1,4 @@
-"""How the nodes of one attempt know of each other: small files in the run directory.
+"""Heartbeats: small files in the run directory by which the nodes of an attempt know of each other.
 
     control/lock                 held by node 0 as long as it works on the run
     control/launch.json          what node 0 decided; the others wait for the one of their launch
@@ -220,7 +220,7 @@ def await_launch(run: RunDir, context: NodeContext, timeout_s: float) -> Launch:
             return Launch(**values)
         time.sleep(0.1)
     raise RuntimeError(
-        f"node {context.node} ({context.host}): waited {timeout_s:.0f} s in vain for node 0 "
+        f"node {context.node} ({context.host}): waited {timeout_s:.0f} s for node 0 "
         f"({context.hosts[0]}) to begin launch {context.launch_id} in {launch_file(run)}; "
         "is the run directory on a file system that all nodes share?"
     )

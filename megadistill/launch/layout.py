@@ -1,4 +1,4 @@
-"""Who runs what where: a pure function from configuration, nodes and GPUs to roles.
+"""The layout of a job: a pure function from configuration, nodes and GPUs to roles.
 
 A GPU run has one trainer rank per trainer GPU, in the order of nodes and GPUs; a CPU run has
 tp x pp x cp x dp ranks dealt over the nodes in contiguous blocks. Engines follow

@@ -1,4 +1,4 @@
-"""What runs on each node of a job: starts the node's roles, watches them, and ends together.
+"""The process of a node: starts the node's roles, watches them, and ends together with the others.
 
 Node 0 begins the attempt, collects what the other nodes say, and alone decides the outcome: done,
 stopped (asked to save and end; under Slurm it requeues the job), or failed with a culprit. The

@@ -1,4 +1,4 @@
-"""What each node of a tiny job finds out for `megadistill doctor`; one JSON file a node.
+"""Checks of one node in a tiny job for `megadistill doctor`; writes one JSON file a node.
 
 Nodes meet only through the shared directory, as a run's do.
 """

@@ -1,4 +1,4 @@
-"""Where this process stands in its job: which node of how many, and how nodes find each other."""
+"""The position of this process in its job: its node, the other nodes, and the port where they meet."""
 
 import os
 import secrets

@@ -60,7 +60,7 @@ class Processes:
     """Starts roles and reports their ends in the order in which they happened."""
 
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    # Not a SimpleQueue: its timed get() waits for ever when a signal interrupts it late.
+    # Not a SimpleQueue: its timed get() never returns when a signal interrupts it late.
     _exits: "queue.Queue[Exit]" = field(default_factory=queue.Queue)
     _guard: "subprocess.Popen[str] | None" = None
 

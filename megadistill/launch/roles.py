@@ -1,4 +1,4 @@
-"""What a role is started with: its command line and its environment."""
+"""The command line and the environment of a role."""
 
 import os
 import sys

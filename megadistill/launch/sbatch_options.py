@@ -1,4 +1,4 @@
-"""What a site profile (the `cluster` section) means for a job: options, environment, container.
+"""A site profile (the `cluster` section) as options, environment and container of a job.
 
 Values never become shell text unquoted: each is one quoted word of an option, an export, or a
 command. Only `cluster.setup` holds shell lines, which the user writes as such.

@@ -1,4 +1,4 @@
-"""How a process of a job is asked to stop, and the exit codes by which it says how it ended."""
+"""Stop requests to a process of a job, and the exit codes by which it reports how it ended."""
 
 import signal
 from collections.abc import Iterator
@@ -36,10 +36,10 @@ def stop_requests() -> Iterator[StopRequest]:
         request.reason = request.reason or STOP_SIGNALS[signal.Signals(number)]
 
     # Under nohup SIGHUP is ignored, and stays so.
-    heeded = [
+    handled = [
         n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN
     ]
-    previous = {number: signal.signal(number, note) for number in heeded}
+    previous = {number: signal.signal(number, note) for number in handled}
     try:
         yield request
     finally:

@@ -1,4 +1,4 @@
-"""What every call into Megatron runs in: emulated CUDA on a CPU, and quiet about its own oddities."""
+"""Wraps calls into Megatron: emulated CUDA on a CPU, and no warnings about its own oddities."""
 
 import functools
 import warnings

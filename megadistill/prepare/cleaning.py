@@ -1,4 +1,4 @@
-"""What keeps a record out of the result, and the count of it."""
+"""Drops and counts records that do not belong in the result."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a shard has finished: Parquet files of a fixed number of rows, each whole or absent."""
+"""Finished rows of a shard: Parquet files of a fixed number of rows, each whole or absent."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a rewrite or a fused answer must not be: empty, talking of its task, or another result."""
+"""Reasons to reject a rewrite or a fused answer: empty, talking of its task, or another result."""
 
 import re
 import string

@@ -1,1 +1,1 @@
-"""What people look at: rollouts, progress, tables and pictures."""
+"""For people: rollouts, progress, tables and pictures."""

@@ -1,4 +1,4 @@
-"""Which curves of the metrics are shown, for one run and for several over each other."""
+"""Selects and draws curves of the metrics, of one run or of several over each other."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""What a run did: held-out quantities before its first step and after its last, and its curves."""
+"""The effect of a run: held-out quantities before its first step and after its last, and its curves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

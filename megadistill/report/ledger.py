@@ -1,4 +1,4 @@
-"""What a run cost: seconds, tokens and GPU-hours of each phase and its teachers.
+"""The cost of a run: seconds, tokens and GPU-hours of each phase and its teachers.
 
 Steps that a resumed attempt repeated count once, as the metrics hold them.
 """

@@ -1,4 +1,4 @@
-"""What an engine must know of a Hugging Face directory without loading its tokenizer."""
+"""Reads from a Hugging Face directory what an engine needs without loading its tokenizer."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the training loop needs of the engines that sample; `EnginePool` is the real one."""
+"""The rollout engines as the training loop uses them; `EnginePool` is the real one."""
 
 from collections.abc import Sequence
 from pathlib import Path
