@@ -82,10 +82,11 @@ class Usage:
 class _CheckedClient(openai.DefaultAsyncHttpxClient):
     """Makes of a try that takes too long in all, or is no chat completion, one that is retried."""
 
-    def __init__(self, name: str, timeout_s: float) -> None:
-        super().__init__(timeout=None)
+    def __init__(self, name: str, config: EndpointConfig | ServedConfig) -> None:
+        # A user's proxy is for a user's endpoints: our own traffic, with its token, stays here.
+        super().__init__(timeout=None, trust_env=isinstance(config, EndpointConfig))
         self._name = name
-        self._timeout_s = timeout_s
+        self._timeout_s = config.timeout_s
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         try:
@@ -128,7 +129,7 @@ class ChatModel:
             api_key=self.key,
             max_retries=self.config.tries - 1,
             timeout=None,
-            http_client=_CheckedClient(self.name, self.config.timeout_s),
+            http_client=_CheckedClient(self.name, self.config),
         )
 
     async def ask(self, request: ChatRequest, usage: Usage) -> ChatResponse:

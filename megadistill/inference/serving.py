@@ -9,11 +9,11 @@ import secrets
 import shutil
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import httpx2
 
 from megadistill.config.refine import ChatModelConfig, EndpointConfig, ServedConfig
 from megadistill.inference.chat import ChatModel, open_endpoint
@@ -122,7 +122,6 @@ def wait_until_up(processes: Processes, model: ChatModel, timeout_s: float) -> N
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
+        return httpx2.get(url, timeout=5, trust_env=False).is_success  # through no proxy
+    except httpx2.RequestError:
         return False

@@ -4,10 +4,9 @@ import asyncio
 import os
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from megadistill.config.refine import EngineConfig, ServedConfig
@@ -53,6 +52,10 @@ def test_models_are_served_for_the_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ServedConfig
 ) -> None:
     monkeypatch.setattr(serving, "serve_command", stand_in)
+    for proxy in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):  # no way for our own traffic
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
     usage = Usage()
 
     async def ask() -> list[str]:
@@ -70,8 +73,8 @@ def test_models_are_served_for_the_block(
         assert all(url.startswith(f"http://{HOST}:") for url in urls)
     assert (usage.requests, usage.completion_tokens) == (2, 10)
     for url in urls:
-        with pytest.raises(urllib.error.URLError):
-            urllib.request.urlopen(url, timeout=5)
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(url, timeout=5, trust_env=False)
 
 
 def test_a_server_that_ends_is_reported_with_its_last_words(

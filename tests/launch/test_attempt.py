@@ -159,9 +159,7 @@ def test_rendezvous_ports_differ_by_job_and_attempt() -> None:
 
 def test_the_other_nodes_find_the_launch_of_node_0_and_no_older_one(run: RunDir) -> None:
     old = begin_launch(run, context(0, "before"))
-    with pytest.raises(
-        RuntimeError, match=r"node 1 \(beta\): waited 0 s for node 0 \(alph"
-    ):
+    with pytest.raises(RuntimeError, match=r"node 1 \(beta\): waited 0 s for node 0 \(alph"):
         await_launch(run, context(1), timeout_s=0.2)
     launch = begin_launch(run, context(0))
     assert await_launch(run, context(1), timeout_s=0.2) == launch
