@@ -18,7 +18,24 @@ MOST_LINES = 400
 """Of a module, all counted."""
 MOST_FUNCTION_LINES = 60
 BUDGETS = {
-    "": 0,
+    "": 2000,
+    "algorithms": 660,
+    "cli": 600,
+    "config": 1210,
+    "convert": 1230,
+    "data": 1060,
+    "evaluate": 3080,
+    "head": 1420,
+    "inference": 690,
+    "launch": 3190,
+    "losses": 370,
+    "megatron": 1680,
+    "prepare": 660,
+    "publish": 300,
+    "recipes": 280,
+    "refine": 1740,
+    "report": 1090,
+    "rollout": 1240,
 }
 """Package -> most lines of code; "" are the modules beside the packages."""
 NO_CODE = {
