@@ -53,6 +53,8 @@ def test_every_walk_through_is_counted() -> None:
     assert WALKS.keys() == NUM_FILES.keys()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NUM_FILES)
 def test_a_walk_through_works(name: str, tmp_path: Path) -> None:
     for folder in ("megadistill", "configs", "slurm", "tests"):

@@ -110,6 +110,35 @@ def test_a_copied_job_script_takes_python_from_the_environment_that_is_active(
     assert named.stdout.startswith("/usr/bin/env ")
 
 
+def test_a_copied_job_script_starts_the_nodes_with_its_own_configuration(tmp_path: Path) -> None:
+    recipes.copy("slurm/camopd_medical", tmp_path / "mine")
+    script = tmp_path / "mine/slurm/camopd_medical.sh"
+    for name, text in (
+        ("scontrol", f'echo "   Command={script} batch.size=8"'),  # as for a job that was submitted
+        ("srun", 'echo "$@"'),
+        ("megadistill", ""),
+        ("python", ""),
+    ):
+        command = tmp_path / "bin" / name
+        command.parent.mkdir(exist_ok=True)
+        command.write_text(f"#!/bin/bash\n{text}\n")
+        command.chmod(0o755)
+    spooled = tmp_path / "spool" / "slurm_script"
+    spooled.parent.mkdir()
+    spooled.write_bytes(script.read_bytes())
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(
+        ["bash", spooled, "batch.size=8"],
+        env=environment | {"SLURM_SUBMIT_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    config = tmp_path / "mine/configs/camopd/medical.yaml"
+    words = f"{tmp_path}/bin/python -u -m megadistill node {config} batch.size=8"
+    assert done.stdout.strip().endswith(words)
+
+
 def test_a_job_script_without_an_environment_says_what_to_do(tmp_path: Path) -> None:
     recipes.copy("slurm/raft", tmp_path)
     found = chosen(tmp_path, {"PATH": "/usr/bin:/bin"})
