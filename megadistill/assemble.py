@@ -52,7 +52,7 @@ class Parts:
 def assemble(run: RunDir) -> tuple[Parts, RunState]:
     """Load models, data and engines; restore the newest whole checkpoint. Collective."""
     config = run.load_config()
-    tokenizer = startup.load_tokenizer(config)
+    tokenizer = startup.common_tokenizer(config)
     pools = _read_pools(config, tokenizer)
     startup.check_pools(pools, config)
     engine = Engine(config)

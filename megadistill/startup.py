@@ -4,13 +4,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megadistill.config import ConfigError, RunConfig
 from megadistill.config.algorithm import BranchConfig
 from megadistill.config.schema import AnswersConfig, ChecksConfig, HeldoutConfig
 from megadistill.convert.families import read_spec
 from megadistill.data.pools import PromptPool, end_token
+from megadistill.data.tokenizer import load_tokenizer
 from megadistill.resolve import resolve
 from megadistill.rundir import RunDir
 from megadistill.types import FloatArray, TokenSpan, TopK
@@ -29,13 +30,13 @@ MASS_TOLERANCE = 1e-3
 """How far from 1 the probabilities of all ids may add up in fp32."""
 
 
-def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+def common_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The student's tokenizer, after checking that the teachers read its ids the same way.
 
     Raises `ConfigError` on a missing chat template or end token, on any id that two models map to
     different text, and on special tokens that differ: probabilities are compared id by id.
     """
-    student = _tokenizer(config.student.path)
+    student = load_tokenizer(config.student.path)
     if not student.chat_template:
         raise ConfigError(f"student.path: {config.student.path} has no chat template")
     end_token(student)
@@ -43,7 +44,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     for name, model in config.teachers.items():
         if model.path == config.student.path:
             continue
-        teacher = _tokenizer(model.path)
+        teacher = load_tokenizer(model.path)
         other = teacher.get_vocab()
         if differing := {
             token
@@ -63,11 +64,6 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
                     "as in the student's"
                 )
     return student
-
-
-def _tokenizer(path: str) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve("model", path))
-    return tokenizer
 
 
 def check_vocabularies(

@@ -24,8 +24,8 @@ from megadistill.startup import (
     check_first_batch,
     check_pools,
     check_vocabularies,
+    common_tokenizer,
     describe_run,
-    load_tokenizer,
 )
 from megadistill.types import FloatArray, TokenSpan, TopK
 from tests.tiny import (
@@ -247,14 +247,14 @@ def save_tokenizers(folder: Path, **texts: str) -> RunConfig:
 
 def test_models_with_one_tokenizer_pass(models: Path) -> None:
     config = save_tokenizers(models, general="a b c", domain="a b c")
-    assert load_tokenizer(config).encode("b") == [6]
+    assert common_tokenizer(config).encode("b") == [6]
 
 
 def test_a_teacher_that_reads_ids_otherwise_is_refused(models: Path) -> None:
     """As many tokens, the same words but one: only the ids tell."""
     config = save_tokenizers(models, general="a b x", domain="a b c")
     with pytest.raises(ConfigError, match=r"teachers\.general\.path: 2 tokens .* 'c', 'x'"):
-        load_tokenizer(config)
+        common_tokenizer(config)
 
 
 def test_a_teacher_with_the_same_words_in_another_order_is_refused(models: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_teacher_with_the_same_words_in_another_order_is_refused(models: Path)
     assert swapped != text
     (models / "general" / "tokenizer.json").write_text(swapped)
     with pytest.raises(ConfigError, match=r"teachers\.general\.path: 2 tokens .* 'a', 'b'"):
-        load_tokenizer(config)
+        common_tokenizer(config)
 
 
 def test_a_student_without_a_chat_template_is_refused(models: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_student_without_a_chat_template_is_refused(models: Path) -> None:
     for file in (models / "domain").glob("*chat_template*"):
         file.unlink()
     with pytest.raises(ConfigError, match=r"student\.path: .* has no chat template"):
-        load_tokenizer(config)
+        common_tokenizer(config)
 
 
 def test_a_student_without_an_end_token_is_refused(models: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_student_without_an_end_token_is_refused(models: Path) -> None:
     tokenizer.eos_token = None
     tokenizer.save_pretrained(models / "domain")
     with pytest.raises(ValueError, match="no end token"):
-        load_tokenizer(config)
+        common_tokenizer(config)
 
 
 @pytest.mark.parametrize("kind", ["eos", "bos", "pad"])
@@ -293,7 +293,7 @@ def test_a_teacher_with_another_special_token_is_refused(models: Path, kind: str
     setattr(other, f"{kind}_token", "<|system|>")
     other.save_pretrained(models / "general")
     with pytest.raises(ConfigError, match=rf"teachers\.general\.path: .* {kind}_token_id is 2"):
-        load_tokenizer(config)
+        common_tokenizer(config)
 
 
 def vocabulary_check(models: Path, logprobs_V: Sequence[float]) -> None:

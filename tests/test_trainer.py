@@ -28,4 +28,4 @@ def test_a_mistake_is_one_line_and_its_traceback_lies_beside_the_log(tmp_path: P
     assert done.stdout == ""
     assert done.stderr == f"megadistill: student.path: {student} has no chat template\n"
     traceback = (run.path / "logs" / "trainer-0.3.traceback").read_text()
-    assert "load_tokenizer" in traceback
+    assert "common_tokenizer" in traceback

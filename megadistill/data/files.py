@@ -21,11 +21,6 @@ from megadistill.resolve import resolve
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 COMPRESSED = (".gz", ".zst")
 KNOWN = f"one of {', '.join(SUFFIXES)} (text also as {' or '.join(COMPRESSED)})"
-_MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 _Rows = Iterator[tuple[int, Any]]
 """Number from 1, and whatever JSON stands there, or the `BadRowError` that says why nothing does."""
 
@@ -95,8 +90,8 @@ class Row:
 def files_of(location: Location | None, *, key: str = "path", download: bool = True) -> list[Path]:
     """The files, in order, that a path, a directory, a pattern or a packaged set means.
 
-    Of a data set it is the directory, of what is made there is none. Raises `ValueError` when there is none, or one that nobody can
-    read.
+    Of a data set it is the directory; what is made has none. Raises `ValueError` where nothing is, or
+    something that nobody can read.
     """
     if location is None:
         return []
@@ -190,8 +185,8 @@ def _text(file: Path, newline: str = "\n") -> TextIO:
         stream = io.BufferedReader(pa.input_stream(str(file), compression="detect"))
     else:
         stream = file.open("rb")
-    head = stream.peek(4)
-    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8")
+    wide = stream.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if wide else "utf-8-sig"
     return io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline=newline)
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megadistill.resolve import resolve
 from megadistill.types import Message
 
 
-def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, which is named as in a configuration."""
+    directory = resolve("model", str(model))
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
     return tokenizer
 
 

@@ -107,7 +107,7 @@ def write_texts(directory: Path, arguments: Mapping[str, Any]) -> None:
     signal = _SIGNAL.validate_python(arguments["signal"])
     data = _DATA.validate_python(arguments["data"])
     model = _model(runtime, arguments["writer"])
-    tokenizer = load_tokenizer(resolve("model", model.path))
+    tokenizer = load_tokenizer(model.path)
     pool = make_pools(data, tokenizer, 0, [signal.pool])[signal.pool]
     prompts = pool.heldout[: signal.prompts]
     if not prompts:
@@ -164,9 +164,9 @@ def measure(directory: Path, arguments: Mapping[str, Any]) -> None:
     signals = {n: _SIGNAL.validate_python(given) for n, given in arguments["signals"].items()}
     names = [system, *(s.teacher for s in signals.values() if s.kind != "nll" and s.teacher)]
     models = {name: _model(runtime, name) for name in names}
-    tokenizer = load_tokenizer(resolve("model", models[system].path))
+    tokenizer = load_tokenizer(models[system].path)
     for writer in sorted(set(arguments["writers"].values())):
-        other = load_tokenizer(resolve("model", _model(runtime, writer).path))
+        other = load_tokenizer(_model(runtime, writer).path)
         if other.get_vocab() != tokenizer.get_vocab():
             raise ValueError(
                 f"signals: {system} and {writer} have different tokenizers, expected the same"

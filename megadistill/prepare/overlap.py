@@ -1,21 +1,16 @@
 """Texts that say the same: near duplicates among records, and benchmark items inside them."""
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from datasketch import LeanMinHash, MinHash, MinHashLSH
 
-_WORD = re.compile(r"\w+")
+from megadistill.refine.answer_measures import words_of
+
 NUM_HASHES = 64
 ROWS = 4
 """Hashes of one band: with 16 bands a pair of similarity 0.8 is found with probability 0.9998."""
-
-
-def words_of(text: str) -> list[str]:
-    """Words in lower case, without punctuation."""
-    return _WORD.findall(text.lower())
 
 
 def grams(words: Sequence[str], n: int) -> Iterator[str]:

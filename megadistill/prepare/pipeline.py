@@ -18,8 +18,8 @@ from megadistill.data.tokenizer import chat_ids, load_tokenizer
 from megadistill.evaluate.benchmarks import read_items
 from megadistill.prepare import card, conversations, files, mixture
 from megadistill.prepare.cleaning import Cleaner, Measure
-from megadistill.prepare.overlap import BenchmarkItems, words_of
-from megadistill.resolve import resolve
+from megadistill.prepare.overlap import BenchmarkItems
+from megadistill.refine.answer_measures import words_of
 from megadistill.types import Message
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def _benchmarks(config: PrepareConfig) -> BenchmarkItems | None:
 def _measure(config: PrepareConfig) -> Measure:
     if config.tokenizer is None:
         return _count_words
-    tokenizer = load_tokenizer(resolve("model", config.tokenizer, key="tokenizer"))
+    tokenizer = load_tokenizer(config.tokenizer)
     return lambda chat: len(chat_ids(chat, tokenizer))
 
 

@@ -82,18 +82,13 @@ def shade(gap: float) -> str:
 
 def load_decoder(directories: Iterable[Path]) -> Decode:
     """By the tokenizer in the first directory that has one; without any, ids are shown as numbers."""
-    from transformers import (  # noqa: PLC0415 - slow to import, needed only here
-        AutoTokenizer,
-        PreTrainedTokenizerBase,
-    )
+    from megadistill.data.tokenizer import load_tokenizer  # noqa: PLC0415 - slow to import
 
     for directory in directories:
         if not directory.is_dir():
             continue
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True
-            )
+            tokenizer = load_tokenizer(directory)
         except (OSError, ValueError):  # weights without a tokenizer
             continue
         return lambda ids: _texts(tokenizer, ids)
