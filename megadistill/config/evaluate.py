@@ -131,7 +131,8 @@ class EvaluateConfig(Config):
     """Pools of `signals`; as in the runs that are compared, so that what is held out is the same."""
     recorded: dict[Name, dict[Name, str]] = Field(default_factory=dict)
     """System -> benchmark -> file of the benchmark's own evaluator: livebench (judgments),
-    livecodebench_v5, livecodebench_v6 (*_eval_all.json)."""
+    livecodebench_v5, livecodebench_v6 (*_eval_all.json); under any other name a log of inspect-ai
+    (.eval or .json, `FILE#SCORER`) or of lm-eval (samples_*.jsonl, `FILE#METRIC`)."""
     external: dict[Literal["livebench"], ExternalConfig] = Field(default_factory=dict)
     """Benchmarks that their own commands run here. LiveBench's runs programs that models wrote
     outside of any sandbox, so it wants `sandbox: none`."""
@@ -156,7 +157,9 @@ class EvaluateConfig(Config):
         for name in self.recorded:
             if name not in self.systems:
                 yield f"recorded: found {name!r}, expected one of `systems`"
-        if not self.systems or not (self.benchmarks or self.signals or self.external):
+        if not self.systems or not (
+            self.benchmarks or self.signals or self.external or self.recorded
+        ):
             yield "systems and benchmarks: expected at least one of each"
         if self.external and self.sandbox != "none":
             yield "sandbox: found bubblewrap, but `external` runs programs without: none"

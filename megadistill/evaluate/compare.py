@@ -102,7 +102,7 @@ def _rows(
             "title": found["title"] + ("" if found["whole_set"] else " (part)"),
             "items": found["items"],
             "is_share": benchmark.is_share,
-            "higher_is_better": benchmark.higher_is_better,
+            "higher_is_better": found.get("higher_is_better", benchmark.higher_is_better),
             "score": interval.value,
             "low": interval.low,
             "high": interval.high,

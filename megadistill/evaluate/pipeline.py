@@ -197,9 +197,10 @@ class Evaluation:
                     self.config.benchmarks[name].kind or name, self.sampling(name), rows
                 ) | {"judges": self.config.benchmarks[name].judges}
             for name, file in judged.get(system, {}).items():
-                rows = recorded.read_recorded(name, file)
-                write_rows(directory / f"{name}.parquet", rows, COLUMNS)
-                summary[name] = self.described(name, SamplingParams(), rows)
+                found = recorded.read_recorded(name, file)
+                write_rows(directory / f"{name}.parquet", found.rows, COLUMNS)
+                described = self.described(found.kind, SamplingParams(), found.rows)
+                summary[name] = {**described, **found.facts}
             for name, signal in self.config.signals.items():
                 if (system, name) not in measured:
                     continue

@@ -172,7 +172,7 @@ def test_livebench_is_a_mean_of_means_of_means(tmp_path: Path) -> None:
     ]
     file = tmp_path / "ground_truth_judgment.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = summarise(read_recorded("livebench", file), "mean_of_means")
+    found = summarise(read_recorded("livebench", file).rows, "mean_of_means")
     assert 100 * np.average(found.values_I, weights=found.weights_I) == pytest.approx(56.25)
     file.write_text('{"question_id": "q", "category": "math", "task": "a", "score": 57}')
     with pytest.raises(ValueError, match="row 1 has the score 57"):
@@ -201,7 +201,7 @@ def test_livecodebench_takes_the_problems_of_its_window(tmp_path: Path) -> None:
     ]
     file = tmp_path / "x_eval_all.json"
     file.write_text(json.dumps(problems))
-    five, six = (read_recorded(f"livecodebench_{v}", file) for v in ("v5", "v6"))
+    five, six = (read_recorded(f"livecodebench_{v}", file).rows for v in ("v5", "v6"))
     assert summarise(five, "none").values_I.tolist() == [0.5, 0.0]
     assert summarise(six, "none").items == ("p3",)
     with pytest.raises(ValueError, match=r"lcb_runner"):

@@ -24,17 +24,18 @@ BENCHMARKS = {
 }
 """Name -> `module:NAME` of this package."""
 
-HELDOUT_METRICS = {
+MEASURED = {
     "forward_kl": "heldout:FORWARD_KL",
     "reverse_kl": "heldout:REVERSE_KL",
     "nll": "heldout:NLL",
+    "recorded": "recorded:RECORDED",
 }
-"""What `signals` measures; its numbers are compared as a benchmark's are."""
+"""What `signals` measures and `recorded` reads; its numbers are compared as a benchmark's are."""
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """A benchmark or held-out metric. Raises `ValueError` for a name that is neither."""
-    known = BENCHMARKS | HELDOUT_METRICS
+    """A benchmark or other measure. Raises `ValueError` for a name that is neither."""
+    known = BENCHMARKS | MEASURED
     if name not in known:
         raise ValueError(f"found benchmark {name!r}, expected one of {', '.join(known)}")
     module, _, constant = known[name].partition(":")

@@ -1,16 +1,19 @@
-"""LiveBench and LiveCodeBench: judged by their own evaluators, whose files are read here.
+"""Scores that others gave: LiveBench's and LiveCodeBench's own evaluators, and harnesses' logs.
 
-Both have commands that generate and judge; only their aggregation is repeated here, so that their
-scores stand in the same tables with intervals and paired tests.
+Their aggregation is repeated here, so that they stand in the same tables with intervals and paired
+tests.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from megadistill.data.files import read_rows
+from megadistill.evaluate.benchmarks import BENCHMARKS
+from megadistill.evaluate.benchmarks.harness_logs import Log, read_logs
 from megadistill.evaluate.benchmarks.livecodebench import WINDOWS
 from megadistill.evaluate.protocol import Benchmark, Item, user
 from megadistill.inference.requests import SamplingParams
@@ -60,17 +63,47 @@ def scored(item: str, value: float, group: str, sample: int = 0) -> dict[str, An
     }
 
 
-def read_recorded(kind: str, file: Path) -> list[dict[str, Any]]:
-    """The rows of an official evaluator's file. Raises `ValueError` when it is none."""
-    if kind != "livebench" and kind not in WINDOWS:
-        raise ValueError(f"found {kind!r}, expected livebench, {', '.join(WINDOWS)}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What an evaluator left, as the results of an evaluation have it."""
+
+    kind: str
+    """Name of the benchmark whose place it takes; `recorded` for one that this project has not."""
+    rows: Sequence[Mapping[str, Any]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What its summary says otherwise than `kind` would."""
+
+
+def read_recorded(name: str, file: Path) -> Recorded:
+    """An official evaluator's file, or a harness's log. Raises `ValueError` when it is none."""
+    if name not in _HINTS:
+        return _from_logs(name, read_logs(file))
     if not file.is_file():
-        raise ValueError(f"no file {file}. {_HINTS[kind]}")
-    rows = livebench_rows(file) if kind == "livebench" else livecodebench_rows(file, kind)
+        raise ValueError(f"no file {file}. {_HINTS[name]}")
+    rows = livebench_rows(file) if name == "livebench" else livecodebench_rows(file, name)
     found = list(rows)
     if not found:
-        raise ValueError(f"{file}: has nothing of {kind}")
-    return found
+        raise ValueError(f"{file}: has nothing of {name}")
+    return Recorded(kind=name, rows=found)
+
+
+def _from_logs(name: str, logs: Sequence[Log]) -> Recorded:
+    known = name in BENCHMARKS
+    facts = {
+        "whole_set": all(log.whole_set for log in logs),
+        "higher_is_better": all(log.higher_is_better for log in logs),
+    }
+    return Recorded(
+        kind=name if known else "recorded",
+        rows=[
+            scored(item, score, "all", sample) for log in logs for item, sample, score in log.scores
+        ],
+        facts=facts if known else {"title": name, **facts},
+    )
+
+
+def _no_item(row: Mapping[str, Any]) -> Item:
+    raise ValueError("its scores come from a log; name that in `recorded`")
 
 
 def livebench_item(row: Mapping[str, Any]) -> Item:
@@ -99,3 +132,4 @@ LIVEBENCH = Benchmark(
     hint=_HINTS["livebench"],
     groups="mean_of_means",
 )
+RECORDED = Benchmark(title="recorded", block="general", sampling=SamplingParams(), rows=_no_item)
