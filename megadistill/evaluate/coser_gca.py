@@ -85,9 +85,10 @@ def next_speaker(
 
 
 def severities(reply: str) -> list[int] | None:
-    """Severities of a judge's flaws; None when the reply has no JSON list.
+    """Severities of a judge's flaws; None when the reply has no JSON list of flaws.
 
-    A flaw without a severity counts 1; severities that are no integers are ignored.
+    A flaw without a severity counts 1; severities that are no whole numbers are ignored. Those that
+    are, but written as text or with a point, are read here and ignored by the official code.
     """
     found = _JSON.search(reply)
     if found is None:
@@ -96,21 +97,21 @@ def severities(reply: str) -> list[int] | None:
         values = json.loads(found[0])
     except (json.JSONDecodeError, RecursionError):
         return None
-    return [
-        level
-        for flaw in _flaws(values)
-        if isinstance(level := flaw.get("severity", 1), int) and not isinstance(level, bool)
-    ]
+    if (flaws := _flaws(values)) is None:
+        return None
+    levels = (re.fullmatch(r"(\d+)(?:\.0*)?", str(flaw.get("severity", 1))) for flaw in flaws)
+    return [int(level[1]) for level in levels if level]
 
 
-def _flaws(values: Any) -> list[Mapping[str, Any]]:  # a judge's JSON
-    """The list of flaws, at the top or under any key below it."""
-    if isinstance(values, dict):
-        if isinstance(values.get("flaws"), list):
-            return _flaws(values["flaws"])
-        inner = [part for part in values.values() if isinstance(part, dict)]
-        return [flaw for part in inner for flaw in _flaws(part)]
-    return [flaw for flaw in values if isinstance(flaw, dict)]
+def _flaws(values: Any) -> list[Mapping[str, Any]] | None:  # a judge's JSON
+    """The list of flaws, at the top or under any key below it; None where there is none."""
+    if isinstance(values, list):
+        return [flaw for flaw in values if isinstance(flaw, dict)]
+    if isinstance(values.get("flaws"), list):
+        return _flaws(values["flaws"])
+    inner = [_flaws(part) for part in values.values() if isinstance(part, dict)]
+    found = [flaws for flaws in inner if flaws is not None]
+    return [flaw for flaws in found for flaw in flaws] if found else None
 
 
 def dimension_score(levels: Sequence[int], num_actor_messages: int) -> float:

@@ -31,6 +31,8 @@ class Item:
     messages: tuple[Message, ...]
     text: str
     """The question without template: what contamination is looked for with."""
+    choices: Mapping[str, str] = field(default_factory=dict)
+    """Letter -> text of the options, where an answer is one of their letters."""
     reference: Any = None
     """What the scorer compares with, plain JSON (any: each benchmark knows its own)."""
     group: str = "all"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from megadistill.types import Message
 
-_THINKING = "</think>"
+THOUGHT = "<think>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,5 +61,13 @@ class BatchResponse:
 
 
 def without_thinking(text: str) -> str:
-    """The text after the last `</think>`, without blanks around it."""
-    return text.rpartition(_THINKING)[2].strip()
+    """The text outside of thoughts, without blanks around it: nothing of one that never ends.
+
+    A thought that the prompt opens is written with its opening (see `open_thought`).
+    """
+    return text.rpartition("</think>")[2].partition(THOUGHT)[0].strip()
+
+
+def open_thought(prompt: str, written: str) -> str:
+    """What was written, with the opening of a thought with which the prompt ends."""
+    return f"{THOUGHT}{written}" if prompt.rstrip().endswith(THOUGHT) else written

@@ -33,7 +33,9 @@ FUSE_FIELDS = ("question", "answer", "rewrite")
 JUDGE_FIELDS = ("question", "answer", "candidate")
 ROUNDING = 1e-9
 """A mean of scores this little below the bar is at the bar."""
-_SCORE = re.compile(r"<score>\s*([01](?:\.\d*)?|\.\d+)\s*</score>", re.IGNORECASE)
+_SCORE = re.compile(
+    r"<score>[\s*_`]*(\d+(?:\.\d*)?|\.\d+)(?:\s*/\s*(\d+))?[\s*_`]*</score>", re.IGNORECASE
+)
 _SETTINGS: TypeAdapter[FusionConfig] = TypeAdapter(FusionConfig)
 _MODELS: TypeAdapter[dict[str, ChatModelConfig]] = TypeAdapter(dict[str, ChatModelConfig])
 
@@ -160,10 +162,13 @@ class Fuser:
 
 
 def parse_score(text: str) -> float | None:
-    """The last `<score>` of a judge's answer, None unless it is a number from 0 to 1."""
+    """The last `<score>` of a judge's answer, None unless it is from 0 to 1, such as 0.8 or 8/10."""
     found = _SCORE.findall(without_thinking(text))
-    score = float(found[-1]) if found else None
-    return score if score is not None and 0 <= score <= 1 else None
+    if not found:
+        return None
+    number, of = found[-1]
+    score = float(number) / max(int(of or 1), 1)
+    return score if 0 <= score <= 1 else None
 
 
 def good_enough(candidate: Candidate, accept: float) -> bool:

@@ -9,7 +9,8 @@ from megadistill.config import RunConfig, load
 from megadistill.data.pools import is_heldout
 from megadistill.data.sources import read_pool
 from megadistill.evaluate.benchmarks import get_benchmark, read_items
-from megadistill.evaluate.benchmarks.medical import final_letter, score
+from megadistill.evaluate.benchmarks.medical import score
+from megadistill.evaluate.letters import final_letter
 
 STYLES: list[tuple[str, str | None]] = [
     ("Final answer: A", "A"),
@@ -58,7 +59,7 @@ STYLES: list[tuple[str, str | None]] = [
     ("Final answer: Aspirin", None),
     ("Final answer: Both A and B", None),
     ("Final answer: 1", None),
-    ("Final answer is A", None),
+    ("Final answer is A", "A"),
     ("The answer is B", None),
     ("Answer: C", None),
     ("D", None),
@@ -82,6 +83,44 @@ def test_there_are_sixty() -> None:
 @pytest.mark.parametrize(("answer", "letter"), STYLES)
 def test_the_letter_is_found(answer: str, letter: str | None) -> None:
     assert final_letter(answer) == letter
+
+
+DRUGS = {"A": "a 45-year-old man", "B": "Left hemisection", "C": "aspirin", "D": "Rest"}
+MICROBES = dict(
+    zip("ABCDE", ["Amoeba", "Bacillus", "Candida", "E. coli", "Echovirus"], strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "letter"),
+    [
+        ("\\boxed{Aspirin}", DRUGS, None),
+        ("\\boxed{(D)}", DRUGS, "D"),
+        ("\\boxed{\\textbf{B}}", DRUGS, "B"),
+        ("Final answer: [B]", DRUGS, "B"),
+        ("Final answer: $B$", DRUGS, "B"),
+        ("Final answer: `B`", DRUGS, "B"),
+        ("Final answer\uff1aB", DRUGS, "B"),
+        ("Final answer is B", DRUGS, "B"),
+        ("The final answer is: **B**", DRUGS, "B"),
+        ("Final answer: I think it is C", DRUGS, "C"),
+        ("Final answer: the correct option is C", DRUGS, "C"),
+        ("Final answer: C because it thins the blood", DRUGS, "C"),
+        ("Final answer: A 45-year-old woman", DRUGS, None),
+        ("Final answer: A a 45-year-old man", DRUGS, "A"),
+        ("Final answer: I am not sure", dict.fromkeys("ABCDEFGHI", "x"), None),
+        ("Final answer: E. coli", DRUGS, None),  # there is no E
+        ("Final answer: E. coli", MICROBES, None),  # E is another one
+        ("Final answer: E. Echovirus", MICROBES, "E"),
+        ("Final answer: B. left hemisection", DRUGS, "B"),
+        ("Final answer: A's father", DRUGS, None),
+        ("Final answer: both", DRUGS, None),
+    ],
+)
+def test_only_a_letter_of_the_item_is_one_and_no_word(
+    answer: str, choices: dict[str, str], letter: str | None
+) -> None:
+    assert final_letter(answer, choices) == letter
 
 
 ROW = {"question": "Which?", "options": {"A": "a", "B": "b"}, "answer_idx": "B"}

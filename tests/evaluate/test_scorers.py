@@ -50,6 +50,23 @@ def test_a_question_without_both_verdicts_weighs_nothing() -> None:
     assert weighted_mean(scores) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("[[A>B]]", "A>B"),
+        ("My verdict is [A>>B].", "A>>B"),
+        ("[[a=b]]", "A=B"),
+        ("he says [[A>B]], I say [[B>A]]", "B>A"),
+        ("[[A>B]] as in [B>A]", "A>B"),  # a double bracket wins, as in the official code
+        ("[[C>A]]", None),
+    ],
+)
+def test_a_judges_verdict_is_read_as_the_official_code_does(
+    reply: str, expected: str | None
+) -> None:
+    assert arena_hard.verdict(reply) == expected
+
+
 @pytest.mark.parametrize(("name", "size"), [("arena_hard_hp", 500), ("arena_hard_cw", 250)])
 def test_the_bundled_baselines_against_themselves_get_the_official_aggregate(
     name: str, size: int
@@ -93,6 +110,8 @@ def test_the_judges_prompts_differ_in_who_answers_first() -> None:
         ("<extracted_answer>A</extracted_answer><decision>yes</decision>", True),
         ("<decision>yes</decision> wait <decision> NO </decision>", False),
         ("<Decision>Yes</Decision>", True),
+        ("<decision>**yes**</decision>", True),
+        ('<decision>"no."</decision>', False),
         ("yes", None),
         ("<decision>maybe</decision>", None),
         ("", None),
@@ -223,7 +242,11 @@ def test_gcas_worked_example() -> None:
             [2],
         ),
         ('{"Character Fidelity": {"flaws": [{"severity": 4}]}}', [4]),
+        ('[{"severity": "3"}, {"severity": 3.0}, {"severity": true}]', [3, 3]),
         ("[]", []),
+        ('{"flaws": []}', []),
+        ("{}", None),
+        ('{"error": "too long"}', None),
         ("no flaws", None),
         ("[{broken", None),
     ],

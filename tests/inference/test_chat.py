@@ -15,6 +15,7 @@ from megadistill.inference.requests import (
     ChatRequest,
     ChatResponse,
     SamplingParams,
+    open_thought,
     without_thinking,
 )
 from tests.inference.scripted import Endpoint, completion, endpoint_tree
@@ -221,6 +222,16 @@ def test_a_reply_that_cannot_be_read_is_asked_for_again(serve: Serve) -> None:
 def test_thoughts_are_dropped() -> None:
     assert without_thinking("<think>well</think>\n\nRest. ") == "Rest."
     assert without_thinking("Rest.") == "Rest."
+    assert without_thinking("<think>one</think> <think>two</think> Rest.") == "Rest."
+
+
+def test_a_thought_that_never_ends_leaves_no_answer() -> None:
+    assert without_thinking("<think>The answer is <score>1</score>") == ""
+    assert without_thinking("<think>one</think> <think>two") == ""
+    assert without_thinking("Rest. <think>but") == "Rest."
+    assert without_thinking(open_thought("<|assistant|>\n<think>\n", "I wonder")) == ""
+    assert without_thinking(open_thought("<|assistant|>\n<think>\n", "So.</think> Yes")) == "Yes"
+    assert without_thinking(open_thought("<|assistant|>\n", "Yes")) == "Yes"
 
 
 def test_the_key_comes_from_the_environment(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

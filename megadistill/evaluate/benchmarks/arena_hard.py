@@ -19,7 +19,8 @@ BASELINES = {
     "hard_prompt": "o3-mini-2025-01-31",
     "creative_writing": "gemini-2.0-flash-001",
 }
-_VERDICT = re.compile(r"\[\[([AB<>=]+)\]\]")
+_VERDICTS = (re.compile(r"\[\[([AB<>=]+)\]\]"), re.compile(r"\[([AB<>=]+)\]"))
+"""As the official code reads them: in any case, a single bracket where no double one is."""
 ENTRIES = {
     "A>>B": (1.0,) * 3, "A>B": (1.0,), "A=B": (0.5,), "A<B": (0.0,), "A<<B": (0.0,) * 3,
     "B>>A": (0.0,) * 3, "B>A": (0.0,), "B=A": (0.5,), "B<A": (1.0,), "B<<A": (1.0,) * 3,
@@ -29,8 +30,10 @@ ENTRIES = {
 
 def verdict(reply: str) -> str | None:
     """The last verdict of a judge; None where there is none."""
-    found = [text for text in _VERDICT.findall(reply) if text in ENTRIES]
-    return found[-1] if found else None
+    for pattern in _VERDICTS:
+        if found := [text for text in pattern.findall(reply.upper()) if text in ENTRIES]:
+            return str(found[-1])
+    return None
 
 
 def entries(first: str, second: str) -> list[float]:

@@ -1,6 +1,5 @@
 """MedQA-USMLE, MedXpertQA-Text and held-out questions of ours, which end with `Final answer: <letter>`."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,28 +7,18 @@ from megadistill.config.rows import RowConfig
 from megadistill.data.formats import FORMATS
 from megadistill.data.pools import is_heldout
 from megadistill.data.records import Record
+from megadistill.evaluate.letters import final_letter
 from megadistill.evaluate.protocol import Benchmark, Item, Score, user
 from megadistill.inference.requests import SamplingParams
 
 INSTRUCTION = "Reason step by step, then end with a line `Final answer: <letter>`."
 HELDOUT_FRACTION = 0.12
 """`data.heldout_fraction` of configs/embedded/_data.yaml."""
-_FINAL = re.compile(r"(?i:Final answer)\**:[\s*]*\(?([A-J])\b")
-"""As the protocol has it (ALGORITHMS 5.4), with stars also around the words or the colon."""
-_BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?([A-J])")
-
-
-def final_letter(text: str) -> str | None:
-    """The letter after the last `Final answer:`, else in the last box; None when neither is there."""
-    for pattern in (_FINAL, _BOXED):
-        if found := pattern.findall(text):
-            return str(found[-1])
-    return None
 
 
 def score(item: Item, answer: str) -> Score:
     """Exact match of the letter."""
-    letter = final_letter(answer)
+    letter = final_letter(answer, item.choices)
     right = letter == item.reference
     return Score(value=float(right), extracted=letter, details={"no_answer": float(letter is None)})
 
@@ -46,6 +35,7 @@ def to_item(row: Mapping[str, Any]) -> Item:
         id=name,
         messages=user(f"{record.question}\n\n{INSTRUCTION}"),
         text=record.bare_text,
+        choices=options,
         reference=answer[0],
     )
 

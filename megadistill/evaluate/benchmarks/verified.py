@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megadistill.evaluate.benchmarks.medical import final_letter
+from megadistill.evaluate.benchmarks import medical
 from megadistill.evaluate.protocol import Benchmark, Item, Judged, Score, user
 from megadistill.inference.requests import ChatRequest, SamplingParams
 from megadistill.inference.templates import load_template
 
 FIELDS = ("prompt", "response", "reference")
-_DECISION = re.compile(r"<decision>\s*(yes|no)\s*</decision>", re.IGNORECASE)
+_DECISION = re.compile(r"<decision>[\s*_`\"']*(yes|no)[\s*_`\"'.!]*</decision>", re.IGNORECASE)
 _EXTRACTED = re.compile(r"<extracted_answer>(.*?)</extracted_answer>", re.DOTALL | re.IGNORECASE)
 CHOICE = "Reason step by step, then end with a line `Final answer: <letter>`."
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -60,12 +60,7 @@ VERIFIER = judged_by("packaged:verifier-v1", SamplingParams(temperature=0.2, max
 
 def by_letter(item: Item, answer: str) -> Score:
     """GPQA without a verifier."""
-    letter = final_letter(answer)
-    return Score(
-        value=float(letter == item.reference),
-        extracted=letter,
-        details={"no_answer": float(letter is None)},
-    )
+    return medical.score(item, answer)
 
 
 def by_mathematics(item: Item, answer: str) -> Score:
@@ -105,6 +100,7 @@ def gpqa_item(row: Mapping[str, Any]) -> Item:
         id=name,
         messages=user("\n".join([question, *lines, "", CHOICE])),
         text="\n".join([question, *options]),
+        choices={letter: options[at] for letter, at in zip("ABCD", order, strict=True)},
         reference="ABCD"[order.index(0)],
     )
 
