@@ -8,10 +8,10 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
@@ -73,20 +73,6 @@ class Series(NamedTuple):
     name: str
     points: Sequence[Point]
     colour: int
-
-
-class Panel(Protocol):
-    """One pair of axes with what is on it."""
-
-    @property
-    def title(self) -> str: ...
-
-    @property
-    def width(self) -> float:
-        """Inches."""
-
-    def draw(self, axes: Axes) -> None:
-        """Into empty axes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,13 +223,8 @@ class Histogram:
         axes.set_ylabel("records")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chart:
-    """A panel for a page."""
-
-    title: str
-    legend: Sequence[tuple[str, int]]
-    svg: Markup
+Panel = Curves | Columns | Bars | Radar | Histogram
+"""One pair of axes with what is on it."""
 
 
 def save_png(file: Path, panels: Sequence[Panel], title: str = "") -> Path:
@@ -261,15 +242,6 @@ def save_png(file: Path, panels: Sequence[Panel], title: str = "") -> Path:
         figure.suptitle(title)
         figure.savefig(file, dpi=110)
     return file
-
-
-def charts(panels: Iterable[Curves | Columns]) -> list[Chart]:
-    """The panels that have something to show, as SVG."""
-    return [
-        Chart(title=panel.title, legend=panel.legend, svg=svg(panel))
-        for panel in panels
-        if panel.legend
-    ]
 
 
 def svg(panel: Curves | Columns) -> Markup:

@@ -13,8 +13,7 @@ from megadistill.plots import Bars, Columns, Curves, Histogram, Point, Radar, Se
 
 def titles_of(panel: Curves | Columns) -> list[str | None]:
     """What is shown under the pointer."""
-    (chart,) = plots.charts([panel])
-    return [title.text for title in ElementTree.fromstring(chart.svg).iter("title")]
+    return [title.text for title in ElementTree.fromstring(plots.svg(panel)).iter("title")]
 
 
 def one_curve(*points: Point) -> Curves:
@@ -49,14 +48,14 @@ def test_many_columns_are_added_up() -> None:
 def test_long_curves_are_thinned_and_have_no_dots() -> None:
     long = one_curve(*(Point(n, n % 7) for n in range(100_000)))
     assert titles_of(long) == []
-    (chart,) = plots.charts([long])
-    assert len(chart.svg) < 50_000
+    assert len(plots.svg(long)) < 50_000
 
 
-def test_nothing_to_draw_gives_no_chart() -> None:
+def test_nothing_to_draw_has_no_legend() -> None:
     empty = Columns(title="s", names=["x"], columns=[("0", [0.0])])
     nothing = Columns(title="s", names=["x"], columns=[])
-    assert plots.charts([one_curve(), one_curve(Point(1, float("nan"))), empty, nothing]) == []
+    for panel in (one_curve(), one_curve(Point(1, float("nan"))), empty, nothing):
+        assert panel.legend == []
 
 
 @pytest.mark.parametrize(
@@ -67,13 +66,12 @@ def test_a_curve_of_one_point_or_one_value_is_drawn(points: list[Point]) -> None
 
 
 def test_svg_takes_its_colours_from_the_page_and_refers_to_nothing_outside() -> None:
-    (chart,) = plots.charts([one_curve(Point(1, 1), Point(2, 3))])
-    assert "var(--c0)" in chart.svg
-    assert not [colour for colour in plots.VARIABLES if colour in chart.svg]
+    svg = plots.svg(one_curve(Point(1, 1), Point(2, 3)))
+    assert "var(--c0)" in svg
+    assert not [colour for colour in plots.VARIABLES if colour in svg]
     for text in ("http", "url(", "<style", "xmlns", "metadata"):
-        assert text not in chart.svg
-    again = plots.charts([one_curve(Point(1, 1), Point(2, 3))])
-    assert chart.svg == again[0].svg
+        assert text not in svg
+    assert svg == plots.svg(one_curve(Point(1, 1), Point(2, 3)))
 
 
 def test_every_kind_of_panel_is_drawn_side_by_side(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from megadistill.launch.heartbeats import (
     read_json,
     read_kept_outcomes,
 )
-from megadistill.launch.layout import Layout, layout
+from megadistill.launch.layout import Layout, layout, span
 from megadistill.launch.node import gpus_per_node
 from megadistill.launch.node_context import ask_slurm
 from megadistill.rundir import RunDir
@@ -214,15 +214,10 @@ def _roles(plan: Layout | None, node: int) -> str:
     parts = []
     for kind, roles in (("trainer", own.trainers), ("engine", own.engines)):
         if roles:
-            numbers = [role.index for role in roles]
-            several = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
             gpus = sorted({gpu for role in roles for gpu in role.gpus})
-            parts.append(f"{kind} {several}" + (f" on GPU {_span(gpus)}" if gpus else ""))
+            where = f" on GPU {span(gpus)}" if gpus else ""
+            parts.append(f"{kind} {span([role.index for role in roles])}{where}")
     return ", ".join(parts) or "idle"
-
-
-def _span(numbers: list[int]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
 def _hosts(run: RunDir, plan: Layout | None) -> dict[int, str]:

@@ -250,21 +250,21 @@ def _describe_trainers(node: NodePlan) -> str:
     trainers = node.trainers
     if not trainers:
         return "-"
-    ranks = _span([role.index for role in trainers])
+    ranks = span([role.index for role in trainers])
     gpus = [gpu for role in trainers for gpu in role.gpus]
-    return f"{ranks} on GPU {_span(gpus)}" if gpus else f"{ranks} on CPU"
+    return f"{ranks} on GPU {span(gpus)}" if gpus else f"{ranks} on CPU"
 
 
 def _describe_engines(node: NodePlan) -> str:
     return (
         ", ".join(
-            f"{role.index} on " + (f"GPU {_span(role.gpus)}" if role.gpus else "CPU")
+            f"{role.index} on " + (f"GPU {span(role.gpus)}" if role.gpus else "CPU")
             for role in node.engines
         )
         or "-"
     )
 
 
-def _span(numbers: Sequence[int]) -> str:
+def span(numbers: Sequence[int]) -> str:
     """`0-7` for a run of numbers, which all of ours are."""
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"

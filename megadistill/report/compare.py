@@ -8,11 +8,10 @@ import pandas as pd
 from megadistill.atomic import write_atomic
 from megadistill.launch.attempts import run_state
 from megadistill.metrics import read_metrics
-from megadistill.plots import charts
 from megadistill.report.curves import compared_curves
 from megadistill.report.effect import Effect, effects
 from megadistill.report.groups import grouped, unique_names
-from megadistill.report.page import render
+from megadistill.report.page import render, shown
 from megadistill.report.tradeoff import forgetting_curves, trade_curves, trade_table
 from megadistill.rundir import RunDir
 from megadistill.stats import mean_with_ci
@@ -32,8 +31,8 @@ def write_comparison(runs: Sequence[RunDir], file: Path) -> Path:
         "paths": [str(run.path) for run in runs],
         "outcomes": outcomes(runs),
         "trade": trade_table(curves),
-        "trade_charts": charts(trade_curves(runs)),
-        "charts": charts(compared_curves(list(zip(names, rows, strict=True)))),
+        "trade_charts": shown(trade_curves(runs)),
+        "charts": shown(compared_curves(list(zip(names, rows, strict=True)))),
     }
     write_atomic(file, render("comparison.html", values))
     return file

@@ -2,6 +2,7 @@
 
 import base64
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megadistill.atomic import write_atomic
 from megadistill.launch.attempts import last_error, read_attempts, read_nodes, run_state
 from megadistill.launch.on_export import read_evaluations
 from megadistill.metrics import read_metrics
-from megadistill.plots import charts
+from megadistill.plots import Columns, Curves, svg
 from megadistill.report.curves import phase_timeline, run_curves
 from megadistill.report.effect import effect_table, effects
 from megadistill.report.ledger import ACTIVITIES, cost_ledger
@@ -45,8 +46,8 @@ def write_page(run: RunDir, file: Path) -> Path:
         "nodes": read_nodes(run, config),
         "evaluations": read_evaluations(run),
         "effects": effect_table(effects(run)),
-        "charts": charts(run_curves(rows).values()),
-        "timeline": charts([phase_timeline(rows)]),
+        "charts": shown(run_curves(rows).values()),
+        "timeline": shown([phase_timeline(rows)]),
         "activities": ACTIVITIES,
         "costs": cost_ledger(run, config),
         "groups": sample_groups(run, config),
@@ -67,10 +68,16 @@ def render(template: str, values: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["svg"] = svg
     environment.filters["number"] = number
     environment.filters["moment"] = moment
     environment.filters["tail"] = lambda text: text[-MOST_DETAIL:]
     return environment.get_template(template).render(**values, now=time.time())
+
+
+def shown(panels: Iterable[Curves | Columns]) -> list[Curves | Columns]:
+    """Those that have something to show."""
+    return [panel for panel in panels if panel.legend]
 
 
 def number(value: float | None, pattern: str = ",.1f") -> str:

@@ -139,24 +139,19 @@ def _examples(file: Path, branch: str, decode: Decode) -> list[Example]:
 
 def _chosen(rows: Sequence[dict[str, Any]], means: Sequence[float]) -> dict[int, list[str]]:
     """Index of a rollout -> why it is shown."""
-    chosen: dict[int, list[str]] = {}
-    if not rows:
-        return chosen
     everything = range(len(rows))
     selected = [index for index in everything if rows[index]["selected"]]
     unselected = [index for index in everything if not rows[index]["selected"]]
-    chosen.setdefault(min(everything, key=lambda i: means[i]), []).append(
-        "worst to the teacher: lowest mean gap"
-    )
-    chosen.setdefault(max(everything, key=lambda i: means[i]), []).append(
-        "best to the teacher: highest mean gap"
-    )
-    if selected:
-        best = max(selected, key=lambda i: rows[i]["score"])
-        chosen.setdefault(best, []).append("selected with the highest score")
-    if unselected:
-        last = min(unselected, key=lambda i: rows[i]["score"])
-        chosen.setdefault(last, []).append("not selected, lowest score")
+    scores = [row["score"] for row in rows]
+    chosen: dict[int, list[str]] = {}
+    for pick, among, values, why in (
+        (min, everything, means, "worst to the teacher: lowest mean gap"),
+        (max, everything, means, "best to the teacher: highest mean gap"),
+        (max, selected, scores, "selected with the highest score"),
+        (min, unselected, scores, "not selected, lowest score"),
+    ):
+        if among:
+            chosen.setdefault(pick(among, key=values.__getitem__), []).append(why)
     return chosen
 
 
