@@ -16,7 +16,7 @@ def prepare(
         bool,
         Option(
             "--download-only",
-            help="Only copy what the hub has into the mirror.",
+            help="Only copy what the hub has into the Hugging Face cache.",
         ),
     ] = False,
 ) -> None:

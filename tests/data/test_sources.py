@@ -12,6 +12,7 @@ import pytest
 import yaml
 from datasets import Dataset, DatasetDict
 
+from megadistill.config.rows import RowConfig
 from megadistill.config.schema import (
     DatasetSource,
     FileSource,
@@ -170,6 +171,21 @@ def test_what_the_assistant_says_last_is_the_answer(tmp_path: Path) -> None:
     assert list(first.messages) == list(second.messages) == chat
     assert (first.answer, second.answer) == ("b", None)
     assert read(FileSource(path=path, answer="answer"))[0].answer == "other"
+
+
+def test_a_run_reads_what_prepare_reads(tmp_path: Path) -> None:
+    row = {"question": "Which?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 1}
+    path = write_rows(tmp_path / "a.jsonl", row)
+    (record,) = read(FileSource(path=path, row=RowConfig(format="medmcqa")), medical=True)
+    options = {"A": "w", "B": "x", "C": "y", "D": "z"}
+    assert (record.messages, record.answer) == (medical_messages("Which?", options), "B. x")
+
+
+def test_several_files_are_one_source(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write_rows(tmp_path / f"{name}.jsonl", {"prompt": name})
+    for path in (str(tmp_path), f"{tmp_path}/?.jsonl"):
+        assert [record.id for record in read(FileSource(path=path))] == ["a-1", "b-1"]
 
 
 def test_the_limit_takes_the_first_records(tmp_path: Path) -> None:
