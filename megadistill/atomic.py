@@ -34,6 +34,15 @@ def atomic_file(target: Path, *, sync: bool = True) -> Iterator[Path]:
         raise
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file, or a copy of it where the file system has no hard links."""
+    with atomic_file(target, sync=False) as made:
+        try:
+            os.link(source, made)
+        except OSError:
+            shutil.copyfile(source, made)
+
+
 @contextmanager
 def atomic_files(folder: Path, *, sync: bool = True) -> Iterator[Path]:
     """A directory whose files replace those of `folder` when the block ends well: all, or none."""

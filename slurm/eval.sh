@@ -1,16 +1,16 @@
 #!/bin/bash
-# An evaluation: answers as one Slurm array, scores as another, then the table.
+# An evaluation: answers as one Slurm array, scores as another, then a small job for the table.
 #
 #   sbatch slurm/eval.sh [CONFIG] [key=value ...]
 #
-# Without CONFIG it is configs/eval/medical.yaml. This job only submits the arrays, waits for them and
-# writes the table; what they ask for is the configuration's `cluster`. Submitted again it runs what is
+# Without CONFIG it is configs/eval/medical.yaml. This job only submits those and ends, its log says how
+# to follow them; what they ask for is the configuration's `cluster`. Submitted again it submits what is
 # not done. See slurm/env.sh for what a site can set.
 #SBATCH --job-name=eval
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=2
-#SBATCH --time=24:00:00
+#SBATCH --time=01:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log

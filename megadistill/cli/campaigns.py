@@ -1,6 +1,7 @@
 """Verbs of a campaign: stages of different sizes as dependent jobs."""
 
 import shutil
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -29,8 +30,7 @@ def submit(config: Source, overrides: Overrides = None, local: Local = False) ->
             check_words(f"stages.{name}", words)
     if local or shutil.which("sbatch") is None:
         return 0 if chosen.run_here() else 1
-    for name, jobs in chosen.submit().items():
-        print(f"{name}: job {', '.join(jobs)}")
+    chosen.submit()
     print(f"follow it with: megadistill campaign status {chosen.root}")
     return 0
 
@@ -43,19 +43,27 @@ def resume(directory: Directory, overrides: Overrides = None, local: Local = Fal
 
 @verb(campaign, example="campaign status runs/embedded_table")
 def status(directory: Directory) -> None:
-    """What each stage has done, and its last trouble."""
+    """What each stage has done, and its last trouble. Also of a refinement or an evaluation."""
     from rich.console import Console
 
     from megadistill.launch.campaign import Campaign
-    from megadistill.launch.stages import table
+    from megadistill.launch.staged_work import is_staged_work, read_states, table
 
-    Console().print(table(Campaign.load(directory).status()))
+    root = Path(directory).absolute()
+    Console().print(
+        table(read_states(root) if is_staged_work(root) else Campaign.load(directory).status())
+    )
 
 
 @verb(campaign, example="campaign cancel runs/embedded_table")
 def cancel(directory: Directory) -> None:
-    """Cancel what is in the queue."""
+    """Cancel what is in the queue. Also of a refinement or an evaluation."""
+    from megadistill.launch import staged_work
     from megadistill.launch.campaign import Campaign
 
-    jobs = Campaign.load(directory).cancel()
+    root = Path(directory).absolute()
+    if staged_work.is_staged_work(root):
+        jobs = staged_work.cancel(staged_work.stage_folders(root))
+    else:
+        jobs = staged_work.cancel(Campaign.load(directory).folders)
     print(f"cancelled: {', '.join(jobs) or 'nothing was in the queue'}")

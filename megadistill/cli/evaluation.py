@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from megadistill.cli.verbs import Overrides, Source, family, verb
+from megadistill.cli.verbs import Overrides, Source, Wait, family, verb
 from megadistill.config import EvaluateConfig, load
 
 evaluation = family(
@@ -17,11 +17,11 @@ evaluation = family(
 
 
 @verb(evaluation, example="eval run configs/eval/embedded.yaml cluster=null")
-def run(config: Source, overrides: Overrides = None) -> None:
-    """Run benchmarks and make their table; again, it runs what is not done."""
+def run(config: Source, overrides: Overrides = None, wait: Wait = False) -> None:
+    """Run benchmarks and make their table, or submit that as jobs; again, what is not done."""
     from megadistill.evaluate.pipeline import run_evaluation
 
-    print(run_evaluation(load(EvaluateConfig, config, overrides or ())))
+    print(run_evaluation(load(EvaluateConfig, config, overrides or ()), wait=wait))
 
 
 @verb(evaluation, example="eval compare base=RUN/results/a mine=RUN/results/b,RUN2/results/b")

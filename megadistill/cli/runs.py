@@ -55,11 +55,15 @@ def status(
     watch: Annotated[bool, Option("--watch", help="Follow it from start to end.")] = False,
     give_up: Annotated[float, Option(metavar="S", help="End after S silent seconds.")] = 1800,
 ) -> None:
-    """Where a run stands: nodes, attempts, last steps, time left."""
+    """Where a run stands: nodes, attempts, last steps, time left. Or a refinement, an evaluation."""
+    from megadistill.cli import campaigns
+    from megadistill.launch.staged_work import is_staged_work
     from megadistill.report import status as reporting
     from megadistill.rundir import RunDir
 
-    if watch:
+    if is_staged_work(Path(run)):
+        campaigns.status(run)
+    elif watch:
         reporting.watch(RunDir(Path(run).absolute()), interval_s=1.0, give_up_s=give_up)
     else:
         reporting.show(existing_run(run))
@@ -117,7 +121,7 @@ def doctor(
 
 @verb(app, example="shard runs/NAME/stages/STAGE/shards/KEY    (in a job)")
 def shard(directory: Annotated[str, Argument(help="as in the example")]) -> None:
-    """One try of one shard of a fan-out. Its directory holds what it is to do."""
+    """One try of one shard. Its directory holds what it is to do."""
     from megadistill.launch.shards import run_shard
 
     run_shard(Path(directory))

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from typer import Option
 
-from megadistill.cli.verbs import Overrides, Source, app, verb
+from megadistill.cli.verbs import Overrides, Source, Wait, app, verb
 from megadistill.config import PrepareConfig, RefineConfig, load
 
 
@@ -28,11 +28,11 @@ def prepare(
 
 
 @verb(app, example="refine configs/embedded/raft_refine.yaml")
-def refine(config: Source, overrides: Overrides = None) -> None:
-    """RAFT's stage 1: rewrite, filter and fuse answers. Again, it runs what is not done."""
+def refine(config: Source, overrides: Overrides = None, wait: Wait = False) -> None:
+    """RAFT's stage 1: rewrite, filter and fuse answers. Again, it does what is not done."""
     from megadistill.refine.pipeline import run_refinement
 
-    print(run_refinement(load(RefineConfig, config, overrides or ())))
+    print(run_refinement(load(RefineConfig, config, overrides or ()), wait=wait))
 
 
 @verb(app, "prepare-model", example="prepare-model")

@@ -26,6 +26,7 @@ Overrides = Annotated[
     Argument(metavar="KEY=VALUE", help="changes, e.g. batch.size=64, or files to merge"),
 ]
 Run = Annotated[str, Argument(metavar="RUN", help="run directory, e.g. runs/camopd_medical")]
+Wait = Annotated[bool, Option("--wait", help="Stay until the jobs of its `cluster` have ended.")]
 
 _ONLY_READ = "only read"
 

@@ -6,16 +6,12 @@ The system is served by the shard, or is an endpoint; LiveBench sees an OpenAI-c
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from pydantic import TypeAdapter
 
 from megadistill.atomic import atomic_directory, remove_torn, write_atomic
-from megadistill.config.refine import ChatModelConfig
+from megadistill.inference.model_argument import ModelArgument
 from megadistill.inference.serving import open_models
-from megadistill.refine.stages import Stage
+from megadistill.launch.shards import KnownFile, Runtime, ShardArguments
 
 RELEASE = "2024-11-25"
 COMMAND = Path("livebench/run_livebench.py")
@@ -23,19 +19,28 @@ COMMAND = Path("livebench/run_livebench.py")
 JUDGMENTS = "ground_truth_judgment.jsonl"
 KEY = "MEGADISTILL_SYSTEM_KEY"
 """Environment variable with the system's key, by which LiveBench is told it."""
-_MODEL: TypeAdapter[ChatModelConfig] = TypeAdapter(ChatModelConfig)
 
 
-def run(directory: Path, arguments: Mapping[str, Any]) -> None:
+class ExternalArguments(ShardArguments):
+    """A system, and the command that asks it."""
+
+    system: str
+    model: ModelArgument
+    code: KnownFile
+    """`COMMAND` in a checkout."""
+    python: Runtime[str]
+    max_tokens: int
+    options: tuple[str, ...]
+    gpu: Runtime[bool]
+
+
+def run(directory: Path, arguments: ExternalArguments) -> None:
     """The shard. It resumes what an earlier try left in its copy of the checkout."""
-    runtime = Stage.of(directory).runtime
-    system = arguments["system"]
-    tool = runtime["external"]["livebench"]
     place = directory / "checkout"
     if not place.exists():
-        copy_code(Path(tool["checkout"]), place)
-    model = _MODEL.validate_python(runtime["systems"][system])
-    with open_models({system: model}, gpu=runtime["gpu"], logs=directory) as models:
+        copy_code(arguments.code.path.parents[len(COMMAND.parts) - 1], place)
+    system, model = arguments.system, arguments.model.config
+    with open_models({system: model}, gpu=arguments.gpu, logs=directory) as models:
         chat = models[system]
         words = {
             "--model": chat.model,
@@ -46,11 +51,11 @@ def run(directory: Path, arguments: Mapping[str, Any]) -> None:
             "--bench-name": "live_bench",
             "--livebench-release-option": RELEASE,
             "--force-temperature": 0,
-            "--max-tokens": arguments["max_tokens"],
+            "--max-tokens": arguments.max_tokens,
             "--parallel-requests": model.concurrency,
         }
-        command = [tool["python"], COMMAND.name, "--resume"]
-        command += [str(word) for pair in words.items() for word in pair] + arguments["options"]
+        command = [arguments.python, COMMAND.name, "--resume"]
+        command += [str(word) for pair in words.items() for word in pair] + list(arguments.options)
         environment = {**os.environ, KEY: chat.key}
         ended = subprocess.run(
             command,

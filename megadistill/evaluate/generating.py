@@ -1,70 +1,80 @@
 """Answers of one system to one share of a benchmark: through vLLM in the shard, or an endpoint."""
 
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter
-
-from megadistill.config.refine import ChatModelConfig, EndpointConfig, ServedConfig
+from megadistill.config.refine import EndpointConfig, ServedConfig
 from megadistill.data.tokenizer import chat_ids, load_tokenizer
 from megadistill.evaluate.benchmarks import get_benchmark, read_items
 from megadistill.evaluate.protocol import Item, MultiTurn
 from megadistill.evaluate.sample_grid import COLUMNS, SampleGrid
 from megadistill.inference.chat import ChatError, ChatModel, Usage, open_endpoint, run_each
 from megadistill.inference.engine import start_batch_engine
+from megadistill.inference.model_argument import ModelArgument
 from megadistill.inference.requests import BatchRequest, ChatRequest, SamplingParams
 from megadistill.inference.serving import open_models
-from megadistill.refine.blocks import Blocks
-from megadistill.refine.stages import Stage, part_of
+from megadistill.launch.shards import KnownFile, Runtime, ShardArguments
+from megadistill.refine.blocks import Blocks, part_of
 from megadistill.resolve import resolve
 from megadistill.rollout.vllm_arguments import EngineSettings
 
 log = logging.getLogger(__name__)
 
-_MODEL: TypeAdapter[ChatModelConfig] = TypeAdapter(ChatModelConfig)
-_SAMPLING: TypeAdapter[SamplingParams] = TypeAdapter(SamplingParams)
 SCENES = 16
 """Under way at the same time; each waits for one line at a time."""
 
 
-def generate(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """The shard: answers what its directory lacks. See `pipeline` for the arguments."""
-    stage = Stage.of(directory)
-    runtime = stage.runtime
-    settings = runtime["benchmarks"][arguments["benchmark"]]
-    benchmark = get_benchmark(settings["kind"])
-    grid = SampleGrid(
-        part_of(read_share(settings), arguments["part"], arguments["of"]),
-        _SAMPLING.validate_python(arguments["draw"]),
-        arguments["seed"],
-    )
-    blocks = Blocks(directory, COLUMNS, total=len(grid), size=arguments["block"])
-    if not (missing := blocks.missing()):
+class ItemsArguments(ShardArguments):
+    """The items of a benchmark."""
+
+    benchmark: str
+    """Its name in the configuration."""
+    kind: str
+    """Of its protocol."""
+    items: KnownFile
+    limit: int | None
+    block: int
+    gpu: Runtime[bool]
+
+    def read(self) -> list[Item]:
+        """The items as the configuration limits them."""
+        return list(read_items(self.kind, str(self.items.path)))[: self.limit]
+
+
+class GenerateArguments(ItemsArguments):
+    """A part of them for a system to answer."""
+
+    system: str
+    model: ModelArgument
+    director: ModelArgument | None
+    """The judge's model, where answers take several turns."""
+    sampling: SamplingParams
+    seed: int
+    part: int
+    of: int
+
+
+def generate(directory: Path, arguments: GenerateArguments) -> None:
+    """The shard: answers what its directory lacks."""
+    multi_turn = get_benchmark(arguments.kind).multi_turn
+    items = part_of(arguments.read(), arguments.part, arguments.of)
+    grid = SampleGrid(items, arguments.sampling, arguments.seed)
+    blocks = Blocks(directory, COLUMNS, total=len(grid), size=arguments.block)
+    if not blocks.missing():
         return
-    model = _MODEL.validate_python(runtime["systems"][arguments["system"]])
-    begun = time.monotonic()
-    if benchmark.multi_turn is not None:
-        director = _MODEL.validate_python(runtime["models"][settings["judges"][0]])
-        models = {"actor": model, "director": director}
-        with open_models(models, gpu=runtime["gpu"], logs=directory) as chats:
-            run_scenes(benchmark.multi_turn, list(chats.values()), grid, blocks)
+    model = arguments.model.config
+    if multi_turn is not None:
+        assert arguments.director is not None
+        models = {"actor": model, "director": arguments.director.config}
+        with open_models(models, gpu=arguments.gpu, logs=directory) as chats:
+            run_scenes(multi_turn, list(chats.values()), grid, blocks)
     elif isinstance(model, EndpointConfig):
-        ask_all(open_endpoint(arguments["system"], model), grid, blocks)
+        ask_all(open_endpoint(arguments.model.name, model), grid, blocks)
     else:
-        write_all(model, grid, blocks, gpu=runtime["gpu"])
-    seconds = time.monotonic() - begun
-    stage.note_figures(directory, {"answers": len(missing), "seconds": seconds})
-
-
-def read_share(settings: Mapping[str, Any]) -> list[Item]:
-    """The items of a benchmark as the configuration limits them."""
-    items = read_items(settings["kind"], settings["path"])
-    return list(items)[: settings["limit"]]
+        write_all(model, grid, blocks, gpu=arguments.gpu)
 
 
 def write_all(model: ServedConfig, grid: SampleGrid, blocks: Blocks, *, gpu: bool) -> None:

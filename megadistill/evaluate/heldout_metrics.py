@@ -7,11 +7,9 @@ training engine scores them as it does during a run.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import TypeAdapter
 
 from megadistill.config import EvaluateConfig
 from megadistill.config.evaluate import SignalConfig
@@ -24,12 +22,11 @@ from megadistill.evaluate.benchmarks.recorded import scored
 from megadistill.evaluate.heldout import measure_texts
 from megadistill.evaluate.scoring import COLUMNS
 from megadistill.inference.engine import start_batch_engine
+from megadistill.inference.model_argument import ModelArgument
 from megadistill.inference.requests import BatchRequest, SamplingParams
-from megadistill.launch.shards import fingerprint
+from megadistill.launch.shards import Runtime, ShardArguments, Upstream, fingerprint
 from megadistill.megatron.frozen import FrozenModels
-from megadistill.refine.blocks import read_rows_of, write_rows
-from megadistill.refine.pipeline import identity
-from megadistill.refine.stages import Stage
+from megadistill.refine.blocks import Row, read_rows_of, write_rows
 from megadistill.resolve import resolve
 from megadistill.rollout.seeds import seed_for
 from megadistill.rollout.vllm_arguments import EngineSettings
@@ -42,16 +39,30 @@ TEXT_COLUMNS = {
     "token_ids": pa.list_(pa.int32()),
     "num_scored": "int64",
 }
-_DATA: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
-_SIGNAL: TypeAdapter[SignalConfig] = TypeAdapter(SignalConfig)
-_MODEL: TypeAdapter[ServedConfig] = TypeAdapter(ServedConfig)
-Row = dict[str, Any]  # as the columns say
-Arguments = dict[str, Any]  # plain JSON values
 
 
-def measured_systems(config: EvaluateConfig) -> dict[str, ServedConfig]:
-    """The systems that are directories, not endpoints."""
-    return {n: model for n, model in config.systems.items() if isinstance(model, ServedConfig)}
+class TextsArguments(ShardArguments):
+    """The texts of a signal; two signals on the same texts share them."""
+
+    signal: SignalConfig
+    data: DataConfig
+    """With the signal's pool alone."""
+    files: tuple[str, ...]
+    """Hashes of what the pool is read from."""
+    writer: ModelArgument
+    seed: int
+    gpu: Runtime[bool]
+
+
+class MeasureArguments(ShardArguments):
+    """The signals of one system."""
+
+    system: ModelArgument
+    teachers: dict[str, ModelArgument]
+    signals: dict[str, SignalConfig]
+    writers: dict[str, ModelArgument]
+    texts: dict[str, Upstream]
+    gpu: Runtime[bool]
 
 
 def writer_of(config: EvaluateConfig, signal: SignalConfig) -> str:
@@ -59,35 +70,47 @@ def writer_of(config: EvaluateConfig, signal: SignalConfig) -> str:
     return signal.teacher or next(iter(measured_systems(config)))
 
 
-def text_arguments(config: EvaluateConfig, name: str) -> Arguments:
-    """Of the shard that writes the texts of a signal; two signals on the same texts share it."""
+def measured_systems(config: EvaluateConfig) -> list[str]:
+    """The systems that are directories, not endpoints."""
+    return [name for name, model in config.systems.items() if isinstance(model, ServedConfig)]
+
+
+def text_arguments(
+    config: EvaluateConfig, name: str, models: Mapping[str, ModelArgument], *, gpu: bool
+) -> TextsArguments:
+    """Of the shard that writes the texts of a signal."""
     assert config.data is not None
     signal = config.signals[name]
-    writer = writer_of(config, signal)
     kind = {} if signal.teacher is None else {"kind": "forward_kl"}
     pool = config.data.pools[signal.pool]
-    data = _DATA.dump_python(config.data, mode="json")
-    return {
-        "signal": _SIGNAL.dump_python(signal, mode="json") | kind,
-        "data": data | {"pools": {signal.pool: data["pools"][signal.pool]}},
-        "files": [fingerprint(f) for source in pool.sources for f in files_of(source.location)],
-        "writer": writer,
-        "model": identity(_local(config, writer)),
-        "seed": config.seed,
-    }
+    return TextsArguments(
+        signal=signal.model_copy(update=kind),
+        data=config.data.model_copy(update={"pools": {signal.pool: pool}}),
+        files=tuple(fingerprint(f) for source in pool.sources for f in files_of(source.location)),
+        writer=models[writer_of(config, signal)],
+        seed=config.seed,
+        gpu=gpu,
+    )
 
 
-def measure_arguments(config: EvaluateConfig, system: str, texts: Mapping[str, str]) -> Arguments:
-    """Of the shard that measures a system; `texts`: signal -> key of its texts' shard."""
+def measure_arguments(
+    config: EvaluateConfig,
+    system: str,
+    texts: Mapping[str, Upstream],
+    models: Mapping[str, ModelArgument],
+    *,
+    gpu: bool,
+) -> MeasureArguments:
+    """Of the shard that measures a system; `texts` by signal."""
     teachers = {signal.teacher for signal in config.signals.values() if signal.teacher}
-    return {
-        "system": system,
-        "model": identity(config.systems[system]),
-        "teachers": {name: identity(_local(config, name)) for name in sorted(teachers)},
-        "signals": {n: _SIGNAL.dump_python(s, mode="json") for n, s in config.signals.items()},
-        "writers": {name: writer_of(config, signal) for name, signal in config.signals.items()},
-        "texts": dict(texts),
-    }
+    return MeasureArguments(
+        system=models[system],
+        teachers={name: models[name] for name in sorted(teachers)},
+        signals=dict(config.signals),
+        writers={name: models[writer_of(config, s)] for name, s in config.signals.items()},
+        texts=dict(texts),
+        gpu=gpu,
+    )
 
 
 def title_of(signal: SignalConfig) -> str:
@@ -101,12 +124,10 @@ def title_of(signal: SignalConfig) -> str:
     return f"NLL of {whose}, {signal.pool}"
 
 
-def write_texts(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """The shard: the texts of one signal. See `text_arguments`."""
-    runtime = Stage.of(directory).runtime
-    signal = _SIGNAL.validate_python(arguments["signal"])
-    data = _DATA.validate_python(arguments["data"])
-    model = _model(runtime, arguments["writer"])
+def write_texts(directory: Path, arguments: TextsArguments) -> None:
+    """The shard: the texts of one signal."""
+    signal, data = arguments.signal, arguments.data
+    model = _served(arguments.writer)
     tokenizer = load_tokenizer(model.path)
     pool = make_pools(data, tokenizer, 0, [signal.pool])[signal.pool]
     prompts = pool.heldout[: signal.prompts]
@@ -117,9 +138,9 @@ def write_texts(directory: Path, arguments: Mapping[str, Any]) -> None:
     if signal.teacher is None:
         texts = [answer_ids(prompt, tokenizer)[: signal.max_tokens] for prompt in prompts]
     else:
-        seeds = [seed_for(arguments["seed"], 0, prompt.id) for prompt in prompts]
+        seeds = [seed_for(arguments.seed, 0, prompt.id) for prompt in prompts]
         context = data.max_prompt_tokens + signal.max_tokens
-        texts = sample(model, prompts, seeds, (context, signal.max_tokens), gpu=runtime["gpu"])
+        texts = sample(model, prompts, seeds, (context, signal.max_tokens), gpu=arguments.gpu)
     rows = [
         {
             "item": prompt.id,
@@ -157,27 +178,26 @@ def sample(
     return [found[number] for number in range(len(prompts))]
 
 
-def measure(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """The shard: every signal of one system, a file each. See `measure_arguments`."""
-    stage = Stage.of(directory)
-    runtime, system = stage.runtime, arguments["system"]
-    signals = {n: _SIGNAL.validate_python(given) for n, given in arguments["signals"].items()}
-    names = [system, *(s.teacher for s in signals.values() if s.kind != "nll" and s.teacher)]
-    models = {name: _model(runtime, name) for name in names}
+def measure(directory: Path, arguments: MeasureArguments) -> None:
+    """The shard: every signal of one system, a file each."""
+    system = arguments.system.name
+    compared = {s.teacher for s in arguments.signals.values() if s.kind != "nll" and s.teacher}
+    known = {name: one for name, one in arguments.teachers.items() if name in compared}
+    models = {name: _served(one) for name, one in ({system: arguments.system} | known).items()}
     tokenizer = load_tokenizer(models[system].path)
-    for writer in sorted(set(arguments["writers"].values())):
-        other = load_tokenizer(_model(runtime, writer).path)
+    for writer in {one.name: one for one in arguments.writers.values()}.values():
+        other = load_tokenizer(_served(writer).path)
         if other.get_vocab() != tokenizer.get_vocab():
             raise ValueError(
-                f"signals: {system} and {writer} have different tokenizers, expected the same"
+                f"signals: {system} and {writer.name} have different tokenizers, expected the same"
             )
     engine = FrozenModels(
         {name: (resolve("model", model.path), model.precision) for name, model in models.items()},
-        gpu=runtime["gpu"],
+        gpu=arguments.gpu,
         threads=models[system].engine.threads,
     )
-    for name, signal in signals.items():
-        (folder,) = stage.outputs("texts", [arguments["texts"][name]])
+    for name, signal in arguments.signals.items():
+        (folder,) = arguments.texts[name].outputs
         texts = read_rows_of(folder / TEXTS)
         written = [str(tokenizer.decode(t["token_ids"][-t["num_scored"] :])) for t in texts]
         found = zip(rows_of(engine, system, signal, texts), written, strict=True)
@@ -210,12 +230,6 @@ def rows_of(
         }
 
 
-def _model(runtime: Mapping[str, Any], name: str) -> ServedConfig:
-    known = {**runtime["models"], **runtime["systems"]}
-    return _MODEL.validate_python(known[name])
-
-
-def _local(config: EvaluateConfig, name: str) -> ServedConfig:
-    model = {**config.models, **config.systems}[name]
-    assert isinstance(model, ServedConfig)
-    return model
+def _served(model: ModelArgument) -> ServedConfig:
+    assert isinstance(model.config, ServedConfig)
+    return model.config

@@ -1,76 +1,85 @@
 """One evaluation from its configuration to a table: generate, score, sum up.
 
-Both steps are fan-outs of shards, each named by a hash of all that its result depends on, so a
-repeated call runs what is not done.
+Each stage is shards named by a hash of all that their results depend on, so a repeated call runs
+what is not done.
 """
 
 import json
-import logging
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from megadistill import stats
-from megadistill.atomic import write_atomic
+from megadistill.atomic import link_or_copy, write_atomic
 from megadistill.config import EvaluateConfig, dump, resolve_path
-from megadistill.config.evaluate import ExternalConfig
-from megadistill.config.refine import ChatModelConfig, ServedConfig
 from megadistill.evaluate import (
     compare,
-    entries,
     external,
+    generating,
     heldout_metrics,
     requirements,
     results,
+    scoring,
 )
 from megadistill.evaluate.benchmarks import get_benchmark, recorded
-from megadistill.evaluate.protocol import Benchmark, benchmark_file
-from megadistill.evaluate.scoring import COLUMNS
+from megadistill.evaluate.protocol import Benchmark
+from megadistill.inference.model_argument import ModelArgument, uses_gpu
 from megadistill.inference.requests import SamplingParams
-from megadistill.launch.shards import Shard, fingerprint
+from megadistill.launch.shards import Arguments, KnownFile, Shard, Upstream
 from megadistill.launch.staged_work import StagedWork
-from megadistill.launch.stages import Limits, ShardedStage
-from megadistill.refine.blocks import read_blocks, read_rows_of, write_rows
-from megadistill.refine.entries import PlainArguments
-from megadistill.refine.pipeline import identity
-from megadistill.refine.stages import Stage
-
-log = logging.getLogger(__name__)
+from megadistill.launch.stages import Limits
+from megadistill.refine.blocks import Row, read_rows_of, write_rows
 
 FORMAT = 1
 """Changes when a shard computes something else from the same settings."""
+Pair = tuple[str, str]
+"""A system, and a benchmark or a signal."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """One evaluation; `run` is the story."""
 
     config: EvaluateConfig
     gpu: bool
+    systems: Mapping[str, ModelArgument]
+    models: Mapping[str, ModelArgument]
+
+    @classmethod
+    def of(cls, config: EvaluateConfig, *, gpu: bool) -> "Evaluation":
+        """Without the optional benchmarks whose files are not here."""
+        config = requirements.without_missing(config)
+        systems, models = (
+            {name: ModelArgument.of(name, model) for name, model in some.items()}
+            for some in (config.systems, config.models)
+        )
+        return cls(config=config, gpu=gpu, systems=systems, models=models)
 
     @property
     def root(self) -> Path:
         return (Path(self.config.runs_dir) / self.config.name).absolute()
 
-    def run(self) -> str:
-        """Run what is not done, write the results, and return the table as Markdown."""
-        self.config = requirements.without_missing(self.config)
+    def run(self, *, wait: bool = False) -> str:
+        """Run or submit what is not done; returns the table as Markdown, or how to follow the jobs."""
         files = requirements.check(self.config)
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(self.root / "config.yaml", dump(self.config))
-        answers = self.generate(files)
-        scores = self.score(answers)
-        measured = self.measure()
-        judged = self.run_external()
-        directories = self.write_results(scores, measured, judged)
-        baseline = self.config.baseline or next(iter(self.config.systems))
-        order = sorted(directories, key=lambda name: name != baseline)
-        chosen = {name: [directories[name]] for name in order}
-        return compare.write_tables(chosen, self.root / "report", self.config.confidence)
+        shards = self.config.shards
+        work = StagedWork(
+            name=self.config.name,
+            root=self.root,
+            command=("eval", "run", str(self.root / "config.yaml")),
+            limits=Limits(concurrency=shards.concurrency, tries=shards.tries),
+            cluster=self.config.cluster,
+        )
+        items = {name: KnownFile.of(file) for name, file in files.items()}
+        scores = self.score(work, items, self.generate(work, items))
+        measured = self.measure(work)
+        judged = self.run_external(work)
+        finish = partial(self.finish, work, scores | measured, judged)
+        return work.carry_out(finish, wait=wait)
 
     def benchmark(self, name: str) -> Benchmark:
         return requirements.benchmark_of(self.config, name)
@@ -82,139 +91,178 @@ class Evaluation:
         set_here = {key: getattr(chosen, key) for key in names if getattr(chosen, key) is not None}
         return replace(self.benchmark(name).sampling, **set_here)
 
-    def generate(self, files: Mapping[str, Path]) -> dict[tuple[str, str], list[str]]:
-        """(system, benchmark) -> keys of the shards with the answers."""
-        shards: dict[tuple[str, str], list[Shard[PlainArguments]]] = {}
-        needs: dict[int, list[Shard[PlainArguments]]] = defaultdict(list)
-        for system, model in self.config.systems.items():
+    def generate(self, work: StagedWork, items: Mapping[str, KnownFile]) -> dict[Pair, Upstream]:
+        """The answers of each system to each benchmark."""
+        shards: dict[Pair, list[Shard[Any]]] = {}
+        for system, model in self.systems.items():
             for name, chosen in self.config.benchmarks.items():
-                common = {
-                    "system": system,
-                    "model": identity(model),
-                    "benchmark": name,
-                    "items": [fingerprint(files[name]), chosen.limit, chosen.kind or name],
-                    "draw": asdict(self.sampling(name)),
-                    "block": self.config.shards.block,
-                    "seed": self.config.seed,
-                    "of": self.config.shards.count,
-                }
-                gpus = _gpus(model)
-                if self.benchmark(name).multi_turn is not None:
-                    director = self.config.models[chosen.judges[0]]
-                    common["director"] = identity(director)
-                    gpus += _gpus(director)
+                scenes = self.benchmark(name).multi_turn is not None
+                director = self.models[chosen.judges[0]] if scenes else None
+                first = generating.GenerateArguments(
+                    benchmark=name,
+                    kind=chosen.kind or name,
+                    items=items[name],
+                    limit=chosen.limit,
+                    block=self.config.shards.block,
+                    gpu=self.gpu,
+                    system=system,
+                    model=model,
+                    director=director,
+                    sampling=self.sampling(name),
+                    seed=self.config.seed,
+                    part=0,
+                    of=self.config.shards.count,
+                )
+                gpus = model.gpus + (director.gpus if director else 0)
                 shards[system, name] = [
-                    self.shard("generate", {**common, "part": part}, system, name)
+                    self.shard(
+                        *(generating.generate, first.model_copy(update={"part": part}), gpus),
+                        label=f"generate {system} {name}",
+                    )
                     for part in range(self.config.shards.count)
                 ]
-                needs[gpus] += shards[system, name]
-        for gpus, group in needs.items():
-            self.fan_out("generate", group, gpus)
-        return {pair: [shard.key for shard in group] for pair, group in shards.items()}
+        stage = work.stage("generate", [shard for group in shards.values() for shard in group])
+        return {pair: stage.upstream(group) for pair, group in shards.items()}
 
-    def score(self, answers: Mapping[tuple[str, str], Sequence[str]]) -> dict[tuple[str, str], str]:
-        """(system, benchmark) -> key of the shard with the scores."""
+    def score(
+        self, work: StagedWork, items: Mapping[str, KnownFile], answers: Mapping[Pair, Upstream]
+    ) -> dict[Pair, Path]:
+        """The file of the scores of each system at each benchmark."""
         shards = {}
-        needs: dict[int, list[Shard[PlainArguments]]] = defaultdict(list)
-        for (system, name), keys in answers.items():
-            judges = [self.config.models[judge] for judge in self.config.benchmarks[name].judges]
-            arguments = {
-                "benchmark": name,
-                "answers": list(keys),
-                "judges": [identity(judge) for judge in judges],
-                **requirements.tools_identity(self.config, name),
-                "block": self.config.shards.block,
-            }
-            shards[system, name] = self.shard("score", arguments, system, name)
-            needs[sum(_gpus(judge) for judge in judges)].append(shards[system, name])
-        for gpus, group in needs.items():
-            self.fan_out("score", group, gpus)
-        return {pair: shard.key for pair, shard in shards.items()}
+        for (system, name), some in answers.items():
+            chosen = self.config.benchmarks[name]
+            arguments = scoring.ScoreArguments(
+                benchmark=name,
+                kind=chosen.kind or name,
+                items=items[name],
+                limit=chosen.limit,
+                block=self.config.shards.block,
+                gpu=self.gpu,
+                answers=some,
+                judges=tuple(self.models[judge] for judge in chosen.judges),
+                checkout=requirements.checkout_of(self.config, name) or Path(),
+                tools=requirements.tools_hash(self.config, name),
+                sandbox=self.config.sandbox,
+            )
+            gpus = sum(judge.gpus for judge in arguments.judges)
+            label = f"score {system} {name}"
+            shards[system, name] = self.shard(scoring.score, arguments, gpus, label=label)
+        stage = work.stage("score", list(shards.values()), needs=["generate"])
+        return dict(zip(shards, [path / scoring.SCORES for path in stage.outputs], strict=True))
 
-    def measure(self) -> dict[tuple[str, str], Path]:
-        """(system, signal) -> the file of its rows."""
+    def measure(self, work: StagedWork) -> dict[Pair, Path]:
+        """The file of the values of each signal of each system."""
         if not self.config.signals:
             return {}
-        texts = {
-            name: self.shard("write_texts", heldout_metrics.text_arguments(self.config, name), name)
-            for name in self.config.signals
-        }
-        chosen = heldout_metrics.measured_systems(self.config)
-        gpus = max(_gpus(model) for model in (*chosen.values(), *self.config.models.values()))
-        self.fan_out("texts", list({shard.key: shard for shard in texts.values()}.values()), gpus)
-        keys = {name: shard.key for name, shard in texts.items()}
-        shards = {
-            system: self.shard(
-                "measure", heldout_metrics.measure_arguments(self.config, system, keys), system
+        known = {**self.models, **self.systems}
+        texts = {}
+        for name in self.config.signals:
+            arguments = heldout_metrics.text_arguments(self.config, name, known, gpu=self.gpu)
+            gpus, label = arguments.writer.gpus, f"texts {name}"
+            texts[name] = self.shard(heldout_metrics.write_texts, arguments, gpus, label=label)
+        written = work.stage("texts", list(texts.values()))
+        upstream = {name: written.upstream([shard]) for name, shard in texts.items()}
+        systems = heldout_metrics.measured_systems(self.config)
+        shards = [
+            self.shard(
+                heldout_metrics.measure,
+                heldout_metrics.measure_arguments(
+                    self.config, system, upstream, known, gpu=self.gpu
+                ),
+                1,
+                label=f"measure {system}",
             )
-            for system in chosen
-        }
-        self.fan_out("measure", list(shards.values()), 1)
-        stage = Stage(self.root / "stages" / "measure")
+            for system in systems
+        ]
+        stage = work.stage("measure", shards, needs=["texts"])
         return {
-            (system, name): stage.outputs("measure", [shard.key])[0] / f"{name}.parquet"
-            for system, shard in shards.items()
+            (system, name): output / f"{name}.parquet"
+            for system, output in zip(systems, stage.outputs, strict=True)
             for name in self.config.signals
         }
 
-    def run_external(self) -> dict[str, dict[str, Path]]:
-        """System -> benchmark -> what its own command left; what is recorded already, with it."""
+    def run_external(self, work: StagedWork) -> dict[Pair, Path]:
+        """What benchmarks' own commands leave, and what is recorded already."""
         found = {
-            system: {name: Path(resolve_path(file)) for name, file in files.items()}
+            (system, name): Path(resolve_path(file))
             for system, files in self.config.recorded.items()
+            for name, file in files.items()
         }
-        shards: dict[str, Shard[PlainArguments]] = {}
+        shards = []
         for tool in self.config.external.values():
-            for system, model in self.config.systems.items():
-                arguments = external_arguments(system, model, tool)
-                shards[system] = self.shard("run", arguments, system, "livebench")
-        if shards:
-            gpus = max(_gpus(model) for model in self.config.systems.values())
-            self.fan_out("external", list(shards.values()), gpus)
-        stage = Stage(self.root / "stages" / "external")
-        for system, shard in shards.items():
-            (folder,) = stage.outputs("external", [shard.key])
-            found.setdefault(system, {})["livebench"] = folder / external.JUDGMENTS
+            for system, model in self.systems.items():
+                arguments = external.ExternalArguments(
+                    system=system,
+                    model=model,
+                    code=KnownFile.of(Path(tool.checkout) / external.COMMAND),
+                    python=tool.python,
+                    max_tokens=tool.max_tokens,
+                    options=tuple(tool.options),
+                    gpu=self.gpu,
+                )
+                label = f"external {system} livebench"
+                shards.append(self.shard(external.run, arguments, model.gpus, label=label))
+        stage = work.stage("external", shards)
+        for system, output in zip(self.systems, stage.outputs, strict=False):
+            found[system, "livebench"] = output / external.JUDGMENTS
         return found
 
-    def write_results(
+    def shard(
         self,
-        scores: Mapping[tuple[str, str], str],
-        measured: Mapping[tuple[str, str], Path],
-        judged: Mapping[str, Mapping[str, Path]],
+        function: Callable[[Path, Arguments], None],
+        arguments: Arguments,
+        gpus: int,
+        *,
+        label: str,
+    ) -> Shard[Any]:
+        return Shard(
+            function=function,
+            arguments=arguments,
+            label=label,
+            gpus=gpus if self.gpu else 0,
+            version=FORMAT,
+        )
+
+    def finish(
+        self, work: StagedWork, made: Mapping[Pair, Path], judged: Mapping[Pair, Path]
+    ) -> str:
+        """Write the results of the finished stages; returns the table."""
+        for stage in work.stages:
+            stage.check()
+        directories = self.write_results(made, judged)
+        baseline = self.config.baseline or next(iter(self.config.systems))
+        order = sorted(directories, key=lambda name: name != baseline)
+        chosen = {name: [directories[name]] for name in order}
+        return compare.write_tables(chosen, self.root / "report", self.config.confidence)
+
+    def write_results(
+        self, made: Mapping[Pair, Path], judged: Mapping[Pair, Path]
     ) -> dict[str, Path]:
-        """System -> the directory of its results."""
-        stage = Stage(self.root / "stages" / "score")
+        """System -> the directory of its results; what shards made is not stored again."""
         directories = {}
         for system in self.config.systems:
             directory = directories[system] = self.root / "results" / system
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             summary = {}
-            for name in self.config.benchmarks:
-                rows = read_blocks(stage.outputs("score", [scores[system, name]]))
-                write_rows(directory / f"{name}.parquet", rows, COLUMNS)
-                summary[name] = self.described(
-                    self.config.benchmarks[name].kind or name, self.sampling(name), rows
-                ) | {"judges": self.config.benchmarks[name].judges}
-            for name, file in judged.get(system, {}).items():
-                found = recorded.read_recorded(name, file)
-                write_rows(directory / f"{name}.parquet", found.rows, COLUMNS)
-                described = self.described(found.kind, SamplingParams(), found.rows)
-                summary[name] = {**described, **found.facts}
+            for name, chosen in self.config.benchmarks.items():
+                rows = keep(made[system, name], directory / f"{name}.parquet")
+                found = self.described(chosen.kind or name, self.sampling(name), rows)
+                summary[name] = found | {"judges": chosen.judges}
+            for (judged_system, name), file in judged.items():
+                if judged_system == system:
+                    left = recorded.read_recorded(name, file)
+                    write_rows(directory / f"{name}.parquet", left.rows, scoring.COLUMNS)
+                    found = self.described(left.kind, SamplingParams(), left.rows)
+                    summary[name] = {**found, **left.facts}
             for name, signal in self.config.signals.items():
-                if (system, name) not in measured:
-                    continue
-                rows = read_rows_of(measured[system, name])
-                write_rows(directory / f"{name}.parquet", rows, COLUMNS)
-                title = {"title": heldout_metrics.title_of(signal)}
-                summary[name] = self.described(signal.kind, SamplingParams(), rows) | title
-            text = json.dumps(summary, indent=1)
-            write_atomic(directory / results.SUMMARY, text)
+                if (system, name) in made:
+                    rows = keep(made[system, name], directory / f"{name}.parquet")
+                    found = self.described(signal.kind, SamplingParams(), rows)
+                    summary[name] = found | {"title": heldout_metrics.title_of(signal)}
+            write_atomic(directory / results.SUMMARY, json.dumps(summary, indent=1))
         return directories
 
-    def described(
-        self, kind: str, sampling: SamplingParams, rows: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def described(self, kind: str, sampling: SamplingParams, rows: Sequence[Row]) -> dict[str, Any]:
         """What is kept of a benchmark beside its transcripts (any: JSON)."""
         benchmark = get_benchmark(kind)
         found = results.summarise(rows, benchmark.groups)
@@ -237,87 +285,13 @@ class Evaluation:
             "details": dict(found.details),
         }
 
-    def shard(self, entry: str, arguments: dict[str, Any], *label: str) -> Shard[PlainArguments]:
-        return Shard(
-            function=getattr(entries, entry),
-            arguments=PlainArguments(values=arguments),
-            label=" ".join((entry, *label)),
-            version=FORMAT,
-        )
 
-    def fan_out(self, name: str, shards: Sequence[Shard[PlainArguments]], gpus: int) -> None:
-        """Run a step's shards, those that are not done."""
-        stage = Stage(self.root / "stages" / name)
-        stage.write_runtime(self.runtime())
-        chosen = self.config.shards
-        limits = Limits(concurrency=chosen.concurrency, tries=chosen.tries)
-        shards = [replace(shard, gpus=gpus if self.gpu else 0) for shard in shards]
-        log.info("%s: %d shards", name, len(shards))
-        sharded = ShardedStage(name=name, root=stage.path, shards=shards, limits=limits)
-        StagedWork(
-            name=self.config.name,
-            root=self.root,
-            command=(),
-            stages=[sharded],
-            limits=limits,
-            cluster=self.config.cluster,
-            finish=sharded.describe,
-        ).carry_out(wait=True)
-        sharded.check()
-
-    def runtime(self) -> dict[str, Any]:
-        """What shards need beside what their results depend on (any: JSON)."""
-        adapter: TypeAdapter[dict[str, ChatModelConfig]] = TypeAdapter(dict[str, ChatModelConfig])
-        return {
-            "gpu": self.gpu,
-            "sandbox": self.config.sandbox,
-            "systems": adapter.dump_python(self.config.systems, mode="json"),
-            "external": {
-                name: {"checkout": str(Path(t.checkout).absolute()), "python": t.python}
-                for name, t in self.config.external.items()
-            },
-            "models": adapter.dump_python(self.config.models, mode="json"),
-            "benchmarks": {
-                name: {
-                    "kind": chosen.kind or name,
-                    "path": str(benchmark_file(self.benchmark(name), chosen.path).absolute()),
-                    "limit": chosen.limit,
-                    "judges": chosen.judges,
-                    "checkout": str(requirements.checkout_of(self.config, name) or ""),
-                }
-                for name, chosen in self.config.benchmarks.items()
-            },
-        }
+def keep(made: Path, place: Path) -> list[Row]:
+    """Put the rows that a shard made among the results; returns them."""
+    link_or_copy(made, place)
+    return read_rows_of(place)
 
 
-def run_evaluation(config: EvaluateConfig) -> str:
-    """Run an evaluation to its end; returns its table."""
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    logging.getLogger("megadistill").setLevel(logging.INFO)
-    return Evaluation(config, uses_gpu(config)).run()
-
-
-def uses_gpu(config: EvaluateConfig) -> bool:
-    """Whether shards compute on GPUs."""
-    if config.device != "auto":
-        return config.device == "cuda"
-    if config.cluster is not None:
-        return config.cluster.gpus_per_node > 0
-    import torch  # noqa: PLC0415 - slow to import
-
-    return bool(torch.cuda.is_available())
-
-
-def external_arguments(system: str, model: ChatModelConfig, tool: ExternalConfig) -> dict[str, Any]:
-    """Of the shard in which a benchmark's own command asks a system (any: JSON)."""
-    return {
-        "system": system,
-        "model": identity(model),
-        "max_tokens": tool.max_tokens,
-        "options": list(tool.options),
-        "code": fingerprint(Path(tool.checkout) / external.COMMAND),
-    }
-
-
-def _gpus(model: ChatModelConfig) -> int:
-    return model.engine.tp if isinstance(model, ServedConfig) else 0
+def run_evaluation(config: EvaluateConfig, *, wait: bool = False) -> str:
+    """Run or submit an evaluation; returns its table, or how to follow the jobs."""
+    return Evaluation.of(config, gpu=uses_gpu(config)).run(wait=wait)

@@ -11,6 +11,7 @@ from megadistill.data.files import BadRowError, Longest, files_of, read_all
 from megadistill.data.pools import stable_hash
 from megadistill.evaluate.sandbox import Mode
 from megadistill.inference.requests import ChatRequest, SamplingParams
+from megadistill.refine.blocks import Row
 from megadistill.resolve import PACKAGE, resolve
 from megadistill.types import Message
 
@@ -21,6 +22,9 @@ DRAW_SEED = 42
 """RAFT names no seed; ALGORITHMS 2.5 chooses this one."""
 Block = Literal["general", "domain", "heldout"]
 """`heldout`: nats per token, where less is better; the others are shares of what is right."""
+
+
+Fields = Mapping[str, Any]  # a row of a benchmark's file: each knows its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +92,7 @@ class Benchmark:
     title: str
     block: Block
     sampling: SamplingParams
-    rows: Callable[[Mapping[str, Any]], Item | None]
+    rows: Callable[[Fields], Item | None]
     """A row of the file as an item, or None for one of another benchmark in the same file; raises
     `ValueError` or `KeyError` when it is wrong."""
     score: Callable[[Item, str], Score] | None = None
@@ -99,7 +103,7 @@ class Benchmark:
     judged: Judged | None = None
     multi_turn: MultiTurn | None = None
     """Makes an answer that takes several turns, with the judge's part in them."""
-    remark: Callable[[Mapping[str, Sequence[Mapping[str, Any]]], float], str] | None = None
+    remark: Callable[[Mapping[str, Sequence[Row]], float], str] | None = None
     """(system -> scored transcripts, confidence) -> what is said of all of them below a table."""
     packaged: str | None = None
     """Place of the file in a Python package; `path: packaged` means this one."""

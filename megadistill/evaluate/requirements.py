@@ -25,10 +25,10 @@ def checkout_of(config: EvaluateConfig, name: str) -> Path | None:
     return None if chosen is None else Path(resolve_path(chosen)).absolute()
 
 
-def tools_identity(config: EvaluateConfig, name: str) -> dict[str, str]:
-    """The part of a score's identity that is the benchmark's own code."""
+def tools_hash(config: EvaluateConfig, name: str) -> str | None:
+    """Identifies the benchmark's own code, if it has some."""
     needed, checkout = benchmark_of(config, name).needs, checkout_of(config, name)
-    return {"tools": fingerprint(checkout / needed)} if needed and checkout else {}
+    return fingerprint(checkout / needed) if needed and checkout else None
 
 
 def without_missing(config: EvaluateConfig) -> EvaluateConfig:

@@ -9,11 +9,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megadistill.refine.blocks import read_rows_of
+from megadistill.refine.blocks import Row, read_rows_of
 from megadistill.stats import Array
 
 SUMMARY = "summary.json"
@@ -33,7 +32,7 @@ class Scores:
     """Answers that ran into their cap."""
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], groups: str) -> Scores:
+def summarise(rows: Sequence[Row], groups: str) -> Scores:
     """Mean of each item's samples, and each item's weight in the whole."""
     values: dict[str, list[tuple[float, float]]] = defaultdict(list)
     group_of: dict[str, str] = {}

@@ -1,18 +1,16 @@
 """A shard's share of a benchmark: a grid of items and samples, worked off by position."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megadistill.evaluate.protocol import Item
 from megadistill.inference.requests import SamplingParams
+from megadistill.refine.blocks import Row
 from megadistill.rollout.seeds import seed_for
 
 COLUMNS = {
     "item": "string",
     "sample": "int64",
-    "messages": "string",
     "written": "string",
     "num_tokens": "int64",
     "finish_reason": "string",
@@ -40,12 +38,11 @@ class SampleGrid:
 
     def row(
         self, position: int, written: str, finish_reason: str, num_tokens: int | None = None
-    ) -> dict[str, Any]:
+    ) -> Row:
         item, sample = self.at(position)
         return {
             "item": item.id,
             "sample": sample,
-            "messages": json.dumps(item.messages, ensure_ascii=False),
             "written": written,
             "num_tokens": num_tokens,
             "finish_reason": finish_reason,

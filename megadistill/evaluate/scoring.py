@@ -9,19 +9,17 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter
-
-from megadistill.config.refine import ChatModelConfig
 from megadistill.evaluate.benchmarks import get_benchmark
-from megadistill.evaluate.generating import read_share
+from megadistill.evaluate.generating import ItemsArguments
 from megadistill.evaluate.protocol import Benchmark, Item, Judged, Score, Tools
+from megadistill.evaluate.sandbox import Mode
 from megadistill.inference.chat import ChatError, ChatModel, Usage, run_each
+from megadistill.inference.model_argument import ModelArgument
 from megadistill.inference.requests import ChatRequest, without_thinking
 from megadistill.inference.serving import open_models
-from megadistill.refine.blocks import Blocks, read_blocks
-from megadistill.refine.stages import Stage
+from megadistill.launch.shards import Runtime, Upstream
+from megadistill.refine.blocks import Blocks, Row, read_blocks
 
 log = logging.getLogger(__name__)
 
@@ -40,26 +38,48 @@ COLUMNS = {
     "finish_reason": "string",
 }
 """A transcript with its score: `details` and the judge's `replies` as JSON."""
-_MODEL: TypeAdapter[ChatModelConfig] = TypeAdapter(ChatModelConfig)
-Row = Mapping[str, Any]
+SCORES = "scores.parquet"
+"""All rows of a finished shard."""
 
 
-def score(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """The shard: scores what its directory lacks. See `pipeline` for the arguments."""
-    stage = Stage.of(directory)
-    runtime = stage.runtime
-    settings = runtime["benchmarks"][arguments["benchmark"]]
-    benchmark = get_benchmark(settings["kind"])
-    judged = benchmark.judged
-    items = {item.id: item for item in read_share(settings)}
-    answers = read_blocks(stage.outputs("generate", arguments["answers"]))
-    blocks = Blocks(directory, COLUMNS, total=len(answers), size=arguments["block"])
-    if not settings["judges"] or judged is None:
-        tools = Tools(checkout=Path(settings["checkout"]), sandbox=runtime["sandbox"])
-        by_rules(benchmark, tools, items, answers, blocks)
+class ScoreArguments(ItemsArguments):
+    """A system's answers to a benchmark, and who judges them."""
+
+    answers: Upstream
+    judges: tuple[ModelArgument, ...]
+    checkout: Runtime[Path]
+    tools: str | None
+    """Hash of the benchmark's own code, which lies in `checkout`."""
+    sandbox: Runtime[Mode]
+
+
+def score(directory: Path, arguments: ScoreArguments) -> None:
+    """The shard: scores what its directory lacks, then joins its blocks to one file."""
+    if (directory / SCORES).exists():
         return
-    models = {name: _MODEL.validate_python(runtime["models"][name]) for name in settings["judges"]}
-    with open_models(models, gpu=runtime["gpu"], logs=directory) as chats:
+    benchmark = get_benchmark(arguments.kind)
+    items = {item.id: item for item in arguments.read()}
+    answers = read_blocks(arguments.answers.outputs)
+    blocks = Blocks(directory, COLUMNS, total=len(answers), size=arguments.block)
+    if arguments.judges and benchmark.judged is not None:
+        by_judges(benchmark, benchmark.judged, arguments, items, answers, blocks)
+    else:
+        tools = Tools(checkout=arguments.checkout, sandbox=arguments.sandbox)
+        by_rules(benchmark, tools, items, answers, blocks)
+    blocks.join(SCORES)
+
+
+def by_judges(
+    benchmark: Benchmark,
+    judged: Judged,
+    arguments: ScoreArguments,
+    items: Mapping[str, Item],
+    answers: Sequence[Row],
+    blocks: Blocks,
+) -> None:
+    """With other models."""
+    models = {model.name: model.config for model in arguments.judges}
+    with open_models(models, gpu=arguments.gpu, logs=blocks.directory) as chats:
         judges = [Judge(judged, model) for model in chats.values()]
 
         async def judge(position: int) -> None:
@@ -86,7 +106,7 @@ def by_rules(
     """Without another model; where programs run, as many at a time as there are processors."""
     positions = blocks.missing()
 
-    def row_at(position: int) -> dict[str, Any]:
+    def row_at(position: int) -> Row:
         answer = answers[position]
         item, text = items[answer["item"]], visible(benchmark, answer["written"])
         if benchmark.run is not None:
@@ -151,10 +171,11 @@ def visible(benchmark: Benchmark, written: str) -> str:
     return without_thinking(written) if benchmark.strip_thinking else written
 
 
-def to_row(item: Item, answer: Row, found: Score, replies: Sequence[str] = ()) -> dict[str, Any]:
+def to_row(item: Item, answer: Row, found: Score, replies: Sequence[str] = ()) -> Row:
     """The transcript with its score."""
     return {
         **answer,
+        "messages": json.dumps(item.messages, ensure_ascii=False),
         "group": item.group,
         "value": found.value,
         "weight": found.weight,

@@ -9,7 +9,7 @@ from typing import Any
 from megadistill.config.cluster import ClusterConfig
 from megadistill.config.work import WorkConfig
 from megadistill.launch.shards import Shard, ShardArguments
-from megadistill.launch.stages import Limits, ShardedStage
+from megadistill.launch.stages import Limits
 
 
 class CommandArguments(ShardArguments):
@@ -38,9 +38,9 @@ def command_shard(
     return Shard(function=run_command, arguments=arguments, label=label)
 
 
-def work_stage(
-    work: WorkConfig, root: Path, *, label: str, config: Path, depends: Any = None
-) -> ShardedStage:
+def work_shards(
+    work: WorkConfig, *, label: str, config: Path, depends: Any = None
+) -> list[Shard[CommandArguments]]:
     """The command lines of some work, of which `config` is the configuration if it has one.
 
     `depends` (any JSON value) is part of what they are.
@@ -53,8 +53,12 @@ def work_stage(
         words += [fill(word, marks) for word in work.args]
         own = f"{label}-{index}" if work.array else label
         shards.append(command_shard(words, label=own, depends=depends))
-    limits = Limits(concurrency=work.concurrency, tries=work.tries)
-    return ShardedStage(name=label, root=root, shards=shards, limits=limits)
+    return shards
+
+
+def limits_of(work: WorkConfig) -> Limits:
+    """How many at a time, and how often one that fails."""
+    return Limits(concurrency=work.concurrency, tries=work.tries)
 
 
 def fill(word: str, marks: Mapping[str, str]) -> str:

@@ -123,7 +123,7 @@ def check_slurm(settings: str) -> Iterator[Finding]:
     requeue = value("JobRequeue")
     advice = "jobs ask with --requeue; if yours still end when preempted, talk to the operators"
     yield judge("requeue", requeue == "1", f"JobRequeue={requeue}", advice, otherwise="warn")
-    advice = "fan-outs of more shards put several into a task; nothing to do"
+    advice = "stages of more shards put several into a task; nothing to do"
     size = number("MaxArraySize")
     yield judge("array size", size > 1000, f"MaxArraySize={size}", advice, otherwise="warn")
     advice = "finished jobs are forgotten fast; a submission that waits may not see how they ended"

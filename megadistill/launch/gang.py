@@ -1,19 +1,23 @@
-"""Submitting a run to Slurm: one job, one task a node, each a node process."""
+"""Submitting a run to Slurm: one job, one task a node, each a node process. And a run as a stage."""
 
+import json
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import submitit
 
+from megadistill.atomic import write_atomic
 from megadistill.config import RunConfig
-from megadistill.launch.heartbeats import create_run
+from megadistill.launch.heartbeats import create_run, read_json
 from megadistill.launch.layout import describe, layout
 from megadistill.launch.node import gpus_per_node, open_run, run_node
 from megadistill.launch.node_context import slurm_context
 from megadistill.launch.slurm import batch_executor, submit_task, wait_for
+from megadistill.launch.stages import StageState, add_job, read_jobs, status_of
 from megadistill.launch.stopping import DONE, STOPPED
 from megadistill.rundir import RunDir
 
@@ -100,3 +104,73 @@ def leave_unless_done(code: int) -> int:
     if code != DONE:
         raise RuntimeError(f"the attempt failed (exit code {code}); the log above names the cause")
     return code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gang:
+    """A stage that is one run, whose directory is elsewhere."""
+
+    name: str
+    root: Path
+    """Holds what was submitted."""
+    needs: Sequence[str]
+    config: RunConfig
+    run: RunDir
+    digest: str
+    """Identifies the run and all that it depends on."""
+    job_name: str
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.run.read_progress().get("done")) and not self.is_stale
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the run was begun when what it depends on was something else."""
+        begun = read_json(self.root / "submitted.json")
+        return self.run.config_file.exists() and begun not in (None, {"digest": self.digest})
+
+    def begin(self) -> None:
+        """Write the run's directory; `ValueError` when it holds another run."""
+        if self.is_stale:
+            raise ValueError(
+                f"stages.{self.name}: {self.run.path} holds a run that was made from other inputs; "
+                "change its `name`, or delete that directory"
+            )
+        create_run(self.run, self.config)
+        write_atomic(self.root / "submitted.json", json.dumps({"digest": self.digest}))
+
+    def submit(
+        self, live: Mapping[str, str], after: Sequence[str] = (), *, afresh: bool = True
+    ) -> list[str]:
+        """The job after which it has ended."""
+        if alive := [job for job in read_jobs(self.root) if job in live]:
+            return alive
+        self.begin()
+        job: str = submit_gang(self.config, self.run, name=self.job_name, after=after).job_id
+        add_job(self.root, job)
+        return [job]
+
+    def run_here(self) -> None:
+        """The run on this machine."""
+        self.begin()
+        command = [sys.executable, "-m", "megadistill", "train", str(self.run.path)]
+        subprocess.run(command, check=False, stdin=subprocess.DEVNULL)
+
+    def describe(self) -> str:
+        """How far it is."""
+        return f"step {self.run.read_progress().get('step', 0)} of {self.config.steps}"
+
+    def state(self, live: Mapping[str, str]) -> StageState:
+        """Where it stands."""
+        ends = [read_json(file) for file in self.run.path.glob("control/attempt-*/ended.json")]
+        failed = [end["message"] for end in ends if end and end["status"] == "failed"]
+        jobs = list(read_jobs(self.root))
+        return StageState(
+            name=self.name,
+            verb="train",
+            status=status_of(jobs, live, done=self.is_done, failed=bool(failed)),
+            job=jobs[-1] if jobs else "",
+            progress=self.describe(),
+            detail="" if self.is_done else "".join(failed[-1:]),
+        )

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from megadistill.config import resolve_path
 from megadistill.config.work import WorkConfig
-from megadistill.launch.commands import fill, with_resources, work_stage
+from megadistill.launch.commands import fill, limits_of, with_resources, work_shards
 from megadistill.launch.shards import ShardFolder
 from megadistill.launch.slurm import live_jobs
+from megadistill.launch.stages import ShardedStage
 from megadistill.rundir import RunDir
 
 LOOK_EVERY_S = 5.0
@@ -138,7 +139,7 @@ def delete(export: Path) -> None:
 
 
 def evaluation(run: RunDir, export: Path) -> Path:
-    """Where the work on an export lies, as a fan-out."""
+    """Where the work on an export lies, as a stage."""
     return run.path / "evaluations" / (export.name if export.name.startswith("step-") else "final")
 
 
@@ -184,14 +185,18 @@ def submit_work(run: RunDir, export: Path) -> list[str]:
     step = str(step_of(run, export))
     marks = {"{export}": str(export), "{step}": step}
     filled = work.model_copy(update={"args": [fill(word, marks) for word in work.args]})
-    stage = work_stage(
-        *(filled, evaluation(run, export)),
-        label=f"step-{step}",
-        config=Path(work.config or ""),
-        depends=str(export),
-    )
+    config_file = Path(work.config or "")
+    shards = work_shards(filled, label=f"step-{step}", config=config_file, depends=str(export))
     one_node = config.cluster.model_copy(update={"rollout_gpus_per_node": None})
-    return stage.submit(with_resources(one_node, work), f"{config.name}-{step}", live=live_jobs())
+    stage = ShardedStage(
+        name=f"step-{step}",
+        root=evaluation(run, export),
+        shards=shards,
+        limits=limits_of(work),
+        cluster=with_resources(one_node, work),
+        job_name=f"{config.name}-{step}",
+    )
+    return stage.submit(live_jobs())
 
 
 def step_of(run: RunDir, export: Path) -> int:

@@ -27,7 +27,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TextIO, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TextIO, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -68,9 +68,32 @@ Runtime = Annotated[T, WrapSerializer(_unless_for_key)]
 
 
 class ShardArguments(BaseModel):
-    """What a shard's function is told: the base of one class for each function."""
+    """What a shard's function is told, or a part of it: the base of one class for each function."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Upstream(ShardArguments):
+    """Other shards that a shard reads; of its identity are their keys, not what they made."""
+
+    root: Runtime[Path]
+    """Of their stage."""
+    keys: tuple[str, ...]
+
+    @property
+    def outputs(self) -> list[Path]:
+        return [self.root / "shards" / key / "output" for key in self.keys]
+
+
+class KnownFile(ShardArguments):
+    """A file or directory that a shard reads; of its identity is the content, not the place."""
+
+    path: Runtime[Path]
+    content: str
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        return cls(path=path.absolute(), content=fingerprint(path))
 
 
 Arguments = TypeVar("Arguments", bound=ShardArguments)
@@ -118,17 +141,12 @@ class ShardState:
     """What is known of a shard from its files."""
 
     name: str
-    directory: Path
-    """Where its output lies."""
     status: Literal["done", "failed", "unfinished"] = "unfinished"
     """`failed`: every try it was granted has failed."""
     failures: int = 0
     detail: str = ""
     """How its last try ended and that one's last lines."""
-    is_begun: bool = False
-    """Whether it runs, or did when what ran it was ended."""
-    is_locked: bool = False
-    """Whether it runs, or is in the hands of what will run it."""
+    is_running: bool = False
     seconds: float = 0.0
     """Of the try that did it."""
 
@@ -150,6 +168,11 @@ class ShardFolder:
     @property
     def failures_file(self) -> Path:
         return self.path / "failures.jsonl"
+
+    @property
+    def running_file(self) -> Path:
+        """Locked by the process of a try."""
+        return self.path / "running"
 
     @property
     def waits_file(self) -> Path:
@@ -222,23 +245,14 @@ class ShardFolder:
             values["status"] = "failed" if len(failures) >= tries else "unfinished"
         return ShardState(
             name=name,
-            directory=self.output,
-            is_begun=len(self.new_logs()) > len(failures),
-            is_locked=self.is_locked(),
+            is_running=self.is_running(),
             **values,
         )
 
-    def new_logs(self) -> list[Path]:
-        """Those of the tries since it was last submitted."""
-        since = (self.path / "shard.json").stat().st_mtime if self.path.exists() else 0.0
-        return [log for log in self.path.glob("try-*.log") if log.stat().st_mtime >= since]
-
-    def is_locked(self) -> bool:
-        """Whether a process is at work on it, or has it in hand."""
-        file = self.path / "lock"
-        if not file.exists():
+    def is_running(self) -> bool:
+        if not self.running_file.exists():
             return False
-        with file.open("r+") as stream:
+        with self.running_file.open("r+") as stream:
             return not try_lock(stream.fileno())
 
 
@@ -251,8 +265,11 @@ def run_shard(path: Path) -> None:
     logging.getLogger("megadistill").setLevel(logging.INFO)
     values = folder.read()
     function, kind = load_entry(values["entry"])
+    arguments = kind.model_validate(values["arguments"])
     begun = time.time()
-    function(folder.output, kind.model_validate(values["arguments"]))
+    with folder.running_file.open("w") as stream:
+        try_lock(stream.fileno())
+        function(folder.output, arguments)
     values = {"seconds": round(time.time() - begun, 3), "host": socket.gethostname()}
     write_atomic(folder.done_file, json.dumps(values))
 

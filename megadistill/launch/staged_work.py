@@ -1,4 +1,6 @@
-"""A refinement or an evaluation: sharded stages, some of which need others, and a result at the end.
+"""Stages that need each other: run, submitted, shown and cancelled in order.
+
+A campaign is that, and so is a refinement or an evaluation, `StagedWork`, with a result at its end:
 
     RUN/stages/NAME/        a stage, see `launch/stages.py`
     RUN/stages/result/      the job that puts the result together, a shard like any other
@@ -14,139 +16,198 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from megadistill.atomic import write_atomic
 from megadistill.config.cluster import ClusterConfig
 from megadistill.launch.commands import command_shard
-from megadistill.launch.shards import MAY_WAIT, OUTPUT, ShardFolder, say
+from megadistill.launch.gang import Gang
+from megadistill.launch.node_context import ask_slurm
+from megadistill.launch.shards import MAY_WAIT, OUTPUT, Shard, ShardFolder, say
 from megadistill.launch.slurm import WAIT_POLL_S, live_jobs
-from megadistill.launch.stages import Limits, ShardedStage, StageState, jobs_in_queue, state_of
+from megadistill.launch.stages import Limits, ShardedStage, StageState, read_jobs, state_of
 from megadistill.launch.stopping import STOPPED
 
 PLAN = "stages.json"
 RESULT = "result"
+STATUS_PATIENCE_S = 20.0
+
+
+Stage = ShardedStage | Gang
+"""Alike from here: each is submitted after others, run here, and shown."""
+
+
+def submit_stages(stages: Sequence[Stage], *, afresh: bool = True) -> dict[str, list[str]]:
+    """Submit what is neither done nor in the queue; the jobs of each stage that are to end.
+
+    Not `afresh` it goes on with an earlier call, whose failures stand.
+    """
+    left = [stage for stage in stages if not stage.is_done]
+    live = live_jobs() if left else {}
+    jobs: dict[str, list[str]] = {}
+    for stage in left:
+        after = [job for need in stage.needs for job in jobs.get(need, ())]
+        if found := stage.submit(live, after, afresh=afresh):
+            jobs[stage.name] = found
+            say(f"{stage.name}: job {', '.join(found)}")
+    return jobs
+
+
+def run_stages(stages: Sequence[Stage]) -> bool:
+    """One after the other on this machine, without Slurm; whether all are done.
+
+    A stage that fails keeps those from running that need it, and no others.
+    """
+    done: set[str] = set()
+    for stage in stages:
+        if missing := [need for need in stage.needs if need not in done]:
+            say(f"{stage.name}: not run, it needs {', '.join(missing)}")
+            continue
+        if not stage.is_done:
+            stage.run_here()
+        if stage.is_done:
+            done.add(stage.name)
+            say(f"{stage.name}: done")
+        else:
+            say(f"{stage.name}: failed; {stage.describe()}")
+    return len(done) == len(stages)
+
+
+def cancel(folders: Sequence[Path]) -> list[str]:
+    """Cancel what is in the queue for stages in these directories, last ones first.
+
+    A job comes before those for which its shards wait, so that it does not start for their end.
+    Returns the jobs' numbers.
+    """
+    jobs: dict[str, None] = {}
+    for folder in reversed(folders):
+        jobs |= dict.fromkeys(read_jobs(folder))
+        for waits in folder.glob("shards/*/waits.json"):
+            jobs |= dict.fromkeys(ShardFolder(waits.parent).waits()[0])
+    live = live_jobs()
+    found = [job for job in jobs if job in live]
+    if found:
+        ask_slurm(["scancel", *found])
+    return found
+
+
+def jobs_in_queue(folders: Sequence[Path]) -> dict[str, str]:
+    """As `live_jobs`; Slurm is asked only when there are jobs to ask about, and not for long."""
+    return live_jobs(STATUS_PATIENCE_S) if any(map(read_jobs, folders)) else {}
+
+
+def table(states: Sequence[StageState]) -> Table:
+    """One row a stage, and under it the last trouble of one that failed."""
+    shown = Table(box=None, pad_edge=False)
+    for heading in ("stage", "verb", "state", "job", "progress", ""):
+        shown.add_column(heading)
+    for state in states:
+        cells = (state.name, state.verb, state.status, state.job, state.progress, state.detail)
+        shown.add_row(*(Text(cell) for cell in cells))
+    return shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagedWork:
-    """Stages, where they run, and what makes a result of them."""
+    """Stages, and where they run."""
 
     name: str
     root: Path
     command: Sequence[str]
     """The `megadistill` command line that goes on with it."""
-    stages: Sequence[ShardedStage]
-    """Each after those it needs."""
     limits: Limits
     cluster: ClusterConfig | None
     """Absent: all runs on this machine."""
-    finish: Callable[[], str]
-    """Makes the result and returns what to say of it; raises for stages that are not done."""
+    stages: list[ShardedStage] = field(default_factory=list)
+    """Each after those it needs."""
 
-    def carry_out(self, *, wait: bool = False) -> str:
+    def stage(
+        self, name: str, shards: Sequence[Shard[Any]], needs: Sequence[str] = ()
+    ) -> ShardedStage:
+        """Add a stage, if there is anything to do in it."""
+        made = self.made(name, shards, needs)
+        if shards:
+            self.stages.append(made)
+        return made
+
+    def made(
+        self, name: str, shards: Sequence[Shard[Any]], needs: Sequence[str] = ()
+    ) -> ShardedStage:
+        return ShardedStage(
+            name=name,
+            root=self.root / "stages" / name,
+            shards=shards,
+            limits=self.limits,
+            needs=needs,
+            cluster=self.cluster or ClusterConfig(),
+            job_name=f"{self.name}-{name}",
+        )
+
+    def carry_out(self, finish: Callable[[], str], *, wait: bool = False) -> str:
         """Run or submit what is not done; returns what to say of it.
 
-        `wait` stays until the result is there, also where jobs do the work.
+        `finish` makes the result and returns what to say of that; it raises `ValueError` for stages
+        that are not done. `wait` stays until then, also where jobs do the work.
         """
-        plan = {s.name: {shard.key: shard.name for shard in s.shards} for s in self.stages}
-        if self.cluster is not None:
-            plan[RESULT] = {shard.key: shard.name for shard in self.result.shards}
-        values = {"tries": self.limits.tries, "stages": plan}
-        write_atomic(self.root / PLAN, json.dumps(values))
-        if self.cluster is None:
-            return self.run_here()
         output = os.environ.get(OUTPUT)
+        own = None
         if output and os.environ.get(MAY_WAIT) and not wait:
-            return self.run_as_shard(self.cluster, ShardFolder(Path(output).parent))
-        if wait or output:
-            return self.run_and_wait(self.cluster)
-        return self.submit(self.cluster)
+            own = ShardFolder(Path(output).parent)
+        makes_result = own is not None and own in self.result.folders.values()
+        self.write_plan([*self.stages, self.result] if makes_result else self.stages)
+        if self.cluster is None:
+            run_stages(self.stages)
+            return finish()
+        rounds = own.waits()[1] if own else 0
+        while rounds < self.limits.tries and (jobs := self.submit(afresh=not rounds)):
+            rounds += 1
+            if own is not None:
+                own.wait_for(jobs)
+                sys.exit(STOPPED)
+            if not wait and not output:
+                return self.submit_result(jobs)
+            say(f"waits for job {', '.join(jobs)}")
+            while set(jobs) & live_jobs().keys():
+                time.sleep(WAIT_POLL_S)
+        return finish()
 
-    def run_here(self) -> str:
-        """One stage after the other on this machine."""
-        for stage in self.stages:
-            done = sum(state.status == "done" for state in stage.states())
-            say(f"{stage.name}: {len(stage.folders)} shards, {done} of them done before")
-            stage.run_here()
-            if not stage.is_done:
-                break
-        return self.finish()
+    def write_plan(self, stages: Sequence[ShardedStage]) -> None:
+        shards = {s.name: {shard.key: shard.name for shard in s.shards} for s in stages}
+        plan = {"tries": self.limits.tries, "stages": shards}
+        write_atomic(self.root / PLAN, json.dumps(plan))
 
-    def submit_stages(self, cluster: ClusterConfig, *, afresh: bool) -> dict[str, list[str]]:
-        """The jobs of each stage that are still to end; none: nothing is left that can be done.
+    def submit(self, *, afresh: bool) -> list[str]:
+        """The jobs that are to end; none: nothing is left that can be done."""
+        if not afresh and any(
+            s.status == "failed" for stage in self.stages for s in stage.states()
+        ):
+            return []
+        return [job for some in submit_stages(self.stages, afresh=afresh).values() for job in some]
 
-        Not `afresh` it is a call that goes on with an earlier one, whose failures stand.
-        """
-        states = [state.status for stage in self.stages for state in stage.states()]
-        if set(states) == {"done"} or (not afresh and "failed" in states):
-            return {}
-        live = live_jobs()
-        jobs: dict[str, list[str]] = {}
-        for stage in self.stages:
-            after = [job for need in stage.needs for job in jobs.get(need, ())]
-            name = f"{self.name}-{stage.name}"
-            found = stage.submit(cluster, name, live=live, after=after, afresh=afresh)
-            jobs |= {stage.name: found} if found else {}
-        return jobs
+    @cached_property
+    def result(self) -> ShardedStage:
+        """The small job that makes the result: this command once more."""
+        shard = replace(command_shard(self.command, label=RESULT), gpus=0)
+        made = self.made(RESULT, [shard])
+        asked = {"exclusive": False, "cpus_per_node": min(2, made.cluster.cpus_per_node or 2)}
+        return replace(made, cluster=made.cluster.model_copy(update=asked))
 
-    def submit(self, cluster: ClusterConfig) -> str:
-        """All stages at once, and the small job that makes the result of them."""
-        jobs = self.submit_stages(cluster, afresh=True)
-        if not jobs:
-            return self.finish()
-        asked = {"exclusive": False, "cpus_per_node": min(2, cluster.cpus_per_node or 2)}
-        small = cluster.model_copy(update=asked)
+    def submit_result(self, jobs: Sequence[str]) -> str:
+        """Submit the job that makes the result, once these have ended."""
+        self.write_plan([*self.stages, self.result])
         (folder,) = self.result.folders.values()
         folder.done_file.unlink(missing_ok=True)
-        jobs[RESULT] = self.result.submit(
-            small, f"{self.name}-{RESULT}", live=live_jobs(), after=all_of(jobs), how="afterany"
-        )
-        folder.wait_for(all_of(jobs))
-        lines = [f"{name}: job {', '.join(some)}" for name, some in jobs.items()]
-        return "\n".join([*lines, f"follow it with: megadistill status {self.root}"])
-
-    @property
-    def result(self) -> ShardedStage:
-        """The stage of the job that makes the result: this command, once more."""
-        return ShardedStage(
-            name=RESULT,
-            root=self.root / "stages" / RESULT,
-            shards=[replace(command_shard(self.command, label=RESULT), gpus=0)],
-            limits=replace(self.limits, tries=1),
-        )
-
-    def run_as_shard(self, cluster: ClusterConfig, own: ShardFolder) -> str:
-        """Make the result, or end this process to be run again once what is left has ended."""
-        _, rounds = own.waits()
-        jobs = self.submit_stages(cluster, afresh=not rounds)
-        if not jobs:
-            return self.finish()
-        if rounds > self.limits.tries:
-            raise ValueError(
-                f"{self.root}: found shards that are not done after {rounds} submissions, "
-                "expected them done or failed; see its jobs in stages/*/jobs"
-            )
-        own.wait_for(all_of(jobs))
-        sys.exit(STOPPED)
-
-    def run_and_wait(self, cluster: ClusterConfig) -> str:
-        """Submit, and stay until nothing more can be done. Jobs that vanish are submitted again."""
-        for number in range(self.limits.tries):
-            jobs = set(all_of(self.submit_stages(cluster, afresh=number == 0)))
-            if not jobs:
-                break
-            say(f"waits for job {', '.join(sorted(jobs))}")
-            while jobs & live_jobs().keys():
-                time.sleep(WAIT_POLL_S)
-        return self.finish()
-
-
-def all_of(jobs: Mapping[str, Sequence[str]]) -> list[str]:
-    """The jobs of all stages."""
-    return [job for some in jobs.values() for job in some]
+        (job,) = self.result.submit(live_jobs(), jobs, how="afterany")
+        if not folder.waits()[0]:  # else it is one of an earlier call
+            folder.wait_for(jobs)
+        return f"{RESULT}: job {job}\nfollow it with: megadistill status {self.root}"
 
 
 def is_staged_work(root: Path) -> bool:

@@ -13,7 +13,7 @@
         shards=[Shard(function=rewrite, arguments=RewriteArguments(part=i, of=8)) for i in range(8)],
         limits=Limits(concurrency=4),
     )
-    stage.run_here()                    # or stage.submit(cluster, "refine-rewrite")
+    stage.run_here()                    # or stage.submit(live_jobs())
     stage.check()                       # ValueError naming the failed shards and their last lines
     files = [directory / "rows.jsonl" for directory in stage.outputs]
 
@@ -25,24 +25,21 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Table
-from rich.text import Text
-
 from megadistill.atomic import write_atomic
 from megadistill.config.cluster import ClusterConfig
-from megadistill.launch.node_context import ask_slurm, own_job, requeue
-from megadistill.launch.shards import Shard, ShardFolder, ShardState, Worker, say
+from megadistill.launch.node_context import own_job, requeue
+from megadistill.launch.shards import Shard, ShardFolder, ShardState, Upstream, Worker, say
 from megadistill.launch.slurm import (
     GangExecutor,
     batch_executor,
     job_environment,
-    live_jobs,
     make_sacct_usable,
 )
 from megadistill.launch.stopping import DONE, STOPPED, stop_requests
@@ -51,7 +48,6 @@ MOST_TASKS = 1000
 """Tasks of one array; Slurm's MaxArraySize is 1001 unless a site changed it. More shards share."""
 MOST_RESTARTS = 20
 """Requeues of one task after which it gives up."""
-STATUS_PATIENCE_S = 20.0
 Status = Literal["done", "running", "queued", "failed", "stopped", "not submitted"]
 
 
@@ -86,10 +82,14 @@ class ShardedStage:
     root: Path
     shards: Sequence[Shard[Any]]
     limits: Limits = field(default_factory=Limits)
-    needs: tuple[str, ...] = ()
-    """Names of the stages whose shards it reads."""
+    needs: Sequence[str] = ()
+    """Names of the stages that must be done before."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """What a job of its shards asks for, but for GPUs, where a shard says how many it uses."""
+    job_name: str = "stage"
+    verb: str = ""
 
-    @property
+    @cached_property
     def folders(self) -> dict[str, ShardFolder]:
         """Key -> directory of each shard, in order; the same work twice is one."""
         return {s.key: ShardFolder(self.root.absolute() / "shards" / s.key) for s in self.shards}
@@ -97,7 +97,11 @@ class ShardedStage:
     @property
     def outputs(self) -> list[Path]:
         """Where each shard's output lies, in the order of the shards."""
-        return [self.folders[shard.key].output for shard in self.shards]
+        return self.upstream(self.shards).outputs
+
+    def upstream(self, shards: Iterable[Shard[Any]]) -> Upstream:
+        """Some of its shards, for those that read them."""
+        return Upstream(root=self.root.absolute(), keys=tuple(shard.key for shard in shards))
 
     def states(self) -> list[ShardState]:
         """How the shards stand, by their files."""
@@ -113,7 +117,7 @@ class ShardedStage:
 
     @property
     def is_done(self) -> bool:
-        return all(state.status == "done" for state in self.states())
+        return all(folder.done_file.exists() for folder in self.folders.values())
 
     def check(self) -> None:
         """Raise `ValueError` unless every shard is done."""
@@ -139,6 +143,8 @@ class ShardedStage:
 
         A shard that fails `limits.tries` times does not keep the others from running.
         """
+        done = sum(folder.done_file.exists() for folder in self.folders.values())
+        say(f"{self.name}: {done} of {len(self.folders)} shards done before")
         for gpus, folders in self.prepare(afresh=True).items():
             slots, tries = self.limits.concurrency, self.limits.tries
             worker = Worker(slots=slots, tries=tries, gpus=gpus or 0)
@@ -146,11 +152,9 @@ class ShardedStage:
 
     def submit(
         self,
-        cluster: ClusterConfig,
-        job_name: str,
-        *,
         live: Mapping[str, str],
         after: Sequence[str] = (),
+        *,
         how: str = "afterok",
         afresh: bool = True,
     ) -> list[str]:
@@ -163,22 +167,20 @@ class ShardedStage:
         under_way = {job: keys for job, keys in read_jobs(self.root).items() if job in live}
         jobs = [job for job, keys in under_way.items() if self.folders.keys() & set(keys)]
         busy = [key for keys in under_way.values() for key in keys]
-        conditions = {how: after, "afterany": list(under_way)}
-        dependency = ",".join(
-            f"{kind}:{':'.join(some)}" for kind, some in conditions.items() if some
-        )
+        conditions = [(how, after), ("afterany", under_way)]
+        dependency = ",".join(f"{kind}:{':'.join(some)}" for kind, some in conditions if some)
         for gpus, folders in self.prepare(afresh=afresh, apart_from=busy).items():
             # A shard asks for the GPUs it uses, not for all of a node.
             asked = {"nodes": 1, "rollout_nodes": 0}
             asked |= {} if gpus is None else {"gpus_per_node": gpus}
-            one_node = cluster.model_copy(update=asked)
-            executor = batch_executor(job_name, one_node, self.root.absolute(), dependency)
+            one_node = self.cluster.model_copy(update=asked)
+            executor = batch_executor(self.job_name, one_node, self.root.absolute(), dependency)
             jobs.append(submit_array(executor, self.root, folders, self.limits))
         return jobs
 
     def state(self, live: Mapping[str, str]) -> StageState:
         """Where it stands, by its files and the jobs that are in the queue."""
-        return state_of(self.root, self.name, self.states(), live)
+        return replace(state_of(self.root, self.name, self.states(), live), verb=self.verb)
 
 
 def state_of(
@@ -188,20 +190,18 @@ def state_of(
     done = [shard for shard in shards if shard.status == "done"]
     failed = [shard for shard in shards if shard.status == "failed"]
     jobs = list(read_jobs(root))
+    running = [shard for shard in shards if shard.is_running]
     status = status_of(jobs, live, done=len(done) == len(shards), failed=bool(failed))
-    if status not in ("done", "queued") and any(shard.is_locked for shard in shards):
-        status = "running"  # also here, without a job
     progress = f"{len(done)} of {len(shards)}"
     if failed:
         progress += f", {len(failed)} failed"
-    if status == "running" and (
-        running := [shard for shard in shards if shard.is_begun and shard.status == "unfinished"]
-    ):
+    if running:
+        status = "running"  # also here, without a job
         progress += f", {len(running)} running"
-        left = len(shards) - len(done) - len(failed)
-        if done:
-            seconds = sum(shard.seconds for shard in done) / len(done) * left / len(running)
-            progress += f", ETA {timedelta(seconds=round(seconds))}"
+    if running and done:
+        left = (len(shards) - len(done) - len(failed)) / len(running)
+        seconds = sum(shard.seconds for shard in done) / len(done) * left
+        progress += f", ETA {timedelta(seconds=round(seconds))}"
     return StageState(
         name=name,
         status=status,
@@ -215,8 +215,8 @@ def status_of(jobs: Sequence[str], live: Mapping[str, str], *, done: bool, faile
     """What to say of something for which these jobs were submitted."""
     if done:
         return "done"
-    if alive := [job for job in jobs if job in live]:
-        return "running" if live[alive[-1]] == "RUNNING" else "queued"
+    if alive := {live[job] for job in jobs if job in live}:
+        return "running" if "RUNNING" in alive else "queued"
     if failed:
         return "failed"
     return "stopped" if jobs else "not submitted"
@@ -286,43 +286,11 @@ def run_task(task: ShardsTask) -> int:
 def read_jobs(root: Path) -> dict[str, list[str]]:
     """Slurm's numbers of the jobs submitted for what lies in `root`, oldest first, and their shards."""
     file = root / "jobs.json"
-    jobs: dict[str, list[str]] = json.loads(file.read_text())["shards"] if file.exists() else {}
+    values = json.loads(file.read_text()) if file.exists() else {}
+    jobs: dict[str, list[str]] = values.get("shards", {})  # 0.1 had no such table
     return jobs
 
 
 def add_job(root: Path, job: str, keys: Sequence[str] = ()) -> None:
     """Note a job that was submitted for what lies in `root`, and the shards it works on."""
     write_atomic(root / "jobs.json", json.dumps({"shards": {**read_jobs(root), job: list(keys)}}))
-
-
-def jobs_in_queue(folders: Sequence[Path]) -> dict[str, str]:
-    """As `live_jobs`; Slurm is asked only when there are jobs to ask about, and not for long."""
-    return live_jobs(STATUS_PATIENCE_S) if any(map(read_jobs, folders)) else {}
-
-
-def cancel(folders: Sequence[Path]) -> list[str]:
-    """Cancel what is in the queue for these stages, last ones first; the jobs' numbers.
-
-    A job comes before those for which its shards wait, so that it does not start for their end.
-    """
-    jobs: dict[str, None] = {}
-    for folder in reversed(folders):
-        jobs |= dict.fromkeys(read_jobs(folder))
-        for waits in folder.glob("shards/*/waits.json"):
-            jobs |= dict.fromkeys(ShardFolder(waits.parent).waits()[0])
-    live = live_jobs()
-    found = [job for job in jobs if job in live]
-    if found:
-        ask_slurm(["scancel", *found])
-    return found
-
-
-def table(states: Sequence[StageState]) -> Table:
-    """One row a stage, and under it the last trouble of one that failed."""
-    shown = Table(box=None, pad_edge=False)
-    for heading in ("stage", "verb", "state", "job", "progress", ""):
-        shown.add_column(heading)
-    for state in states:
-        cells = (state.name, state.verb, state.status, state.job, state.progress, state.detail)
-        shown.add_row(*(Text(cell) for cell in cells))
-    return shown

@@ -15,11 +15,12 @@ from megadistill.atomic import write_atomic
 from megadistill.config import RefineConfig
 from megadistill.data.records import Record
 from megadistill.inference.chat import Usage, cost_of
-from megadistill.launch.shards import content_hash
-from megadistill.refine.blocks import read_blocks, read_rows_of, write_rows
+from megadistill.launch.shards import KnownFile, ShardArguments, Upstream
+from megadistill.launch.stages import ShardedStage
+from megadistill.refine.blocks import Row, read_blocks, sum_figures, write_rows
 from megadistill.refine.fusing import COLUMNS as FUSION_COLUMNS
+from megadistill.refine.records import load_records
 from megadistill.refine.similarity import passes
-from megadistill.refine.stages import FIGURES, Stage
 
 log = logging.getLogger(__name__)
 
@@ -56,39 +57,42 @@ SWEEP = (0.0, 0.3, 0.5, 0.8, 1.0)
 BINS = 20
 
 
+class RefinedArguments(ShardArguments):
+    """The stages of which a refined set is put together."""
+
+    records: KnownFile
+    rewrites: Upstream
+    similarities: Upstream
+    fused: Upstream | None
+    """Absent: a rewrite that passes is the answer."""
+    tau: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """The rows of the refined set and of its provenance, and the rejected rows of the input."""
 
-    refined: Sequence[Mapping[str, Any]]  # rows: values of several types
-    provenance: Sequence[Mapping[str, Any]]
-    rejected: Sequence[Mapping[str, Any]]
+    refined: Sequence[Row]
+    provenance: Sequence[Row]
+    rejected: Sequence[Row]
     figures: Mapping[str, float]
-    key: str
-    """Hash of what the result depends on."""
 
 
-def assemble(
-    root: Path,
-    config: RefineConfig,
-    *,
-    source: str,
-    keys: Mapping[str, Sequence[str]],
-    hashes: Mapping[str, Any],
-) -> Result:
+def assemble(stages: RefinedArguments, hashes: str = "") -> Result:
     """Join the stages' rows; every record of the input comes out exactly once.
 
-    `keys` are the shards of each stage, `hashes` (any: JSON) what they compute by.
+    `hashes`, JSON, says by what the stages compute.
     """
-    stage = Stage(root / "stages" / "rewrite")
-    records = stage.records(source)
-    rows = {name: read_blocks(stage.outputs(name, shards)) for name, shards in keys.items()}
-    by_index = {row["index"]: row for row in rows["fusion"]}
-    hashes_text = json.dumps({"input": source, **hashes})
+    records = load_records(stages.records.path)
+    rewrites = read_blocks(stages.rewrites.outputs)
+    similarities = read_blocks(stages.similarities.outputs)
+    fused = None
+    if stages.fused is not None:
+        fused = {row["index"]: row for row in read_blocks(stages.fused.outputs)}
     refined, provenance = [], []
-    for record, row, found in zip(records, rows["rewrite"], rows["filter"], strict=True):
+    for record, row, found in zip(records, rewrites, similarities, strict=True):
         assert row["index"] == found["index"] == record.index
-        decided = decide(record, row, found["similarity"], by_index.get(record.index), config)
+        decided = decide(record, row, found["similarity"], fused, stages.tau)
         refined.append(refined_row(record, row, decided))
         provenance.append(
             {
@@ -98,7 +102,7 @@ def assemble(
                 "written": row["written"],
                 "rewrite": row["rewrite"],
                 "similarity": found["similarity"],
-                "hashes": hashes_text,
+                "hashes": hashes,
                 **decided,
             }
         )
@@ -106,29 +110,28 @@ def assemble(
     return Result(
         refined=refined,
         provenance=provenance,
-        rejected=json.loads((root / "input" / source / "rejected.json").read_text()),
-        figures=_sum_figures(stage.outputs("rewrite", keys["rewrite"])),
-        key=content_hash([source, dict(keys), config.filter.tau]),
+        rejected=json.loads((stages.records.path.with_name("rejected.json")).read_text()),
+        figures=sum_figures(stages.rewrites.outputs),
     )
 
 
 def decide(
     record: Record,
-    row: Mapping[str, Any],
+    row: Row,
     similarity: float | None,
-    fusion: Mapping[str, Any] | None,
-    config: RefineConfig,
-) -> dict[str, Any]:
+    fused: Mapping[int, Row] | None,
+    tau: float,
+) -> Row:
     """Eq. (3) and (4) for one record: the refined answer, the decision, and its reason."""
     chosen = dict.fromkeys(("round", "candidates", "usage"))
     if similarity is None:
         kept = {"decision": "original", "reason": row["reason"], "refined": record.raw_answer}
-    elif not passes(similarity, config.filter.tau):
+    elif not passes(similarity, tau):
         kept = {"decision": "original", "reason": "below_tau", "refined": record.raw_answer}
-    elif config.fusion is None:
+    elif fused is None:
         kept = {"decision": "rewrite", "reason": None, "refined": row["rewrite"]}
     else:
-        assert fusion is not None, f"record {record.id!r} passed and was not fused"
+        fusion = fused[record.index]
         chosen = {name: fusion[name] for name in chosen}
         is_fused = fusion["fused"] is not None
         kept = {
@@ -139,9 +142,7 @@ def decide(
     return {**chosen, **kept}
 
 
-def refined_row(
-    record: Record, row: Mapping[str, Any], decided: Mapping[str, Any]
-) -> dict[str, Any]:
+def refined_row(record: Record, row: Row, decided: Row) -> Row:
     """A row that a training pool reads."""
     passed = decided["decision"] != "original" or decided["candidates"] is not None
     rewrite = record.raw_answer if row["rewrite"] is None else row["rewrite"]
@@ -165,13 +166,8 @@ def write_result(root: Path, result: Result) -> None:
     write_atomic(root / "rejected.jsonl", _lines(result.rejected))
 
 
-def read_result(root: Path) -> list[dict[str, Any]]:
-    """The provenance rows of a finished refinement."""
-    return read_rows_of(root / "provenance.parquet")
-
-
 def write_summary(
-    root: Path, config: RefineConfig, result: Result, stages: Mapping[str, Any]
+    root: Path, config: RefineConfig, result: Result, stages: Sequence[ShardedStage]
 ) -> dict[str, Any]:
     """Counts, pass rate, tokens and cost, written and returned (any: JSON)."""
     rows = result.provenance
@@ -195,7 +191,14 @@ def write_summary(
             name: {**used, "cost": round(cost_of(used, config.models[name]), 6)}
             for name, used in usage.items()
         },
-        "stages": dict(stages),
+        "stages": {
+            stage.name: {
+                "shards": len(stage.shards),
+                "seconds": round(sum(shard.seconds for shard in stage.states()), 3),
+                "keys": [shard.key for shard in stage.shards],
+            }
+            for stage in stages
+        },
     }
     write_json(root / "summary.json", summary)
     return summary
@@ -221,7 +224,7 @@ def _rate(found: Sequence[float], tau: float) -> float | None:
     return sum(passes(value, tau) for value in found) / len(found) if found else None
 
 
-def sum_usage(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+def sum_usage(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
     """What each model was asked in all."""
     total: dict[str, Counter[str]] = {}
     for row in rows:
@@ -251,8 +254,6 @@ def describe(summary: Mapping[str, Any], root: Path) -> str:
             f"given up, {used['unparsable']} without a score), {used['prompt_tokens']} + "
             f"{used['completion_tokens']} tokens, cost {used['cost']:g}"
         )
-    reused = {n: f"{s['reused']}/{s['shards']}" for n, s in summary["stages"].items()}
-    lines.append("shards done before: " + ", ".join(f"{n} {text}" for n, text in reused.items()))
     lines.append(f"refined set: {root / 'refined.jsonl'}")
     return "\n".join(lines)
 
@@ -277,13 +278,5 @@ def write_json(file: Path, values: Any) -> None:  # any: plain JSON values
     write_atomic(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+def _lines(rows: Iterable[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _sum_figures(outputs: Iterable[Path]) -> dict[str, float]:
-    total: Counter[str] = Counter()
-    for output in outputs:
-        if (file := output / FIGURES).exists():
-            total.update(json.loads(file.read_text()))
-    return dict(total)

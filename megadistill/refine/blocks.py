@@ -1,17 +1,21 @@
 """Finished rows of a shard: Parquet files of a fixed number of rows, each whole or absent."""
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megadistill.atomic import atomic_file, remove_torn
+from megadistill.atomic import atomic_file, remove_torn, write_atomic
 
-Row = Mapping[str, Any]  # values of several types, as its columns say
+Item = TypeVar("Item")
+Row = dict[str, Any]  # values of several types, as its columns say
 Columns = Mapping[str, Any]
 """Column name -> pyarrow's name of a simple type, or a pyarrow type."""
+FIGURES = "figures.json"
 
 
 class Blocks:
@@ -45,11 +49,40 @@ class Blocks:
         del self._pending[number]
         return True
 
+    def join(self, name: str) -> None:
+        """Make one file of all blocks, in their place."""
+        rows = read_blocks([self.directory])
+        assert len(rows) == self.total, f"found {len(rows)} of {self.total} rows"
+        write_rows(self.directory / name, rows, self._columns)
+        for file in self.directory.glob("block-*.parquet"):
+            file.unlink()
+
     def _file(self, number: int) -> Path:
         return self.directory / f"block-{number:06d}.parquet"
 
 
-def read_blocks(directories: Iterable[Path]) -> list[dict[str, Any]]:
+def part_of(items: Sequence[Item], part: int, of: int) -> Sequence[Item]:
+    """The contiguous share of one of `of` shards; shares differ by at most one item."""
+    return items[len(items) * part // of : len(items) * (part + 1) // of]
+
+
+def add_figures(output: Path, figures: Mapping[str, float]) -> None:
+    """Add what this try of a shard did to what its earlier tries did."""
+    total = Counter(sum_figures([output]))
+    total.update(figures)
+    write_atomic(output / FIGURES, json.dumps(total))
+
+
+def sum_figures(outputs: Iterable[Path]) -> dict[str, float]:
+    """What shards did in all."""
+    total: Counter[str] = Counter()
+    for output in outputs:
+        if (file := output / FIGURES).exists():
+            total.update(json.loads(file.read_text()))
+    return dict(total)
+
+
+def read_blocks(directories: Iterable[Path]) -> list[Row]:
     """The rows of finished shards, in order."""
     return [
         row
@@ -72,7 +105,7 @@ def write_rows(file: Path, rows: Sequence[Row], columns: Columns) -> None:
         table.to_parquet(made)
 
 
-def read_rows_of(file: Path) -> list[dict[str, Any]]:
+def read_rows_of(file: Path) -> list[Row]:
     """Every row of a Parquet file."""
-    rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+    rows: list[Row] = pq.read_table(file).to_pylist()
     return rows

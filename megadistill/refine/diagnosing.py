@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from megadistill import stats
 from megadistill.config.refine import DiagnoseConfig, EngineConfig, FilterConfig, RewriteConfig
@@ -20,12 +19,13 @@ from megadistill.data.records import Record
 from megadistill.data.tokenizer import chat_ids, load_tokenizer
 from megadistill.inference.engine import BatchEngine, start_batch_engine
 from megadistill.inference.requests import BatchRequest, SamplingParams, without_thinking
+from megadistill.launch.shards import Runtime
 from megadistill.refine import answer_measures
-from megadistill.refine.assembly import read_result, write_json
-from megadistill.refine.blocks import read_rows_of, write_rows
+from megadistill.refine.assembly import RefinedArguments, assemble, write_json
+from megadistill.refine.blocks import Row, read_rows_of, write_rows
+from megadistill.refine.records import load_records
 from megadistill.refine.report import write_report
 from megadistill.refine.similarity import Encoder, SentenceEncoder, Vectors, embed
-from megadistill.refine.stages import Stage
 from megadistill.resolve import resolve
 from megadistill.rollout.seeds import seed_for
 from megadistill.rollout.vllm_arguments import EngineSettings
@@ -43,17 +43,30 @@ MODEL_COLUMNS = {
     "refined_tokens": "int64",
 }
 """What the model says of a record. An NLL is null where the text does not fit its context."""
-_DIAGNOSE: TypeAdapter[DiagnoseConfig] = TypeAdapter(DiagnoseConfig)
-_REWRITE: TypeAdapter[RewriteConfig] = TypeAdapter(RewriteConfig)
-_ENGINE: TypeAdapter[EngineConfig] = TypeAdapter(EngineConfig)
+
+
+class DiagnoseArguments(RefinedArguments):
+    """A refined set, the model that wrote it, and the encoder that compares answers."""
+
+    settings: DiagnoseConfig
+    rewrite: RewriteConfig
+    model: str
+    """Hash of the files."""
+    filter: FilterConfig
+    encoder: str
+    """Hash of the files."""
+    accept: float | None
+    seed: int
+    engine: Runtime[EngineConfig]
+    gpu: Runtime[bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One sampled record: what refinement did to it, and what the model says of that."""
 
-    row: Mapping[str, Any]  # a row of the provenance
-    model: Mapping[str, Any]  # a row of MODEL_COLUMNS
+    row: Row  # a row of the provenance
+    model: Row  # a row of MODEL_COLUMNS
 
     @property
     def raw(self) -> str:
@@ -68,42 +81,36 @@ class Case:
         return self.raw != self.refined
 
 
-def diagnose(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """The shard: measures a sample and writes the report. See `pipeline` for the arguments."""
-    stage = Stage.of(directory)
-    settings = _DIAGNOSE.validate_python(arguments["settings"])
-    rows = sample(read_result(stage.run), settings.sample, arguments["seed"])
-    records = {record.id: record for record in stage.records(arguments["input"])}
+def diagnose(directory: Path, arguments: DiagnoseArguments) -> None:
+    """The shard: measures a sample and writes the report."""
+    settings = arguments.settings
+    rows = sample(assemble(arguments).provenance, settings.sample, arguments.seed)
+    records = {record.id: record for record in load_records(arguments.records.path)}
     file = directory / "model.parquet"
     if not file.exists():
-        found = ask_model(rows, [records[row["id"]] for row in rows], arguments, stage.runtime)
+        found = ask_model(rows, [records[row["id"]] for row in rows], arguments)
         write_rows(file, found, MODEL_COLUMNS)
     cases = [Case(row=r, model=m) for r, m in zip(rows, read_rows_of(file), strict=True)]
-    encoder = SentenceEncoder(
-        FilterConfig(**arguments["filter"]),
-        gpu=stage.runtime["gpu"],
-        threads=stage.runtime["engine"]["threads"],
-    )
-    values = measure(cases, encoder, arguments["accept"], arguments["seed"])
+    threads = arguments.engine.threads
+    encoder = SentenceEncoder(arguments.filter, gpu=arguments.gpu, threads=threads)
+    values = measure(cases, encoder, arguments.accept, arguments.seed)
     values["examples"] = examples(cases, settings.examples)
     write_json(directory / "refinement.json", values)
     write_report(directory, values)
 
 
-def sample(rows: Sequence[Mapping[str, Any]], size: int, seed: int) -> list[Mapping[str, Any]]:
+def sample(rows: Sequence[Row], size: int, seed: int) -> list[Row]:
     """Rows chosen by a hash of their ids, so that the same ones are chosen every time."""
     return sorted(rows, key=lambda row: stable_hash(f"{seed}/{row['id']}"))[:size]
 
 
 def ask_model(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     records: Sequence[Record],
-    arguments: Mapping[str, Any],
-    runtime: Mapping[str, Any],
+    arguments: DiagnoseArguments,
 ) -> list[Values]:
     """B, and the NLL of R and F under the base model."""
-    settings = _REWRITE.validate_python(arguments["rewrite"])
-    most = _DIAGNOSE.validate_python(arguments["settings"]).base_max_tokens
+    settings, most = arguments.rewrite, arguments.settings.base_max_tokens
     path = resolve("model", settings.model)
     tokenizer = load_tokenizer(path)
     prompts = [chat_ids(record.messages, tokenizer) for record in records]
@@ -117,12 +124,12 @@ def ask_model(
             model=path,
             precision=settings.precision,
             max_model_len=context,
-            gpu=runtime["gpu"],
-            limits=_ENGINE.validate_python(runtime["engine"]),
+            gpu=arguments.gpu,
+            limits=arguments.engine,
         )
     )
     requests = [
-        BatchRequest(key=n, token_ids=ids, seed=seed_for(arguments["seed"], 3, records[n].id))
+        BatchRequest(key=n, token_ids=ids, seed=seed_for(arguments.seed, 3, records[n].id))
         for n, ids in enumerate(prompts)
         if len(ids) + most <= context
     ]

@@ -10,21 +10,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-from pydantic import TypeAdapter
 
-from megadistill.config.refine import ChatModelConfig, FusionConfig
+from megadistill.config.refine import FusionConfig
 from megadistill.data.records import Record
 from megadistill.inference.chat import ChatError, ChatModel, Usage, run_each
+from megadistill.inference.model_argument import ModelArgument
 from megadistill.inference.requests import ChatRequest, SamplingParams, without_thinking
 from megadistill.inference.serving import open_models
 from megadistill.inference.templates import Template, load_template
-from megadistill.refine.blocks import Blocks, read_blocks
+from megadistill.launch.shards import KnownFile, Runtime, ShardArguments, Upstream
+from megadistill.refine.blocks import Blocks, Row, read_blocks
 from megadistill.refine.checking import Rules, rejection_reason
+from megadistill.refine.records import load_records
 from megadistill.refine.similarity import passes
-from megadistill.refine.stages import Stage
 from megadistill.rollout.seeds import seed_for
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,6 @@ ROUNDING = 1e-9
 _SCORE = re.compile(
     r"<score>[\s*_`]*(\d+(?:\.\d*)?|\.\d+)(?:\s*/\s*(\d+))?[\s*_`]*</score>", re.IGNORECASE
 )
-_SETTINGS: TypeAdapter[FusionConfig] = TypeAdapter(FusionConfig)
-_MODELS: TypeAdapter[dict[str, ChatModelConfig]] = TypeAdapter(dict[str, ChatModelConfig])
 
 _SCORES = pa.list_(pa.struct([("judge", pa.string()), ("score", pa.float64())]))
 _CANDIDATE = pa.struct(
@@ -58,6 +56,23 @@ COLUMNS = {
     "usage": pa.list_(_USAGE),
 }
 """`round` counts from 1; `fused` is null where the original answer stays, then `reason` says why."""
+
+
+class FuseArguments(ShardArguments):
+    """Some shards' rewrites, and the models that fuse and judge."""
+
+    settings: FusionConfig
+    templates: tuple[str, str]
+    """Hashes of the files."""
+    models: dict[str, ModelArgument]
+    rules: Rules
+    tau: float
+    records: KnownFile
+    rewrites: Upstream
+    similarities: Upstream
+    block: int
+    seed: int
+    gpu: Runtime[bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +103,7 @@ class Fuser:
     rules: Rules
     seed: int = 0
 
-    async def fuse_record(self, record: Record, rewrite: str) -> dict[str, Any]:
+    async def fuse_record(self, record: Record, rewrite: str) -> Row:
         """Up to R attempts, fewer when one is good enough; the best, or the original answer."""
         usage = {name: Usage() for name in (self.settings.model, *self.settings.judges)}
         candidates: list[Candidate] = []
@@ -182,33 +197,29 @@ def best(candidates: Sequence[Candidate]) -> int | None:
     return max(means, key=lambda n: (means[n], -n)) if means else None
 
 
-def _candidate_row(candidate: Candidate) -> dict[str, Any]:
+def _candidate_row(candidate: Candidate) -> Row:
     scores = [{"judge": judge, "score": score} for judge, score in candidate.scores.items()]
     values = {"text": candidate.text, "fault": candidate.fault}
     return values | {"scores": scores, "mean": candidate.mean}
 
 
-def fuse(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """The shard: fuses what passed the filter. See `pipeline` for the arguments."""
-    stage = Stage.of(directory)
-    work = chosen_work(stage, arguments)
-    blocks = Blocks(directory, COLUMNS, total=len(work), size=arguments["block"])
+def fuse(directory: Path, arguments: FuseArguments) -> None:
+    """The shard: fuses what passed the filter."""
+    work = chosen_work(arguments)
+    blocks = Blocks(directory, COLUMNS, total=len(work), size=arguments.block)
     positions = blocks.missing()
     if not positions:
         return
-    settings = _SETTINGS.validate_python(arguments["settings"])
-    configs = _MODELS.validate_python(stage.runtime["models"])
-    names = dict.fromkeys((settings.model, *settings.judges))
-    with open_models(
-        {name: configs[name] for name in names}, gpu=stage.runtime["gpu"], logs=directory
-    ) as models:
+    settings = arguments.settings
+    configs = {name: model.config for name, model in arguments.models.items()}
+    with open_models(configs, gpu=arguments.gpu, logs=directory) as models:
         fuser = Fuser(
             settings=settings,
             models=models,
             template=load_template(settings.template, FUSE_FIELDS),
             judge_template=load_template(settings.judge_template, JUDGE_FIELDS),
-            rules=Rules(**arguments["rules"]),
-            seed=arguments["seed"],
+            rules=arguments.rules,
+            seed=arguments.seed,
         )
 
         async def fuse_one(position: int) -> None:
@@ -220,13 +231,13 @@ def fuse(directory: Path, arguments: Mapping[str, Any]) -> None:
         run_each(fuse_one, positions, models.values(), most)
 
 
-def chosen_work(stage: Stage, arguments: Mapping[str, Any]) -> list[tuple[Record, str]]:
+def chosen_work(arguments: FuseArguments) -> list[tuple[Record, str]]:
     """The records that have a rewrite which passed, with it; in order."""
-    rewrites = read_blocks(stage.outputs("rewrite", arguments["rewrites"]))
-    measured = read_blocks(stage.outputs("filter", arguments["similarities"]))
-    records = stage.records(arguments["input"])
+    rewrites = read_blocks(arguments.rewrites.outputs)
+    measured = read_blocks(arguments.similarities.outputs)
+    records = load_records(arguments.records.path)
     return [
         (records[row["index"]], row["rewrite"])
         for row, found in zip(rewrites, measured, strict=True)
-        if found["similarity"] is not None and passes(found["similarity"], arguments["tau"])
+        if found["similarity"] is not None and passes(found["similarity"], arguments.tau)
     ]

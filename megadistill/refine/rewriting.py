@@ -3,12 +3,11 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
 from megadistill.config.refine import EngineConfig, RewriteConfig
@@ -17,9 +16,10 @@ from megadistill.data.tokenizer import chat_ids, load_tokenizer, special_tokens
 from megadistill.inference.engine import BatchEngine, start_batch_engine
 from megadistill.inference.requests import BatchRequest, SamplingParams, without_thinking
 from megadistill.inference.templates import Template, load_template
-from megadistill.refine.blocks import Blocks
+from megadistill.launch.shards import KnownFile, Runtime, ShardArguments
+from megadistill.refine.blocks import Blocks, Row, add_figures, part_of
 from megadistill.refine.checking import Rules, rejection_reason
-from megadistill.refine.stages import Stage, part_of
+from megadistill.refine.records import load_records
 from megadistill.resolve import resolve
 from megadistill.rollout.seeds import seed_for
 from megadistill.rollout.vllm_arguments import EngineSettings
@@ -38,8 +38,23 @@ COLUMNS = {
 }
 """`rewrite` is null where there is no usable one, then `reason` says why; `written` is what the
 model wrote in every case."""
-_SETTINGS: TypeAdapter[RewriteConfig] = TypeAdapter(RewriteConfig)
-_ENGINE: TypeAdapter[EngineConfig] = TypeAdapter(EngineConfig)
+
+
+class RewriteArguments(ShardArguments):
+    """A part of the records, and the model that writes their answers anew."""
+
+    settings: RewriteConfig
+    template: str
+    """Hash of the file."""
+    model: str
+    """Hash of the files."""
+    records: KnownFile
+    part: int
+    of: int
+    block: int
+    seed: int
+    engine: Runtime[EngineConfig]
+    gpu: Runtime[bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +85,7 @@ class Rewriter:
             else:
                 blocks.add(position, row(record, reason=reason))
 
-    def finish(
-        self, record: Record, token_ids: Sequence[int], finish_reason: str
-    ) -> dict[str, Any]:
+    def finish(self, record: Record, token_ids: Sequence[int], finish_reason: str) -> Row:
         """The row of a record that was rewritten."""
         # The method is typed for batches too, whose result would be a list.
         written = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
@@ -107,7 +120,7 @@ def rewrite_chat(record: Record, template: Template) -> list[Message]:
     return [*record.messages[:-1], *template.fill(values)]
 
 
-def row(record: Record, *, reason: str | None, **values: Any) -> dict[str, Any]:
+def row(record: Record, *, reason: str | None, **values: Any) -> Row:
     """A row of this stage."""
     empty = {"rewrite": None, "written": None, "num_tokens": 0}
     return {"index": record.index, "id": record.id, "reason": reason} | empty | values
@@ -120,12 +133,11 @@ def _special(record: Record, specials: Sequence[str]) -> str | None:
     return "special_tokens" if found else None
 
 
-def rewrite(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """The shard: rewrites what its directory lacks. See `pipeline` for the arguments."""
-    stage = Stage.of(directory)
-    settings = _SETTINGS.validate_python(arguments["settings"])
-    records = part_of(stage.records(arguments["input"]), arguments["part"], arguments["of"])
-    blocks = Blocks(directory, COLUMNS, total=len(records), size=arguments["block"])
+def rewrite(directory: Path, arguments: RewriteArguments) -> None:
+    """The shard: rewrites what its directory lacks."""
+    settings = arguments.settings
+    records = part_of(load_records(arguments.records.path), arguments.part, arguments.of)
+    blocks = Blocks(directory, COLUMNS, total=len(records), size=arguments.block)
     positions = blocks.missing()
     if not positions:
         return
@@ -134,15 +146,15 @@ def rewrite(directory: Path, arguments: Mapping[str, Any]) -> None:
         settings=settings,
         template=load_template(settings.template, FIELDS),
         tokenizer=load_tokenizer(model),
-        seed=arguments["seed"],
+        seed=arguments.seed,
     )
     engine = start_batch_engine(
         EngineSettings(
             model=model,
             precision=settings.precision,
             max_model_len=settings.max_prompt_tokens + settings.max_tokens,
-            gpu=stage.runtime["gpu"],
-            limits=_ENGINE.validate_python(stage.runtime["engine"]),
+            gpu=arguments.gpu,
+            limits=arguments.engine,
         )
     )
     sampling = SamplingParams(
@@ -150,7 +162,7 @@ def rewrite(directory: Path, arguments: Mapping[str, Any]) -> None:
     )
     figures = rewrite_all(rewriter, records, positions, blocks, engine=engine, sampling=sampling)
     engine.close()
-    stage.note_figures(directory, figures)
+    add_figures(directory, figures)
     log.info("rewriting: %s", json.dumps(figures))
 
 

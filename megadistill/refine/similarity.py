@@ -4,7 +4,7 @@ Shape legend: N texts, D embedding.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megadistill.config.refine import FilterConfig
-from megadistill.refine.blocks import Blocks, read_blocks
-from megadistill.refine.stages import Stage, part_of
+from megadistill.launch.shards import KnownFile, Runtime, ShardArguments, Upstream
+from megadistill.refine.blocks import Blocks, part_of, read_blocks
+from megadistill.refine.records import load_records
 from megadistill.resolve import resolve
 
 Vectors = npt.NDArray[np.float64]
@@ -22,6 +23,23 @@ ROUNDING = 1e-6
 """The encoder computes in fp32: a similarity this little below tau is tau."""
 COLUMNS = {"index": "int64", "similarity": "float64"}
 """`similarity` is null where there is no rewrite."""
+
+
+class MeasureArguments(ShardArguments):
+    """A part of the records, its rewrites, and the encoder that compares them."""
+
+    settings: FilterConfig
+    """But for `tau`, which decides later: another one measures nothing again."""
+    encoder: str
+    """Hash of the files."""
+    records: KnownFile
+    rewrites: Upstream
+    part: int
+    of: int
+    block: int
+    batch_size: Runtime[int]
+    threads: Runtime[int]
+    gpu: Runtime[bool]
 
 
 class Encoder(Protocol):
@@ -125,21 +143,17 @@ class SentenceEncoder:
         return np.asarray(vectors, dtype=np.float64)
 
 
-def measure(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """The shard: similarities of its part's rewrites. See `pipeline` for the arguments."""
-    stage = Stage.of(directory)
-    records = part_of(stage.records(arguments["input"]), arguments["part"], arguments["of"])
-    rewrites = read_blocks(stage.outputs("rewrite", arguments["rewrites"]))
+def measure(directory: Path, arguments: MeasureArguments) -> None:
+    """The shard: similarities of its part's rewrites."""
+    records = part_of(load_records(arguments.records.path), arguments.part, arguments.of)
+    rewrites = read_blocks(arguments.rewrites.outputs)
     assert [row["index"] for row in rewrites] == [record.index for record in records]
-    blocks = Blocks(directory, COLUMNS, total=len(records), size=arguments["block"])
+    blocks = Blocks(directory, COLUMNS, total=len(records), size=arguments.block)
     missing = blocks.missing()
     if not missing:
         return
-    batch_size = stage.runtime["batch_size"]
-    settings = FilterConfig(**arguments["settings"] | {"batch_size": batch_size})
-    encoder = SentenceEncoder(
-        settings, gpu=stage.runtime["gpu"], threads=stage.runtime["engine"]["threads"]
-    )
+    settings = arguments.settings.model_copy(update={"batch_size": arguments.batch_size})
+    encoder = SentenceEncoder(settings, gpu=arguments.gpu, threads=arguments.threads)
     for start in range(missing[0], len(records), blocks.size):
         positions = [p for p in missing if start <= p < start + blocks.size]
         usable = [p for p in positions if rewrites[p]["rewrite"] is not None]

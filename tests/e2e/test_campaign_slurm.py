@@ -10,6 +10,7 @@ import yaml
 from megadistill.launch import gang
 from megadistill.launch.campaign import Campaign
 from megadistill.launch.node import open_run
+from megadistill.launch.staged_work import cancel
 from megadistill.launch.stages import read_jobs
 from tests.e2e.local_slurm import ROOT, Cluster, local_cluster, wait_until
 from tests.launch.configs import settings
@@ -110,12 +111,12 @@ def test_a_failure_cancels_what_needs_it_and_resuming_does_only_what_is_left(
 def test_cancelling_takes_what_is_in_the_queue(folder: Path, cluster: Cluster) -> None:
     campaign = Campaign.load(write_campaign(folder), ["cluster.nodes=1", "cluster.qos=null"])
     jobs = campaign.submit()
-    cancelled = campaign.cancel()
+    cancelled = cancel(campaign.folders)
     assert set(cancelled) <= {job for some in jobs.values() for job in some}
     assert set(jobs["last"]) <= set(cancelled)
     wait_for_end(campaign)
     assert statuses(campaign)["last"] == "stopped"
-    assert list(read_jobs(campaign.stages["last"].folder)) == jobs["last"]
+    assert list(read_jobs(campaign.stages["last"].root)) == jobs["last"]
 
 
 def test_every_export_starts_an_array_that_the_run_does_not_wait_for(

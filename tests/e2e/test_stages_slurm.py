@@ -12,7 +12,8 @@ import pytest
 from megadistill.config.cluster import ClusterConfig
 from megadistill.launch import slurm
 from megadistill.launch.shards import Shard
-from megadistill.launch.stages import ShardedStage, cancel, read_jobs
+from megadistill.launch.staged_work import cancel
+from megadistill.launch.stages import ShardedStage, read_jobs
 from tests.e2e.local_slurm import ROOT, Cluster, local_cluster, wait_until
 from tests.inference.serving_shard import ServeArguments, serve_two
 from tests.launch.fake_shard import WaitsArguments, waits
@@ -37,11 +38,11 @@ def cluster() -> Iterator[Cluster]:
 
 
 def stage(directory: Path, shards: list[Shard[Any]]) -> ShardedStage:
-    return ShardedStage(name="items", root=directory / "stage", shards=shards)
+    return ShardedStage(name="items", root=directory / "stage", shards=shards, cluster=SHARED)
 
 
 def submit(some: ShardedStage) -> list[str]:
-    return some.submit(SHARED, "items", live=slurm.live_jobs())
+    return some.submit(slurm.live_jobs())
 
 
 def wait_for_end(jobs: list[str]) -> None:
@@ -94,7 +95,8 @@ def test_a_shard_that_waits_for_other_jobs_holds_no_node_and_goes_on_when_they_h
 ) -> None:
     (other,) = submit(stage(tmp_path, [items_shard(tmp_path, 0, items=60, pause_s=1)]))
     waiting = Shard(function=waits, arguments=WaitsArguments(jobs=(other,)))
-    some = ShardedStage(name="waits", root=tmp_path / "waits", shards=[waiting])
+    root = tmp_path / "waits"
+    some = ShardedStage(name="waits", root=root, shards=[waiting], cluster=SHARED)
     (job,) = submit(some)
     (folder,) = some.folders.values()
     wait_until(lambda: bool(folder.waits()[0]))
@@ -112,7 +114,8 @@ def test_a_shard_that_waits_for_other_jobs_holds_no_node_and_goes_on_when_they_h
 def test_cancelling_takes_what_a_shard_waits_for_too(cluster: Cluster, tmp_path: Path) -> None:
     (other,) = submit(stage(tmp_path, [items_shard(tmp_path, 0, items=60, pause_s=1)]))
     waiting = Shard(function=waits, arguments=WaitsArguments(jobs=(other,)))
-    some = ShardedStage(name="waits", root=tmp_path / "waits", shards=[waiting])
+    root = tmp_path / "waits"
+    some = ShardedStage(name="waits", root=root, shards=[waiting], cluster=SHARED)
     (job,) = submit(some)
     (folder,) = some.folders.values()
     wait_until(lambda: bool(folder.waits()[0]))

@@ -44,7 +44,7 @@ class World:
         self.runs.clear()
         config = parse(EvaluateConfig, {**self.tree, **changes})
         with shards_in_process(self.runs):
-            return Evaluation(config, False).run()
+            return Evaluation.of(config, gpu=False).run()
 
     def results(self, system: str, benchmark: str = "medqa") -> list[dict[str, Any]]:
         file = self.path / "runs" / "tiny" / "results" / system / f"{benchmark}.parquet"

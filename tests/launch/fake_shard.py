@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from megadistill.launch.shards import MAY_WAIT, Runtime, ShardArguments, ShardFolder
+from megadistill.launch.shards import MAY_WAIT, Runtime, ShardArguments, ShardFolder, Upstream
 from megadistill.launch.stopping import STOPPED
 
 
@@ -76,3 +76,13 @@ def waits(directory: Path, arguments: WaitsArguments) -> None:
         own.wait_for(arguments.jobs)
         sys.exit(STOPPED)
     (directory / "restarts").write_text(os.environ["SLURM_RESTART_COUNT"])
+
+
+class SumArguments(ShardArguments):
+    items: Upstream
+
+
+def add_up(directory: Path, arguments: SumArguments) -> None:
+    """The number of items that other shards have done."""
+    count = sum(len(list(output.glob("item-*"))) for output in arguments.items.outputs)
+    (directory / "sum").write_text(str(count))

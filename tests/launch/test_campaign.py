@@ -13,6 +13,7 @@ from megadistill.config.cluster import ClusterConfig
 from megadistill.config.work import WorkConfig
 from megadistill.launch.campaign import Campaign, inherit
 from megadistill.launch.commands import with_resources
+from megadistill.launch.gang import Gang
 from tests.launch.configs import settings
 
 CRASHES = """
@@ -143,7 +144,7 @@ def test_a_failed_stage_keeps_back_only_what_needs_it(
 def test_a_stage_is_what_it_does_and_what_it_depends_on(folder: Path) -> None:
     def digests(**changed: Any) -> dict[str, str]:
         campaign = Campaign.load(write_campaign(folder, **changed))
-        return {name: stage.digest for name, stage in campaign.stages.items()}
+        return {name: stage.digest for name, stage in campaign.plans.items()}
 
     before = digests()
     assert digests(cluster={"partition": "elsewhere"}) == before
@@ -173,22 +174,26 @@ def test_a_train_stage_is_its_run_whose_inputs_must_not_change(folder: Path) -> 
         },
     )
     stage = Campaign.load(config).stages["train"]
-    cluster = stage.run[0].cluster
+    assert isinstance(stage, Gang)
+    cluster = stage.config.cluster
     assert (cluster.nodes, cluster.partition, cluster.time_minutes) == (2, "hopper", 33)
     Campaign.load(config).begin()
-    run = stage.begin_run()
+    stage.begin()
+    run = stage.run
     assert run.load_config().steps == 2
     assert not stage.is_done
     run.write_progress({"step": 2, "steps": 2, "done": True})
     assert stage.is_done
     (folder / "run.yaml").write_text("changed: true")
     changed = Campaign.load(config).stages["train"]
+    assert isinstance(changed, Gang)
     assert not changed.is_done
     with pytest.raises(ValueError, match="holds a run that was made from other inputs"):
-        changed.begin_run()
+        changed.begin()
     shutil.rmtree(run.path)  # as the message says
     assert not changed.is_done
-    assert changed.begin_run().config_file.exists()
+    changed.begin()
+    assert run.config_file.exists()
 
 
 def test_a_command_line_that_cannot_be_read_is_refused_before_anything_starts(

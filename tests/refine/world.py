@@ -1,13 +1,11 @@
 """A refinement without vLLM: a scripted engine, shards in this process."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -73,9 +71,10 @@ class World:
 
     def run(self, **changes: Any) -> dict[str, Any]:
         self.runs.clear()
-        # A shard sets the environment up for itself.
-        with shards_in_process(self.runs), mock.patch.dict(os.environ):
-            return Pipeline(self.config(**changes), False).run()
+        with shards_in_process(self.runs):
+            Pipeline(self.config(**changes), False).run()
+        summary: dict[str, Any] = json.loads((self.root / "summary.json").read_text())
+        return summary
 
     @property
     def root(self) -> Path:

@@ -3,14 +3,15 @@
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from megadistill.data.files import read_rows
 from megadistill.evaluate.benchmarks.style_control import controlled, rows_entries, style_of
-from megadistill.evaluate.protocol import Benchmark, Item, Judged, Score, user
+from megadistill.evaluate.protocol import Benchmark, Fields, Item, Judged, Score, user
 from megadistill.inference.requests import ChatRequest, SamplingParams
+from megadistill.refine.blocks import Row
 from megadistill.resolve import PACKAGE, resolve
 
 Category = Literal["hard_prompt", "creative_writing"]
@@ -69,9 +70,7 @@ def score_replies(item: Item, answer: str, replies: Sequence[str]) -> Score:
     )
 
 
-def remark(
-    rows: Mapping[str, Sequence[Mapping[str, Any]]], confidence: float, *, title: str
-) -> str:
+def remark(rows: Mapping[str, Sequence[Row]], confidence: float, *, title: str) -> str:
     """The scores with style held equal (ALGORITHMS 5.6: the plain mean is primary)."""
     found = {name: rows_entries(given, entries) for name, given in rows.items()}
     scores = controlled({name: given for name, given in found.items() if given}, confidence)
@@ -82,7 +81,7 @@ def remark(
     return f"{title} with style control: {', '.join(shown) or 'no verdicts'}."
 
 
-def to_item(row: Mapping[str, Any], category: Category) -> Item | None:
+def to_item(row: Fields, category: Category) -> Item | None:
     """A question with its baseline's answer; None for another category."""
     if row["category"] != category:
         return None

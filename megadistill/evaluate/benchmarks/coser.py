@@ -10,7 +10,7 @@ from typing import Any
 
 from megadistill.evaluate import coser_gca
 from megadistill.evaluate.coser_gca import DIMENSIONS, ENVIRONMENT, Line
-from megadistill.evaluate.protocol import Benchmark, Chat, Item, Judged, Score
+from megadistill.evaluate.protocol import Benchmark, Chat, Fields, Item, Judged, Score
 from megadistill.inference.requests import ChatRequest, SamplingParams
 from megadistill.inference.templates import Template, load_template
 from megadistill.types import Message
@@ -57,7 +57,7 @@ FLAWS = {
 }
 
 
-def to_item(row: Mapping[str, Any]) -> Item:
+def to_item(row: Fields) -> Item:
     """A conversation of CoSER's test_set.json."""
     plot, speakers = row["plot"], list(row["speaking_characters_w_env"])
     if not speakers or not row["dialogues"]:
@@ -76,7 +76,7 @@ def to_item(row: Mapping[str, Any]) -> Item:
     return Item(id=name, messages=opening("next", scene), text=row["scenario"], reference=scene)
 
 
-def profiles(row: Mapping[str, Any]) -> dict[str, str]:
+def profiles(row: Fields) -> dict[str, str]:
     """Of each speaker: its part in the plot, then its profile."""
     in_plot = {who["name"]: who.get("description", "") for who in row["plot"]["key_characters"]}
     found = {}

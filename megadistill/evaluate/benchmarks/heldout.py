@@ -1,13 +1,10 @@
 """Held-out divergences and likelihoods as columns: measured by the training engine, see `heldout_metrics`."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from megadistill.evaluate.protocol import Benchmark, Item
+from megadistill.evaluate.protocol import Benchmark, Fields, Item
 from megadistill.inference.requests import SamplingParams
 
 
-def _no_item(row: Mapping[str, Any]) -> Item:
+def _no_item(row: Fields) -> Item:
     raise ValueError("this is measured on held-out texts; name it in `signals`")
 
 

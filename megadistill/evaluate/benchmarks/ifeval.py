@@ -6,15 +6,13 @@ without network; here they get the same model from a package.
 
 import functools
 import random
-from collections.abc import Mapping
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
-from megadistill.evaluate.protocol import Benchmark, Item, Score, user
+from megadistill.evaluate.protocol import Benchmark, Fields, Item, Score, user
 from megadistill.inference.requests import SamplingParams
 
 
-def to_item(row: Mapping[str, Any]) -> Item:
+def to_item(row: Fields) -> Item:
     """A row of the official file."""
     names, settings = row["instruction_id_list"], row["kwargs"]
     if len(names) != len(settings):

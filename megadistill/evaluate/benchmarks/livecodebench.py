@@ -6,13 +6,11 @@ Each version is a window of contest dates. The question is put in our words, in 
 import json
 import re
 import sysconfig
-from collections.abc import Mapping
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from megadistill.evaluate.protocol import Benchmark, Item, Score, Tools
+from megadistill.evaluate.protocol import Benchmark, Fields, Item, Score, Tools
 from megadistill.evaluate.sandbox import Limits, run_python
 from megadistill.inference.requests import SamplingParams
 
@@ -40,7 +38,7 @@ _FENCE = re.compile(r"```")
 DRIVER = Path(__file__).with_name("livecodebench_driver.py")
 
 
-def to_item(row: Mapping[str, Any], version: str) -> Item | None:
+def to_item(row: Fields, version: str) -> Item | None:
     """A problem of code_generation_lite; None outside of the version's window."""
     first, end = WINDOWS[version]
     if not first <= date.fromisoformat(row["contest_date"][:10]) < end:

@@ -1,14 +1,11 @@
 """MedQA-USMLE, MedXpertQA-Text and held-out questions of ours, which end with `Final answer: <letter>`."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from megadistill.config.rows import RowConfig
 from megadistill.data.formats import FORMATS
 from megadistill.data.pools import is_heldout
 from megadistill.data.records import Record
 from megadistill.evaluate.letters import final_letter
-from megadistill.evaluate.protocol import Benchmark, Item, Score, user
+from megadistill.evaluate.protocol import Benchmark, Fields, Item, Score, user
 from megadistill.inference.requests import SamplingParams
 
 INSTRUCTION = "Reason step by step, then end with a line `Final answer: <letter>`."
@@ -23,7 +20,7 @@ def score(item: Item, answer: str) -> Score:
     return Score(value=float(right), extracted=letter, details={"no_answer": float(letter is None)})
 
 
-def to_item(row: Mapping[str, Any]) -> Item:
+def to_item(row: Fields) -> Item:
     """`question`, `options` in any notation, and `answer_idx` or `label`."""
     fields = RowConfig(answer="label" if "label" in row else "answer_idx")
     question, options, answer = FORMATS["choices"](row, fields)
@@ -40,7 +37,7 @@ def to_item(row: Mapping[str, Any]) -> Item:
     )
 
 
-def to_heldout_item(row: Mapping[str, Any]) -> Item | None:
+def to_heldout_item(row: Fields) -> Item | None:
     """A packaged question that the embedded runs never train on."""
     if not is_heldout(row["id"], HELDOUT_FRACTION):
         return None

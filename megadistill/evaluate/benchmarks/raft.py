@@ -3,13 +3,10 @@
 The papers' questions are not published: D-Acc takes the user's own test questions with answers.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from megadistill.data.files import BadRowError
 from megadistill.data.formats import SHAREGPT, parsed, read_chat, split_chat, text_of
 from megadistill.evaluate.benchmarks.verified import judged_by
-from megadistill.evaluate.protocol import Benchmark, Item, user
+from megadistill.evaluate.protocol import Benchmark, Fields, Item, user
 from megadistill.inference.requests import SamplingParams
 
 SYSTEM = "You are a helpful assistant."
@@ -18,7 +15,7 @@ FOREIGN = ("moss", "human:", "user:", "assistant:")
 """Marks of rows that are about another model, or several turns in one."""
 
 
-def d_acc_item(row: Mapping[str, Any]) -> Item:
+def d_acc_item(row: Fields) -> Item:
     """`question` and `answer`, or chat `messages` and `answer`, as `megadistill prepare` writes them."""
     if row.get("messages") is None:
         messages = user(text_of(row, "question", "empty_question"))
@@ -32,7 +29,7 @@ def d_acc_item(row: Mapping[str, Any]) -> Item:
     )
 
 
-def ms_bench_item(row: Mapping[str, Any]) -> Item | None:
+def ms_bench_item(row: Fields) -> Item | None:
     """The first question and its answer; None for a dialogue that does not begin with them."""
     dialogue = parsed(row[SHAREGPT])
     if not isinstance(dialogue, list):

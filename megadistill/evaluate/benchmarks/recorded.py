@@ -5,21 +5,21 @@ tests.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from megadistill.data.files import read_rows
 from megadistill.evaluate.benchmarks import BENCHMARKS
 from megadistill.evaluate.benchmarks.harness_logs import Log, read_logs
 from megadistill.evaluate.benchmarks.livecodebench import WINDOWS
-from megadistill.evaluate.protocol import Benchmark, Item, user
+from megadistill.evaluate.protocol import Benchmark, Fields, Item, user
 from megadistill.inference.requests import SamplingParams
+from megadistill.refine.blocks import Row
 
 
-def livebench_rows(file: Path) -> Iterator[dict[str, Any]]:
+def livebench_rows(file: Path) -> Iterator[Row]:
     """Rows of `ground_truth_judgment.jsonl` files put together: a score of 0 to 1 a question."""
     for row in read_rows(file):
         values = row.values
@@ -34,7 +34,7 @@ def livebench_rows(file: Path) -> Iterator[dict[str, Any]]:
         yield scored(question, score, group)
 
 
-def livecodebench_rows(file: Path, version: str) -> Iterator[dict[str, Any]]:
+def livecodebench_rows(file: Path, version: str) -> Iterator[Row]:
     """Problems of an `*_eval_all.json` whose contest lies in the version's window: pass@1."""
     first, end = WINDOWS[version]
     try:
@@ -48,7 +48,7 @@ def livecodebench_rows(file: Path, version: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{file}: no evaluation of LiveCodeBench: {error!r}") from None
 
 
-def scored(item: str, value: float, group: str, sample: int = 0) -> dict[str, Any]:
+def scored(item: str, value: float, group: str, sample: int = 0) -> Row:
     """A row as scoring leaves it, without a transcript, which the evaluator keeps."""
     absent = dict.fromkeys(("extracted", "replies", "messages", "written", "num_tokens"))
     return {
@@ -69,8 +69,8 @@ class Recorded:
 
     kind: str
     """Name of the benchmark whose place it takes; `recorded` for one that this project has not."""
-    rows: Sequence[Mapping[str, Any]]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Row]
+    facts: Fields = field(default_factory=dict)
     """What its summary says otherwise than `kind` would."""
 
 
@@ -102,11 +102,11 @@ def _from_logs(name: str, logs: Sequence[Log]) -> Recorded:
     )
 
 
-def _no_item(row: Mapping[str, Any]) -> Item:
+def _no_item(row: Fields) -> Item:
     raise ValueError("its scores come from a log; name that in `recorded`")
 
 
-def livebench_item(row: Mapping[str, Any]) -> Item:
+def livebench_item(row: Fields) -> Item:
     """A question of the hub's sets, to be looked for in training data; its answers are judged there."""
     question = str(row["turns"][0])
     group = f"{row['category']}/{row['task']}"

@@ -6,12 +6,11 @@ unequal; without a verifier math-verify (for GPQA the letter) decides alone.
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from megadistill.evaluate.benchmarks import medical
-from megadistill.evaluate.protocol import Benchmark, Item, Judged, Score, user
+from megadistill.evaluate.protocol import Benchmark, Fields, Item, Judged, Score, user
 from megadistill.inference.requests import ChatRequest, SamplingParams
 from megadistill.inference.templates import load_template
 
@@ -87,7 +86,7 @@ def hmmt_score_replies(item: Item, answer: str, replies: Sequence[str]) -> Score
     return score_replies(item, answer, replies) if replies else by_mathematics(item, answer)
 
 
-def gpqa_item(row: Mapping[str, Any]) -> Item:
+def gpqa_item(row: Fields) -> Item:
     """A row of the official CSV; the options are shuffled by the row's own name."""
     question = row["Question"].strip()
     right = row["Correct Answer"].strip()
@@ -105,7 +104,7 @@ def gpqa_item(row: Mapping[str, Any]) -> Item:
     )
 
 
-def hmmt_item(row: Mapping[str, Any]) -> Item:
+def hmmt_item(row: Fields) -> Item:
     """`problem` and `answer`, as MathArena has them."""
     name = str(row.get("problem_idx", row["row"]))
     messages = user(f"{row['problem']}\n\n{BOXED}")

@@ -1,10 +1,9 @@
 """ZebraLogic: a grid puzzle answered as JSON; right when every cell is."""
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
-from megadistill.evaluate.protocol import Benchmark, Item, Score, user
+from megadistill.evaluate.protocol import Benchmark, Fields, Item, Score, user
 from megadistill.inference.requests import SamplingParams
 
 EXAMPLE = """# Example
@@ -22,7 +21,7 @@ ORDER = (
 )
 
 
-def to_item(row: Mapping[str, Any]) -> Item:
+def to_item(row: Fields) -> Item:
     """A row of ZebraLogicBench-private's grid_mode: puzzle and solution {header, rows}."""
     solution = row["solution"]
     if isinstance(solution, str):
