@@ -4,7 +4,7 @@
 # vLLM (Python 3.12; nvcc must be there), --dev adds what tests and checks need.
 #
 #   PYTHON                    interpreter for a new .venv   (the newest of Python 3.11 to 3.13 that is here)
-#   MEGADISTILL_TORCH_INDEX   index of torch wheels, e.g. of its CPU build, https://download.pytorch.org/whl/cpu;
+#   MEGADISTILL_TORCH_INDEX   index of torch wheels, e.g. of its CPU build;
 #                             what the ordinary index has is the CUDA build, 3 GB larger   (pip's own)
 set -euo pipefail
 
