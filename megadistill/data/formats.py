@@ -79,14 +79,15 @@ def read_chat(value: Any, name: str) -> tuple[list[Message], int]:
     turns: list[Message] = []
     calls: list[bool] = []
     for turn in value:
-        role = str(turn.get("role", turn.get("from")))
+        # Parquet gives every turn the fields of all turns.
+        role = str(turn.get("role") or turn.get("from"))
         if role not in _ROLES:
             known = ", ".join(_ROLES)
             why = f"has a turn of {role!r} in {name!r}, expected one of {known}"
             raise BadRowError("bad_messages", why)
         called = turn.get("tool_calls") or turn.get("function_call") or role == "function_call"
         calls.append(bool(called))
-        content = turn.get("content", turn.get("value"))
+        content = turn.get("value") if turn.get("content") is None else turn["content"]
         text = "" if content is None and called else _content(content, name)
         turns.append({"role": _ROLES[role], "content": text})
     return turns, [*calls, True].index(True)

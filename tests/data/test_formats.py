@@ -44,6 +44,7 @@ SAME_CHAT = {
     "openai": [{"role": "system", "content": "Be brief."}, USER, ANSWER],
     "developer": [{"role": "developer", "content": "Be brief."}, USER, ANSWER],
     "sharegpt": SHAREGPT,
+    "both": [{"role": None, "content": None, **turn} for turn in SHAREGPT],
     "parts": [
         {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
         {"role": "user", "content": [{"type": "text", "text": "Why?"}]},
