@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from megadistill.plots import Columns, Curves, Point, Series
-from megadistill.report.ledger import ACTIVITIES, timeline
+from megadistill.report.ledger import SECONDS, spent
 
 Row = Mapping[str, Any]  # one line of metrics
 
@@ -73,8 +73,12 @@ def compared_curves(runs: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[Curve
 
 def phase_timeline(rows: Sequence[Row]) -> Columns:
     """Seconds of each step by activity."""
-    names = [*ACTIVITIES, "other"]
-    return Columns(title="seconds of each step", names=names, columns=timeline(rows))
+    seconds = spent(rows)[list(SECONDS)].to_numpy().tolist()
+    return Columns(
+        title="seconds of each step",
+        names=[name.removesuffix(" s") for name in SECONDS],
+        columns=[(str(row["step"]), values) for row, values in zip(rows, seconds, strict=True)],
+    )
 
 
 def measured_rows(rows: Sequence[Row]) -> list[Row]:

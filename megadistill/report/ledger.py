@@ -3,9 +3,11 @@
 Steps that a resumed attempt repeated count once, as the metrics hold them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+import pandas as pd
 
 from megadistill.config import RunConfig
 from megadistill.metrics import read_metrics
@@ -13,87 +15,65 @@ from megadistill.rundir import WHOLE, RunDir
 
 ACTIVITIES = ("rollout", "score", "train", "publish", "evaluate")
 """Parts of a step that are measured, as `time/...`; a step's rest is `other`."""
+SECONDS = (*(f"{name} s" for name in ACTIVITIES), "other s")
+LEDGER = {
+    "steps": ",.0f",
+    **dict.fromkeys((*SECONDS, "save s", "total s", "hidden rollout s"), ",.1f"),
+    **dict.fromkeys(("rollout tokens", "rollout tokens per s"), ",.0f"),
+    **dict.fromkeys(("trained tokens", "trained tokens per s"), ",.0f"),
+    "GPU-hours": ",.2f",
+}
+"""Column -> how its numbers are shown."""
 
 Row = Mapping[str, Any]  # one line of metrics
 
 
-@dataclass(slots=True, kw_only=True)
-class Cost:
-    """What one phase has cost."""
+def cost_ledger(run: RunDir, config: RunConfig) -> pd.DataFrame:
+    """The costs phase by phase, in the order of their first step, and last of the whole run.
 
-    phase: str
-    teachers: str
-    steps: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ACTIVITIES, 0.0))
-    other_s: float = 0.0
-    """Within steps, but none of the activities."""
-    save_s: float | None = None
-    """Known of the whole run only."""
-    hidden_s: float = 0.0
-    """Sampling that went on while the trainer worked (`max_staleness: 1`)."""
-    rollout_tokens: float = 0.0
-    trained_tokens: float = 0.0
-    gpus: int = 0
-
-    @property
-    def total_s(self) -> float:
-        return sum(self.seconds.values()) + self.other_s + (self.save_s or 0.0)
-
-    @property
-    def gpu_hours(self) -> float | None:
-        return self.gpus * self.total_s / 3600 if self.gpus else None
-
-    @property
-    def rollout_tokens_per_s(self) -> float | None:
-        """Tokens per second of sampling, hidden or waited for."""
-        return _rate(self.rollout_tokens, self.seconds["rollout"] + self.hidden_s)
-
-    @property
-    def trained_tokens_per_s(self) -> float | None:
-        return _rate(self.trained_tokens, self.seconds["train"])
-
-    def add(self, row: Row) -> None:
-        for name in ACTIVITIES:
-            self.seconds[name] += row.get(f"time/{name}", 0.0)
-        self.other_s += other_seconds(row)
-        self.hidden_s += row.get("time/rollout_hidden", 0.0)
-        self.rollout_tokens += row.get("rollout/tokens", 0.0)
-        self.trained_tokens += row.get("train/tokens", 0.0)
-        self.steps += row["step"] > 0
-
-
-def cost_ledger(run: RunDir, config: RunConfig) -> list[Cost]:
-    """The costs phase by phase, in the order of their first step, and last of the whole run."""
+    NaN where nothing is known: of the speed of what did not happen, of GPUs on a CPU, of the seconds
+    of saving within a phase.
+    """
     rows = read_metrics(run.metrics_file)
-    gpus = allocated_gpus(config)
-    total = Cost(phase="all", teachers="", gpus=gpus, save_s=save_seconds(run, config, rows))
-    phases: dict[str, Cost] = {}
-    for row in rows:
-        phase = str(row.get("branch", "?"))
-        if phase not in phases:
-            phases[phase] = Cost(phase=phase, teachers=teachers_of(config, phase), gpus=gpus)
-        phases[phase].add(row)
-        total.add(row)
-    return [*phases.values(), total]
+    taken = spent(rows)
+    phases = pd.Series([str(row.get("branch", "?")) for row in rows], dtype=str)
+    costs = taken.groupby(phases, sort=False).sum()
+    costs.loc["all"] = taken.sum()
+    save_s = save_seconds(run, config, rows)
+    costs["save s"] = [math.nan] * (len(costs) - 1) + [math.nan if save_s is None else save_s]
+    costs["total s"] = costs[[*SECONDS, "save s"]].sum(axis=1)
+    sampling = costs["rollout s"] + costs["hidden rollout s"]  # hidden or waited for
+    costs["rollout tokens per s"] = costs["rollout tokens"] / sampling
+    costs["trained tokens per s"] = costs["trained tokens"] / costs["train s"]
+    costs["GPU-hours"] = (allocated_gpus(config) or math.nan) * costs["total s"] / 3600
+    costs["teacher"] = [teachers_of(config, phase) or "-" for phase in costs.index]
+    return costs.replace(math.inf, math.nan)
 
 
-def other_seconds(row: Row) -> float:
-    """Of a step's wall-clock time what no activity accounts for."""
-    if "time/step" not in row:
-        return 0.0
-    known: float = sum(row.get(f"time/{name}", 0.0) for name in ACTIVITIES if name != "evaluate")
-    return max(float(row["time/step"]) - known, 0.0)
+def ledger_table(costs: pd.DataFrame) -> pd.DataFrame:
+    """The ledger as people read it."""
+    numbers = {
+        name: ["-" if math.isnan(value) else format(value, pattern) for value in costs[name]]
+        for name, pattern in LEDGER.items()
+    }
+    return pd.DataFrame({"phase": costs.index, "teacher": list(costs.teacher), **numbers})
 
 
-def timeline(rows: Sequence[Row]) -> list[tuple[str, list[float]]]:
-    """(step, seconds of each activity and the rest) of each step."""
-    return [
-        (
-            str(row["step"]),
-            [*(row.get(f"time/{name}", 0.0) for name in ACTIVITIES), other_seconds(row)],
-        )
-        for row in rows
-    ]
+def spent(rows: Sequence[Row]) -> pd.DataFrame:
+    """Of each step the seconds by activity and of the rest, and tokens."""
+    keys = {f"{name} s": f"time/{name}" for name in ACTIVITIES} | {
+        "hidden rollout s": "time/rollout_hidden",  # while the trainer worked (`max_staleness: 1`)
+        "rollout tokens": "rollout/tokens",
+        "trained tokens": "train/tokens",
+    }
+    frame = pd.DataFrame(rows)
+    found = pd.DataFrame({name: frame.get(key) for name, key in keys.items()}, index=frame.index)
+    found = found.astype(float).fillna(0.0)
+    found["steps"] = [float(row["step"] > 0) for row in rows]
+    known = found[[f"{name} s" for name in ACTIVITIES if name != "evaluate"]].sum(axis=1)
+    step_s = frame.get("time/step", known)
+    found["other s"] = (step_s - known).clip(lower=0).fillna(0.0)
+    return found
 
 
 def teachers_of(config: RunConfig, phase: str) -> str:
@@ -133,7 +113,3 @@ def save_seconds(run: RunDir, config: RunConfig, rows: Sequence[Row]) -> float |
         last == config.steps and last % config.checkpoint.every > 0
     )
     return saves * sum(seconds) / len(seconds) if seconds else None
-
-
-def _rate(tokens: float, seconds: float) -> float | None:
-    return tokens / seconds if tokens and seconds > 0 else None

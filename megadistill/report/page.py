@@ -16,7 +16,7 @@ from megadistill.metrics import read_metrics
 from megadistill.plots import Columns, Curves, svg
 from megadistill.report.curves import phase_timeline, run_curves
 from megadistill.report.effect import effect_table, effects
-from megadistill.report.ledger import ACTIVITIES, cost_ledger
+from megadistill.report.ledger import cost_ledger, ledger_table
 from megadistill.report.samples import SHADE_BOUNDS, sample_groups
 from megadistill.rundir import RunDir
 
@@ -48,8 +48,7 @@ def write_page(run: RunDir, file: Path) -> Path:
         "effects": effect_table(effects(run)),
         "charts": shown(run_curves(rows).values()),
         "timeline": shown([phase_timeline(rows)]),
-        "activities": ACTIVITIES,
-        "costs": cost_ledger(run, config),
+        "costs": ledger_table(cost_ledger(run, config)),
         "groups": sample_groups(run, config),
         "bounds": SHADE_BOUNDS,
         "refinement": refinement(run.report),
