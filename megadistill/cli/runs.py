@@ -55,13 +55,15 @@ def status(
     watch: Annotated[bool, Option("--watch", help="Follow it from start to end.")] = False,
     give_up: Annotated[float, Option(metavar="S", help="End after S silent seconds.")] = 1800,
 ) -> None:
-    """Where a run stands: nodes, attempts, last steps, time left. Or a refinement, an evaluation."""
+    """Where a run stands: nodes, attempts, last steps, time left. Or the stages of other work."""
     from megadistill.cli import campaigns
     from megadistill.launch.staged_work import is_staged_work
     from megadistill.report import status as reporting
     from megadistill.rundir import RunDir
 
-    if is_staged_work(Path(run)):
+    if is_staged_work(Path(run)) or (Path(run) / "campaign.yaml").exists():
+        if watch:
+            raise ValueError(f"--watch: {run} is no run, ask for its status again instead")
         campaigns.status(run)
     elif watch:
         reporting.watch(RunDir(Path(run).absolute()), interval_s=1.0, give_up_s=give_up)

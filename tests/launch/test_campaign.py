@@ -107,7 +107,7 @@ def test_a_campaign_runs_here_and_does_nothing_twice(
     assert run_cli("campaign", "resume", str(root), "--local") == 0
     assert counts(folder) == once
     capsys.readouterr()
-    assert run_cli("campaign", "status", str(root)) == 0
+    assert run_cli("status", str(root)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[1:]] == [
         ["prepare", "config", "done"],
