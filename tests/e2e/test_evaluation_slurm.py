@@ -127,7 +127,8 @@ def test_what_vanished_is_submitted_again_by_the_job_that_makes_the_result(
         "score": 2,
         "result": 1,
     }
-    assert cluster.state(again["result"][0]) == "COMPLETED"
+    cluster.wait_for_state(*again["result"], "COMPLETED", "FAILED")
+    assert cluster.state(*again["result"]) == "COMPLETED"
 
 
 def test_a_failure_ends_what_needs_it_and_is_shown(
