@@ -5,12 +5,12 @@ R is the raw answer, F the refined one, B the base model's own answer to the que
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from megadistill import stats
 from megadistill.config.refine import DiagnoseConfig, EngineConfig, FilterConfig, RewriteConfig
@@ -61,26 +61,6 @@ class DiagnoseArguments(RefinedArguments):
     gpu: Runtime[bool]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One sampled record: what refinement did to it, and what the model says of that."""
-
-    row: Row  # a row of the provenance
-    model: Row  # a row of MODEL_COLUMNS
-
-    @property
-    def raw(self) -> str:
-        return str(self.row["original"])
-
-    @property
-    def refined(self) -> str:
-        return str(self.row["refined"])
-
-    @property
-    def changed(self) -> bool:
-        return self.raw != self.refined
-
-
 def diagnose(directory: Path, arguments: DiagnoseArguments) -> None:
     """The shard: measures a sample and writes the report."""
     settings = arguments.settings
@@ -90,7 +70,7 @@ def diagnose(directory: Path, arguments: DiagnoseArguments) -> None:
     if not file.exists():
         found = ask_model(rows, [records[row["id"]] for row in rows], arguments)
         write_rows(file, found, MODEL_COLUMNS)
-    cases = [Case(row=r, model=m) for r, m in zip(rows, read_rows_of(file), strict=True)]
+    cases = pd.DataFrame({**r, **m} for r, m in zip(rows, read_rows_of(file), strict=True))
     threads = arguments.engine.threads
     encoder = SentenceEncoder(arguments.filter, gpu=arguments.gpu, threads=threads)
     values = measure(cases, encoder, arguments.accept, arguments.seed)
@@ -169,52 +149,46 @@ def fitting_nll(
     return [by_place.get(n) for n in range(len(joined))]
 
 
-def measure(cases: Sequence[Case], encoder: Encoder, accept: float | None, seed: int) -> Values:
-    """Every figure of the report."""
-    both = [
-        case for case in cases if None not in (case.model["raw_nll"], case.model["refined_nll"])
-    ]
-    nll = {name: [case.model[name] for case in both] for name in ("raw_nll", "refined_nll")}
-    lengths = {
-        name: [float(case.model[name]) for case in cases]
-        for name in ("raw_tokens", "refined_tokens")
-    }
-    ratios = [case.model["refined_tokens"] / max(case.model["raw_tokens"], 1) for case in cases]
+def measure(cases: pd.DataFrame, encoder: Encoder, accept: float | None, seed: int) -> Values:
+    """Every figure of the report; a case is a row of the provenance joined with MODEL_COLUMNS."""
+    both = cases.dropna(subset=["raw_nll", "refined_nll"])
+    changed = cases[cases.original != cases.refined]
+    nll = {name: both[name].tolist() for name in ("raw_nll", "refined_nll")}
+    lengths = {n: cases[n].astype(float).tolist() for n in ("raw_tokens", "refined_tokens")}
+    ratios = cases.refined_tokens / cases.raw_tokens.clip(lower=1)
     return {
         "records": len(cases),
-        "changed": sum(case.changed for case in cases),
+        "changed": len(changed),
         "embedding": embedding_figures(cases, encoder),
         "base_nll": {
-            **(stats.compare_paired(nll["raw_nll"], nll["refined_nll"], seed) if both else {}),
+            **(stats.compare_paired(nll["raw_nll"], nll["refined_nll"], seed) if len(both) else {}),
             "values": nll,
         },
-        "overlap": overlap_figures(cases),
+        "overlap": overlap_figures(changed),
         "length": {
-            "mean_ratio": float(np.mean(ratios)),
-            **stats.compare_distributions(lengths["raw_tokens"], lengths["refined_tokens"]),
+            "mean_ratio": float(ratios.to_numpy().mean()),
+            **stats.compare_distributions(*lengths.values()),
             "values": lengths,
         },
         "style": style_figures(cases, seed),
         "judges": judge_figures(cases, accept),
-        "similarity": [c.row["similarity"] for c in cases if c.row["similarity"] is not None],
+        "similarity": cases.similarity.dropna().tolist(),
     }
 
 
-def embedding_figures(cases: Sequence[Case], encoder: Encoder) -> Values:
+def embedding_figures(cases: pd.DataFrame, encoder: Encoder) -> Values:
     """Mean 1 - cos(R, F); MMD^2 of R and of F to B, with one bandwidth."""
-    own = [case for case in cases if case.model["base"]]
-    raw = embed([case.raw for case in cases], encoder)
-    refined = embed([case.refined for case in cases], encoder)
+    raw, refined = (embed(list(cases[name]), encoder) for name in ("original", "refined"))
     divergence = 1 - np.einsum("nd,nd->n", raw, refined)
-    changed = [value for value, case in zip(divergence, cases, strict=True) if case.changed]
+    changed = divergence[(cases.original != cases.refined).to_numpy()]
     values: Values = {
         "divergence": float(divergence.mean()),
-        "divergence_of_changed": float(np.mean(changed)) if changed else None,
+        "divergence_of_changed": float(changed.mean()) if len(changed) else None,
     }
-    if len(own) < 2:
+    keep = [n for n, text in enumerate(cases.base.fillna("")) if text]
+    if len(keep) < 2:
         return values
-    keep = [n for n, case in enumerate(cases) if case.model["base"]]
-    base = embed([case.model["base"] for case in own], encoder)
+    base = embed(list(cases.base.iloc[keep]), encoder)
     return values | mmd_figures(raw[keep], refined[keep], base)
 
 
@@ -231,51 +205,47 @@ def mmd_figures(raw: Vectors, refined: Vectors, base: Vectors) -> Values:
     }
 
 
-def overlap_figures(cases: Sequence[Case]) -> Values:
+def overlap_figures(changed: pd.DataFrame) -> Values:
     """How much of F stands in R already, over the changed records."""
-    pairs = [
-        (answer_measures.words_of(case.refined), answer_measures.words_of(case.raw))
-        for case in cases
-        if case.changed
-    ]
+    words = changed[["refined", "original"]].map(answer_measures.words_of).to_numpy().tolist()
     found: dict[str, list[float | None]] = {
-        f"containment_{n}": [answer_measures.containment(new, old, n) for new, old in pairs]
+        f"containment_{n}": [answer_measures.containment(new, old, n) for new, old in words]
         for n in NGRAMS
     }
-    found["rouge_l"] = [answer_measures.rouge_l(new, old) for new, old in pairs]
-    found["copy_rate"] = [answer_measures.copy_rate(new, old) for new, old in pairs]
+    found["rouge_l"] = [answer_measures.rouge_l(new, old) for new, old in words]
+    found["copy_rate"] = [answer_measures.copy_rate(new, old) for new, old in words]
     return {
         name: float(np.mean(given)) if (given := [v for v in values if v is not None]) else None
         for name, values in found.items()
     }
 
 
-def style_figures(cases: Sequence[Case], seed: int) -> Values:
+def style_figures(cases: pd.DataFrame, seed: int) -> Values:
     """Headings, lists and bold per 100 tokens in R and F, with a paired test."""
-    raw = [answer_measures.style_of(case.raw, case.model["raw_tokens"]) for case in cases]
-    new = [answer_measures.style_of(case.refined, case.model["refined_tokens"]) for case in cases]
+    raw = list(map(answer_measures.style_of, cases.original, cases.raw_tokens))
+    new = list(map(answer_measures.style_of, cases.refined, cases.refined_tokens))
     return {
         name: stats.compare_paired([r[name] for r in raw], [n[name] for n in new], seed)
         for name in answer_measures.STYLE
     }
 
 
-def judge_figures(cases: Sequence[Case], accept: float | None) -> Values:
+def judge_figures(cases: pd.DataFrame, accept: float | None) -> Values:
     """Scores of each judge, and how far every two agree."""
-    candidates = [
-        {given["judge"]: given["score"] for given in candidate["scores"]}
-        for case in cases
-        for candidate in case.row["candidates"] or []
-    ]
     if accept is None:
         return {}
+    candidates = [
+        {given["judge"]: given["score"] for given in candidate["scores"]}
+        for found in cases.candidates.dropna()
+        for candidate in found
+    ]
     names = sorted({judge for scores in candidates for judge in scores})
     scores = {n: [s for c in candidates if (s := c.get(n)) is not None] for n in names}
-    rounds = [case.row["round"] for case in cases if case.row["round"] is not None]
+    rounds = cases["round"].dropna().astype(int).value_counts().sort_index()
     return {
         "candidates": len(candidates),
         "scores": scores,
-        "rounds": {str(number): rounds.count(number) for number in sorted(set(rounds))},
+        "rounds": {str(number): int(count) for number, count in rounds.items()},
         "agreement": judge_agreement(candidates, accept),
     }
 
@@ -294,12 +264,11 @@ def judge_agreement(
     return rows
 
 
-def examples(cases: Sequence[Case], count: int) -> dict[str, list[Values]]:
+def examples(cases: pd.DataFrame, count: int) -> dict[str, list[Values]]:
     """The changed records that moved furthest from and stayed nearest to their answers."""
-    changed = sorted((case for case in cases if case.changed), key=lambda c: c.row["similarity"])
+    fields = ["id", "question", "original", "rewrite", "refined", "similarity", "decision"]
+    changed = cases[cases.original != cases.refined].sort_values("similarity", kind="stable")[
+        fields
+    ]
     chosen = {"worst": changed[:count], "best": changed[::-1][:count]}
-    fields = ("id", "question", "original", "rewrite", "refined", "similarity", "decision")
-    return {
-        kind: [{name: case.row[name] for name in fields} for case in some]
-        for kind, some in chosen.items()
-    }
+    return {kind: some.to_dict("records") for kind, some in chosen.items()}

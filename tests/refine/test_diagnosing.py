@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
 
-from megadistill.refine.diagnosing import Case, examples, judge_agreement, measure, sample
+from megadistill.refine.diagnosing import examples, judge_agreement, measure, sample
 from megadistill.refine.report import write_report
 from tests.refine.world import WordEncoder
 
@@ -19,7 +20,7 @@ BASE = ["drink tea", "take a walk every day", "see somebody", "wash"]
 SIMILARITY = [0.9, 0.85, 0.7, 0.95]
 
 
-def make_case(n: int) -> Case:
+def make_case(n: int) -> dict[str, Any]:
     scores = [{"judge": "a", "score": 0.9}, {"judge": "b", "score": 0.5 + 0.1 * n}]
     row = {
         "id": f"r{n}",
@@ -39,10 +40,10 @@ def make_case(n: int) -> Case:
         "raw_tokens": 4 + n,
         "refined_tokens": 5 + n,
     }
-    return Case(row=row, model=model)
+    return {**row, **model}
 
 
-CASES = [make_case(n) for n in range(4)]
+CASES = pd.DataFrame([make_case(n) for n in range(4)])
 
 
 def unit(texts: list[str]) -> npt.NDArray[np.float64]:
@@ -148,9 +149,8 @@ def test_the_sample_is_the_same_every_time() -> None:
 
 
 def test_a_set_without_changes_is_reported_too(tmp_path: Path) -> None:
-    row = {**CASES[2].row, "candidates": None, "round": None, "similarity": None}
-    model = {**CASES[2].model, "base": None, "raw_nll": None, "refined_nll": None}
-    cases = [Case(row=row, model=model)] * 3
+    absent = dict.fromkeys(("candidates", "round", "similarity", "base", "raw_nll", "refined_nll"))
+    cases = pd.DataFrame([{**make_case(2), **absent}] * 3)
     found = measure(cases, WordEncoder(), accept=None, seed=0)
     write_report(tmp_path, found | {"examples": examples(cases, 2)})
     assert found["changed"] == 0
