@@ -19,24 +19,10 @@ from megadistill.config.work import WorkConfig
 from megadistill.launch.commands import fill, limits_of, with_resources, work_shards
 from megadistill.launch.shards import ShardFolder
 from megadistill.launch.slurm import live_jobs
-from megadistill.launch.stages import ShardedStage
+from megadistill.launch.stages import ShardedStage, state_of
 from megadistill.rundir import RunDir
 
 LOOK_EVERY_S = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """How far the work is that an export has started."""
-
-    export: str
-    shards: int
-    done: int
-    failed: int
-
-    def describe(self) -> str:
-        trouble = f", {self.failed} failed" if self.failed else ""
-        return f"{self.export}: {self.done} of {self.shards} done{trouble}"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -143,23 +129,15 @@ def evaluation(run: RunDir, export: Path) -> Path:
     return run.path / "evaluations" / (export.name if export.name.startswith("step-") else "final")
 
 
-def read_evaluations(run: RunDir) -> list[Evaluation]:
-    """The work that exports have started, in the order of their steps."""
-    found = []
+def read_evaluations(run: RunDir) -> list[str]:
+    """How far the work is that exports have started, a line each, in the order of their steps."""
+    work = run.load_config().checkpoint.on_export
     every = (run.path / "evaluations").glob("*")
+    found = []
     for root in sorted(every, key=lambda path: (path.name == "final", path.name)):
-        work = run.load_config().checkpoint.on_export
-        shards = [ShardFolder(path) for path in (root / "shards").glob("*")]
-        done = [shard for shard in shards if shard.done_file.exists()]
-        over = [shard for shard in shards if work and not shard.has_work(work.tries)]
-        found.append(
-            Evaluation(
-                export=root.name,
-                shards=len(shards),
-                done=len(done),
-                failed=max(len(over) - len(done), 0),
-            )
-        )
+        names = {path.name: path.name for path in (root / "shards").glob("*")}
+        state = state_of(root, names, work.tries if work else 1, {})
+        found.append(f"{root.name}: shards done: {state.progress}")
     return found
 
 

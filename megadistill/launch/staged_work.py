@@ -224,9 +224,7 @@ def read_states(root: Path) -> list[StageState]:
     """The state of every stage."""
     plan = json.loads((root / PLAN).read_text())
     live = jobs_in_queue(stage_folders(root))
-    found = []
-    for folder, shards in zip(stage_folders(root), plan["stages"].values(), strict=True):
-        folders = {ShardFolder(folder / "shards" / key): name for key, name in shards.items()}
-        states = [shard.state(name, plan["tries"]) for shard, name in folders.items()]
-        found.append(state_of(folder, folder.name, states, live))
-    return found
+    return [
+        state_of(root / "stages" / name, shards, plan["tries"], live)
+        for name, shards in plan["stages"].items()
+    ]

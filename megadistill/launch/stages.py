@@ -106,8 +106,7 @@ class ShardedStage:
     def states(self) -> list[ShardState]:
         """How the shards stand, by their files."""
         names = {shard.key: shard.name for shard in self.shards}
-        tries = self.limits.tries
-        return [folder.state(names[key], tries) for key, folder in self.folders.items()]
+        return shard_states(self.root, names, self.limits.tries)
 
     def describe(self) -> str:
         """One line a shard that is not done, and a total."""
@@ -180,13 +179,22 @@ class ShardedStage:
 
     def state(self, live: Mapping[str, str]) -> StageState:
         """Where it stands, by its files and the jobs that are in the queue."""
-        return replace(state_of(self.root, self.name, self.states(), live), verb=self.verb)
+        names = {shard.key: shard.name for shard in self.shards}
+        found = state_of(self.root, names, self.limits.tries, live)
+        return replace(found, name=self.name, verb=self.verb)
+
+
+def shard_states(root: Path, names: Mapping[str, str], tries: int) -> list[ShardState]:
+    """How shards stand, by their files; `names` by key."""
+    folders = {ShardFolder(root.absolute() / "shards" / key): name for key, name in names.items()}
+    return [folder.state(name, tries) for folder, name in folders.items()]
 
 
 def state_of(
-    root: Path, name: str, shards: Sequence[ShardState], live: Mapping[str, str]
+    root: Path, names: Mapping[str, str], tries: int, live: Mapping[str, str]
 ) -> StageState:
-    """A stage's line of the table."""
+    """A stage's line of the table, by its files and the jobs that are in the queue."""
+    shards = shard_states(root, names, tries)
     done = [shard for shard in shards if shard.status == "done"]
     failed = [shard for shard in shards if shard.status == "failed"]
     jobs = list(read_jobs(root))
@@ -203,7 +211,7 @@ def state_of(
         seconds = sum(shard.seconds for shard in done) / len(done) * left
         progress += f", ETA {timedelta(seconds=round(seconds))}"
     return StageState(
-        name=name,
+        name=root.name,
         status=status,
         job=jobs[-1] if jobs else "",
         progress=progress,

@@ -139,7 +139,7 @@ def _standing(run: RunDir, rows: Sequence[dict[str, Any]]) -> list[RenderableTyp
     if rows and (memory := rows[-1].get("memory/trainer_gib")) is not None:
         found.append(Text(f"memory of the fullest trainer: {memory:.1f} GiB"))
     if evaluations := read_evaluations(run):
-        found.append(Text("; ".join(one.describe() for one in evaluations)))
+        found.append(Text("; ".join(evaluations)))
     if run.config_file.exists() and state not in ("done", "not started"):
         found.append(_node_table(run))
     return found

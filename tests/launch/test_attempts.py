@@ -146,9 +146,10 @@ def test_the_work_on_every_export_is_counted(tmp_path: Path) -> None:
             if state == "d":
                 (shard / "done.json").write_text("{}")
             if state == "f":
-                (shard / "failures.jsonl").write_text('{"what": "it broke"}\n' * 2)
-    assert [one.describe() for one in read_evaluations(run)] == [
-        "step-000002: 1 of 3 done, 1 failed",
-        "step-000010: 1 of 1 done",
-        "final: 0 of 1 done",
+                failure = json.dumps({"what": "it broke", "log": "try-0.log", "detail": ""})
+                (shard / "failures.jsonl").write_text(f"{failure}\n" * 2)
+    assert read_evaluations(run) == [
+        "step-000002: shards done: 1 of 3, 1 failed",
+        "step-000010: shards done: 1 of 1",
+        "final: shards done: 0 of 1",
     ]
