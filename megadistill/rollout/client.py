@@ -83,7 +83,7 @@ class EnginePool:
     def publish(self, version: int, files: Sequence[Path], checksum: str) -> None:
         """Load `files` into every engine; raises `EngineError` unless each echoes the checksum."""
         body = wire.Weights(version=version, files=[str(file) for file in files], checksum=checksum)
-        for engine, line in self._ask_all("/weights", wire.WEIGHTS.dump_json(body)):
+        for engine, line in self._ask_all("/weights", body):
             if not isinstance(line, wire.Loaded):
                 raise EngineError(f"{engine.name}: /weights: found {line}, expected Loaded")
             if (line.version, line.checksum) != (version, checksum):
@@ -94,20 +94,20 @@ class EnginePool:
 
     def sleep(self) -> None:
         """Let every engine give its GPU memory to the trainer."""
-        self._ask_all("/sleep", b"{}")
+        self._ask_all("/sleep", wire.Empty())
 
     def wake(self) -> None:
         """Let every engine take its GPU memory back."""
-        self._ask_all("/wake", b"{}")
+        self._ask_all("/wake", wire.Empty())
 
     def shutdown(self) -> None:
         """Ask every engine to end; one that is gone already is no error."""
         timeout = SHUTDOWN_TIMEOUT_S
         for engine in self.engines:
             with suppress(EngineError):
-                list(engine.ask("/shutdown", b"{}", idle_s=timeout, total_s=timeout))
+                list(engine.ask("/shutdown", wire.Empty(), idle_s=timeout, total_s=timeout))
 
-    def _ask_all(self, path: str, body: bytes) -> list[tuple[Connection, wire.Line | None]]:
+    def _ask_all(self, path: str, body: wire.Body) -> list[tuple[Connection, wire.Line | None]]:
         """The one line each engine answers, from all in parallel."""
         timeout = float(self.config.timeout_s)
 
@@ -167,7 +167,7 @@ class EnginePool:
         total_s = float(self.config.timeout_s)
         lines = engine.ask(
             "/generate",
-            wire.GENERATE.dump_json(body),
+            body,
             idle_s=min(IDLE_TIMEOUT_S, total_s),
             total_s=total_s,
             cancelled=cancelled,
@@ -227,7 +227,7 @@ def _try_connect(run: RunDir, index: int) -> Connection | None:
         return None
     hint = _log_hint(run, index)
     try:
-        address = wire.ENGINE_ADDRESS.validate_json(file.read_bytes())
+        address = wire.EngineAddress.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise EngineError(f"rollout engine {index}: {file} is not an address: {error}") from error
     if address.error is not None:

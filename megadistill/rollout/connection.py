@@ -1,20 +1,19 @@
 """The client's side of one engine: bounded waiting and retries, errors that name the engine."""
 
-import http.client
-import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import httpx
 from pydantic import ValidationError
 
 from megadistill.rollout import wire
 
-log = logging.getLogger(__name__)
-
-CONNECT_ATTEMPTS = 3
-CONNECT_TIMEOUT_S = 10.0
-RETRY_PAUSE_S = 1.0
+CONNECT_RETRIES = 2
+"""Where no connection was made: the engine then saw nothing of the request."""
+CONNECT_TIMEOUT_S = 5.0
+"""Of each try."""
 
 
 class EngineError(RuntimeError):
@@ -40,25 +39,18 @@ class Connection:
         where = f"{self.address.node} at {self.address.host}:{self.address.port}"
         return f"rollout engine {self.index} on {where}{self.log_hint}"
 
-    def health(self, timeout_s: float = CONNECT_TIMEOUT_S) -> wire.Health:
-        """What the engine says of itself; one attempt."""
-        try:
-            response = self._send("GET", "/health", b"", timeout_s)
-            content = response.read(wire.MAX_BODY_BYTES)
-            if response.status != 200:
+    def health(self, timeout_s: float = 2 * CONNECT_TIMEOUT_S) -> wire.Health:
+        """What the engine says of itself."""
+        with self._request("GET", "/health", b"", timeout_s) as response:
+            content = response.read()
+            if response.status_code != 200:
                 raise EngineError(f"{self.name}: refused /health: {_message(content)}")
-            return wire.HEALTH.validate_json(content)
-        except TimeoutError as error:
-            raise EngineTimeoutError(
-                f"{self.name}: no answer to /health in {timeout_s:g} s"
-            ) from error
-        except (OSError, http.client.HTTPException, ValidationError) as error:
-            raise EngineError(f"{self.name}: /health failed: {error}") from error
+            return wire.Health.model_validate_json(content)
 
     def ask(
         self,
         path: str,
-        body: bytes,
+        body: wire.Body,
         *,
         idle_s: float,
         total_s: float,
@@ -71,65 +63,61 @@ class Connection:
         Returns early once `cancelled()` is true; closing the connection stops the engine.
         """
         begun = time.monotonic()
+        content = body.model_dump_json().encode()
+        with self._request("POST", path, content, min(idle_s, total_s)) as response:
+            for text in _lines(response):
+                line = wire.LINE.validate_json(text)
+                if isinstance(line, wire.Failure):
+                    raise EngineError(f"{self.name}: {path}: {line.message}")
+                if not isinstance(line, wire.Alive):
+                    yield line
+                if cancelled():
+                    return
+                if time.monotonic() - begun > total_s:
+                    raise EngineTimeoutError(f"{self.name}: {path} took over {total_s:g} s")
+
+    @contextmanager
+    def _request(
+        self, method: str, path: str, content: bytes, idle_s: float
+    ) -> Iterator[httpx.Response]:
+        """A response that is read in the block, whose end closes the connection."""
+        url = f"http://{self.address.host}:{self.address.port}{path}"
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        begun = time.monotonic()
         try:
-            response = self._connected("POST", path, body, min(idle_s, total_s))
-            with response:
-                while content := response.readline():
-                    line = wire.LINE.validate_json(content)
-                    if isinstance(line, wire.Failure):
-                        raise EngineError(f"{self.name}: {path}: {line.message}")
-                    if not isinstance(line, wire.Alive):
-                        yield line
-                    if cancelled():
-                        return
-                    if time.monotonic() - begun > total_s:
-                        raise EngineTimeoutError(f"{self.name}: {path} took over {total_s:g} s")
-        except TimeoutError as error:
-            waited = time.monotonic() - begun
+            with (
+                # Our own traffic never goes through a proxy, whatever the environment says.
+                httpx.Client(
+                    transport=httpx.HTTPTransport(verify=False, retries=CONNECT_RETRIES),
+                    timeout=httpx.Timeout(idle_s, connect=CONNECT_TIMEOUT_S),
+                    trust_env=False,
+                ) as client,
+                client.stream(method, url, content=content, headers=headers) as response,
+            ):
+                yield response
+        except httpx.ConnectTimeout as error:
             raise EngineTimeoutError(
-                f"{self.name}: {path}: no answer for {min(idle_s, total_s):g} s "
-                f"({waited:.0f} s after the request)"
+                f"{self.name}: no connection in {time.monotonic() - begun:.0f} s"
             ) from error
+        except httpx.TimeoutException as error:
+            raise EngineTimeoutError(
+                f"{self.name}: {path}: no answer for {idle_s:g} s "
+                f"({time.monotonic() - begun:.0f} s after the request)"
+            ) from error
+        except httpx.TransportError as error:
+            raise EngineError(f"{self.name}: {path}: connection lost: {error}") from error
         except ValidationError as error:
             raise EngineError(f"{self.name}: {path}: garbage in the answer: {error}") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise EngineError(f"{self.name}: {path}: connection lost: {error}") from error
 
-    def _connected(
-        self, method: str, path: str, body: bytes, idle_s: float
-    ) -> http.client.HTTPResponse:
-        """Send, trying again where no connection was made: the engine then saw nothing of it."""
-        for attempt in range(1, CONNECT_ATTEMPTS + 1):
-            try:
-                return self._send(method, path, body, idle_s)
-            except ConnectionRefusedError as error:
-                if attempt == CONNECT_ATTEMPTS:
-                    raise
-                log.warning("%s: %s (attempt %d)", self.name, error, attempt)
-                time.sleep(RETRY_PAUSE_S * attempt)
-        raise AssertionError("unreachable")
 
-    def _send(self, method: str, path: str, body: bytes, idle_s: float) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection(
-            self.address.host, self.address.port, timeout=CONNECT_TIMEOUT_S
-        )
-        try:
-            self._connect(connection)
-            connection.sock.settimeout(idle_s)
-            connection.request(method, path, body, {"Authorization": f"Bearer {self.token}"})
-            return connection.getresponse()
-        except BaseException:
-            # An engine stops working for a client as soon as the connection is closed.
-            connection.close()
-            raise
-
-    def _connect(self, connection: http.client.HTTPConnection) -> None:
-        try:
-            connection.connect()
-        except TimeoutError as error:
-            raise EngineTimeoutError(
-                f"{self.name}: no connection in {CONNECT_TIMEOUT_S:g} s"
-            ) from error
+def _lines(response: httpx.Response) -> Iterator[bytes]:
+    """The answer's lines; httpx's own would also break at separators inside of a text."""
+    rest = b""
+    for chunk in response.iter_bytes():
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest
 
 
 def _message(content: bytes) -> str:

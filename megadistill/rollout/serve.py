@@ -1,31 +1,33 @@
 """The HTTP front of an engine process: checks who asks, queues what they ask, streams answers.
 
-Handler threads only queue jobs. The engine runs in one thread, `EngineServer.work`, because
-CUDA's current device and OpenMP's workers belong to a thread, and because jobs done one after
+FastAPI, on a thread of its own, only queues jobs. The engine runs in one thread, `EngineServer.work`,
+because CUDA's current device and OpenMP's workers belong to a thread, and because jobs done one after
 the other cannot see the weights change in their middle.
 """
 
+import asyncio
 import hmac
-import logging
 import queue
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Protocol
 
-from pydantic import TypeAdapter, ValidationError
+import uvicorn
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.requests import ClientDisconnect
 
 from megadistill.rollout import wire
 
-log = logging.getLogger(__name__)
+REQUEST_TIMEOUT_S = 60
+"""Seconds a client may take to send the body of its request."""
 
-SOCKET_TIMEOUT_S = 60
-"""Seconds a client may take to send its request or to accept an answer."""
-
-
-POLL_S = 0.05
-"""Seconds until the accepting thread notices a shutdown."""
+LAST_ANSWER_S = 10
+"""Seconds an engine that ends gives its clients to take their answers."""
 
 
 class RequestError(ValueError):
@@ -53,64 +55,80 @@ class Job:
 
     path: str
     body: wire.Body
-    lines: "queue.Queue[wire.Line | None]" = field(default_factory=queue.Queue)
-    """Answers for the handler thread; None ends them."""
+    loop: asyncio.AbstractEventLoop
+    lines: asyncio.Queue[wire.Line | None] = field(default_factory=asyncio.Queue)
+    """Answers for the web server, which alone reads them; None ends them."""
     cancelled: threading.Event = field(default_factory=threading.Event)
-    answered: threading.Event = field(default_factory=threading.Event)
+
+    def answer(self, line: wire.Line | None) -> None:
+        """Send a line, from the engine's thread."""
+        self.loop.call_soon_threadsafe(self.lines.put_nowait, line)
 
 
-BODIES: dict[str, TypeAdapter[wire.Generate] | TypeAdapter[wire.Weights] | TypeAdapter[wire.Empty]]
-BODIES = {
-    "/generate": wire.GENERATE,
-    "/weights": wire.WEIGHTS,
-    "/sleep": wire.EMPTY,
-    "/wake": wire.EMPTY,
-    "/shutdown": wire.EMPTY,
+BODIES: dict[str, type[wire.Body]] = {
+    "/generate": wire.Generate,
+    "/weights": wire.Weights,
+    "/sleep": wire.Empty,
+    "/wake": wire.Empty,
+    "/shutdown": wire.Empty,
 }
 
 
-class EngineServer(ThreadingHTTPServer):
+class EngineServer:
     """Listens from the moment it is made; `work` runs the engine until a shutdown is asked."""
 
-    daemon_threads = True
-
     def __init__(self, engine: HostedEngine, token: str, host: str) -> None:
-        super().__init__((host, 0), Handler)
         self.engine = engine
-        self.token = token
-        self.jobs: queue.Queue[Job] = queue.Queue()
         self.busy = False
-        self._acceptor = threading.Thread(target=self.serve_forever, args=(POLL_S,), daemon=True)
-        self._acceptor.start()
-
-    def health(self) -> wire.Health:
-        engine = self.engine
-        return wire.Health(version=engine.version, checksum=engine.checksum, busy=self.busy)
+        self._token = token
+        self._jobs: queue.Queue[Job] = queue.Queue()
+        listener = socket.create_server((host, 0))
+        self.server_port: int = listener.getsockname()[1]
+        self._web = uvicorn.Server(
+            uvicorn.Config(
+                self._application(),
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,  # the engine logs what it did
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=LAST_ANSWER_S,
+            )
+        )
+        # Outside of the main thread uvicorn leaves the signals alone.
+        self._thread = threading.Thread(target=self._web.run, args=([listener],), daemon=True)
+        self._thread.start()
 
     def work(self) -> None:
         """Do jobs in order, in the calling thread; an engine that fails ends the process."""
         while True:
-            job = self.jobs.get()
+            job = self._jobs.get()
             self.busy = True
             try:
                 for line in self._answers(job):
-                    job.lines.put(line)
+                    job.answer(line)
             except RequestError as error:
-                job.lines.put(wire.Failure(message=str(error), status=400))
+                job.answer(wire.Failure(message=str(error), status=400))
             except Exception as error:
                 # After a failure inside vLLM its state is unknown: report it, then let it crash.
-                job.lines.put(wire.Failure(message=f"{type(error).__name__}: {error}"))
-                job.lines.put(None)
-                job.answered.wait(SOCKET_TIMEOUT_S)
+                job.answer(wire.Failure(message=f"{type(error).__name__}: {error}"))
+                job.answer(None)
+                self.close()
                 raise
             finally:
                 self.busy = False
-            job.lines.put(None)
+            job.answer(None)
             if job.path == "/shutdown":
-                job.answered.wait(SOCKET_TIMEOUT_S)
-                self.shutdown()
-                self.server_close()
+                self.close()
                 return
+
+    def close(self) -> None:
+        """Stop listening once the answers so far are sent."""
+        self._web.should_exit = True
+        self._thread.join()
 
     def _answers(self, job: Job) -> Iterator[wire.Line]:
         body = job.body
@@ -129,79 +147,65 @@ class EngineServer(ThreadingHTTPServer):
                 self.engine.wake()
             yield wire.Done()
 
+    def _application(self) -> FastAPI:
+        app = FastAPI(openapi_url=None, dependencies=[Depends(self._authorize)])
+        app.add_api_route("/health", self._health)
+        for path in BODIES:
+            app.add_api_route(path, self._ask, methods=["POST"])
 
-class Handler(BaseHTTPRequestHandler):
-    """One connection: one request, answered and closed."""
+        @app.exception_handler(AnyHTTPException)
+        async def refuse(_: Request, error: AnyHTTPException) -> Response:
+            return failure(error.detail, error.status_code)
 
-    timeout = SOCKET_TIMEOUT_S
-    server: EngineServer
-    server_version = "megadistill"
-    sys_version = ""
+        @app.exception_handler(ValidationError)
+        async def refuse_body(_: Request, error: ValidationError) -> Response:
+            return failure(str(error), 400)
 
-    def do_GET(self) -> None:
-        if not self._authorized():
-            return
-        if self.path == "/health":
-            self._send(200, wire.HEALTH.dump_json(self.server.health()) + b"\n")
-        else:
-            self._fail(404, f"no such path: {self.path}")
+        return app
 
-    def do_POST(self) -> None:
-        if not self._authorized() or (body := self._body()) is None:
-            return
-        job = Job(self.path, body)
-        self.server.jobs.put(job)
+    async def _authorize(self, request: Request) -> None:
+        found = request.headers.get("Authorization", "").encode("latin-1")
+        if not hmac.compare_digest(found, f"Bearer {self._token}".encode()):
+            raise HTTPException(401, "missing or wrong token")
+
+    async def _health(self) -> wire.Health:
+        engine = self.engine
+        return wire.Health(version=engine.version, checksum=engine.checksum, busy=self.busy)
+
+    async def _ask(self, request: Request) -> Response:
+        """Queue a job and stream its answer, whose first line decides the status."""
+        length = request.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            raise HTTPException(411, "Content-Length is missing")
+        if int(length) > wire.MAX_BODY_BYTES:
+            raise HTTPException(
+                413, f"found a body of {length} bytes, at most {wire.MAX_BODY_BYTES}"
+            )
+        path = request.url.path
         try:
-            self._stream(job)
-        except OSError as error:
-            log.warning("%s: client %s left: %s", self.path, self.client_address[0], error)
-            job.cancelled.set()
-        finally:
-            job.answered.set()
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                content = await request.body()
+        except (TimeoutError, ClientDisconnect) as error:
+            raise HTTPException(408, "the body did not come") from error
+        body = BODIES[path].model_validate_json(content)
+        job = Job(path, body, asyncio.get_running_loop())
+        self._jobs.put(job)
+        first = await job.lines.get()
+        status = first.status if isinstance(first, wire.Failure) else 200
+        return StreamingResponse(stream(job, first), status, media_type="application/x-ndjson")
 
-    def _stream(self, job: Job) -> None:
-        line = job.lines.get()
-        self.send_response(line.status if isinstance(line, wire.Failure) else 200)
-        self.send_header("Content-Type", "application/x-ndjson")
-        self.end_headers()
+
+async def stream(job: Job, line: wire.Line | None) -> AsyncIterator[bytes]:
+    """The lines of an answer from `line` on; a client that leaves stops its job."""
+    try:
         while line is not None:
-            self.wfile.write(wire.LINE.dump_json(line) + b"\n")
-            self.wfile.flush()
-            line = job.lines.get()
+            yield line.model_dump_json().encode() + b"\n"
+            line = await job.lines.get()
+    finally:
+        job.cancelled.set()
 
-    def _authorized(self) -> bool:
-        found = self.headers.get("Authorization", "").encode()
-        if hmac.compare_digest(found, f"Bearer {self.server.token}".encode()):
-            return True
-        self._fail(401, "missing or wrong token")
-        return False
 
-    def _body(self) -> wire.Body | None:
-        """The validated body; None after an error was answered."""
-        adapter = BODIES.get(self.path)
-        length = self.headers.get("Content-Length", "")
-        if adapter is None:
-            self._fail(404, f"no such path: {self.path}")
-        elif not length.isdecimal():
-            self._fail(411, "Content-Length is missing")
-        elif int(length) > wire.MAX_BODY_BYTES:
-            self._fail(413, f"found a body of {length} bytes, at most {wire.MAX_BODY_BYTES}")
-        else:
-            try:
-                return adapter.validate_json(self.rfile.read(int(length)))
-            except ValidationError as error:
-                self._fail(400, str(error))
-        return None
-
-    def _fail(self, status: int, message: str) -> None:
-        self._send(status, wire.LINE.dump_json(wire.Failure(message=message, status=status)))
-
-    def _send(self, status: int, content: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """No line per request: the engine logs what it did."""
+def failure(message: str, status: int) -> Response:
+    """The answer to a request that is no job."""
+    line = wire.Failure(message=message, status=status)
+    return Response(line.model_dump_json(), status, media_type="application/json")

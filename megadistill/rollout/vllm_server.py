@@ -114,7 +114,7 @@ def announce(
         started=time.time(),
         error=error,
     )
-    write_atomic(run.engine_file(index), wire.ENGINE_ADDRESS.dump_json(address).decode())
+    write_atomic(run.engine_file(index), address.model_dump_json())
 
 
 def follow_parent(other: int | None = None) -> None:

@@ -10,10 +10,7 @@ A Failure may take the place of any line and is then the last one.
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter
-from pydantic.dataclasses import dataclass
-
-STRICT = ConfigDict(extra="forbid")
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 MAX_BODY_BYTES = 256 << 20
 """Largest request an engine reads: 512 prompts of 64k tokens fit."""
@@ -22,8 +19,13 @@ HEARTBEAT_S = 1.0
 """Seconds between signs of life while an engine generates."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Request:
+class Message(BaseModel):
+    """Immutable, without unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Request(Message):
     """One prompt to continue."""
 
     id: int
@@ -33,8 +35,7 @@ class Request:
     max_tokens: Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Sampling:
+class Sampling(Message):
     """How tokens are drawn; the same for a whole batch."""
 
     temperature: Annotated[float, Field(gt=0)]
@@ -43,8 +44,7 @@ class Sampling:
     """0 switches top-k sampling off."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Generate:
+class Generate(Message):
     """A batch; all of it is queued before the engine's first step."""
 
     requests: Annotated[list[Request], Field(min_length=1)]
@@ -53,8 +53,7 @@ class Generate:
     """The weights version the caller expects; an engine with another one refuses."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Weights:
+class Weights(Message):
     """Safetensors files, readable by the engine, that hold every tensor of the model."""
 
     version: int
@@ -63,13 +62,11 @@ class Weights:
     """`megadistill.publish.checksum` of the files' tensors."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Empty:
+class Empty(Message):
     """The body of a request that needs none."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Sequence:
+class Sequence(Message):
     """A finished response."""
 
     kind: Literal["sequence"] = "sequence"
@@ -81,24 +78,21 @@ class Sequence:
     version: int
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Alive:
+class Alive(Message):
     """The engine is at work; `unfinished` sequences are still to come."""
 
     kind: Literal["alive"] = "alive"
     unfinished: int
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class End:
+class End(Message):
     """All `count` sequences were sent."""
 
     kind: Literal["end"] = "end"
     count: int
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Loaded:
+class Loaded(Message):
     """The engine now samples with this version."""
 
     kind: Literal["loaded"] = "loaded"
@@ -108,15 +102,13 @@ class Loaded:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Done:
+class Done(Message):
     """What was asked is done."""
 
     kind: Literal["done"] = "done"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Failure:
+class Failure(Message):
     """Why the engine could not do what was asked."""
 
     kind: Literal["failure"] = "failure"
@@ -131,8 +123,7 @@ Line = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Health:
+class Health(Message):
     """The state of an engine."""
 
     version: int
@@ -141,8 +132,7 @@ class Health:
     busy: bool
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class EngineAddress:
+class EngineAddress(Message):
     """What an engine writes into the run directory once it listens, or when it cannot start."""
 
     host: str
@@ -159,10 +149,4 @@ class EngineAddress:
 
 
 Body = Generate | Weights | Empty
-
-GENERATE = TypeAdapter(Generate)
-WEIGHTS = TypeAdapter(Weights)
-EMPTY = TypeAdapter(Empty)
 LINE: TypeAdapter[Line] = TypeAdapter(Line)
-HEALTH = TypeAdapter(Health)
-ENGINE_ADDRESS = TypeAdapter(EngineAddress)

@@ -68,7 +68,7 @@ class EchoEngine:
 
 def address(port: int, **changes: str | int | None) -> wire.EngineAddress:
     values = {"host": "127.0.0.1", "port": port, "node": "node7", "pid": 1, "version": 0}
-    return wire.ENGINE_ADDRESS.validate_python({**values, "started": 0.0, **changes})
+    return wire.EngineAddress.model_validate({**values, "started": 0.0, **changes})
 
 
 def pool_of(*ports: int, token: str = TOKEN, timeout_s: int = 5) -> EnginePool:
@@ -93,7 +93,7 @@ def serving(engine: EchoEngine) -> Iterator[int]:
 
 
 @contextmanager
-def scripted(script: Script) -> Iterator[int]:
+def scripted(script: Script, port: int = 0) -> Iterator[int]:
     """The port of a server that reads each request whole and then does what `script` says."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -104,7 +104,7 @@ def scripted(script: Script) -> Iterator[int]:
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -151,4 +151,4 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 def write_address(file: Path, values: wire.EngineAddress) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(wire.ENGINE_ADDRESS.dump_json(values))
+    file.write_text(values.model_dump_json())

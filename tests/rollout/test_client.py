@@ -1,5 +1,7 @@
-import logging
+import socket
+import threading
 import time
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -184,24 +186,54 @@ def test_an_engine_that_never_ends_times_out_although_it_is_alive() -> None:
 def test_a_node_that_takes_no_connection_is_not_called_a_silent_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def no_route(_connection: object) -> None:
-        raise TimeoutError("timed out")
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(connection, "CONNECT_RETRIES", 0)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as waiting:
+        for _ in range(3):  # whom nobody accepts, so that the kernel takes no more
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        with pytest.raises(EngineTimeoutError, match=f"{NAMED}.*no connection in"):
+            generate_one(listener.getsockname()[1])
 
-    monkeypatch.setattr("http.client.HTTPConnection.connect", no_route)
-    with pytest.raises(EngineTimeoutError, match=f"{NAMED}.*no connection in 10 s"):
+
+def test_nobody_listening_is_tried_again_and_then_an_error() -> None:
+    begun = time.monotonic()
+    with pytest.raises(EngineError, match=f"{NAMED}.*connection lost.*refused"):
         generate_one(free_port())
+    assert time.monotonic() - begun > 0.4
 
 
-def test_nobody_listening_is_tried_again_and_then_an_error(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(connection, "RETRY_PAUSE_S", 0.01)
+def test_an_engine_that_listens_a_little_later_is_found() -> None:
+    port = free_port()
+    answers: list[wire.Line] = [sequence(0), sequence(1), wire.End(count=2)]
+
+    def begin() -> None:
+        with scripted(lambda handler: send(handler, *answers), port):
+            served.wait(5)
+
+    served = threading.Event()
+    threading.Timer(0.2, begin).start()
+    generate_one(port)
+    served.set()
+
+
+def test_no_proxy_sees_what_is_asked_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with serving(EchoEngine()) as port:
+        assert pool_of(port).engines[0].health().version == 0
+        assert len(pool_of(port).generate([prompt(1)], [0], expected_version=0)) == 1
+
+
+def test_a_line_ends_at_a_newline_and_nowhere_else() -> None:
+    failure = wire.Failure(message="one\u2028two\x0bthree\x85")
     with (
-        caplog.at_level(logging.WARNING),
-        pytest.raises(EngineError, match=f"{NAMED}.*connection lost"),
+        scripted(lambda handler: send(handler, sequence(0), failure)) as port,
+        pytest.raises(EngineError, match="one\u2028two\x0bthree\x85"),
     ):
-        generate_one(free_port())
-    assert len([record for record in caplog.records if "attempt" in record.message]) == 2
+        generate_one(port)
 
 
 def test_one_failing_engine_stops_the_work_of_the_others() -> None:

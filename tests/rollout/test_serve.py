@@ -1,11 +1,16 @@
 import http.client
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 
-from megadistill.rollout import wire
-from megadistill.rollout.serve import EngineServer
+from megadistill.rollout import serve, wire
+from megadistill.rollout.connection import EngineError
+from megadistill.rollout.serve import EngineServer, RequestError
 from tests.rollout.fakes import TOKEN, EchoEngine, pool_of, prompt, serving, wait_until
 
 GOOD = b'{"requests": [{"id": 0, "token_ids": [1], "seed": 0, "max_tokens": 1}],'
@@ -59,7 +64,9 @@ def test_unknown_paths_and_unbounded_bodies_are_refused() -> None:
         assert ask(port, "POST", "/secrets", b"{}")[0] == 404
         too_long = str(wire.MAX_BODY_BYTES + 1)
         assert ask(port, "POST", "/generate", Content_Length=too_long)[0] == 413
-        assert ask(port, "POST", "/generate", Content_Length="-1")[0] == 411
+        assert ask(port, "POST", "/generate", Content_Length="-1")[0] == 400
+        chunked = b"2\r\n{}\r\n0\r\n\r\n"
+        assert ask(port, "POST", "/shutdown", chunked, Transfer_Encoding="chunked")[0] == 411
 
 
 def test_health_answers_while_the_engine_is_busy() -> None:
@@ -85,6 +92,7 @@ def test_a_client_that_leaves_stops_its_batch() -> None:
         response = link.getresponse()
         response.readline()
         response.close()
+        link.close()
         wait_until(lambda: engine.cancellations == 1)
         (rollout,) = pool_of(port).generate([prompt(5)], [0], expected_version=0)
         assert rollout.response_ids_R.tolist() == [5]
@@ -110,8 +118,76 @@ def test_an_engine_that_fails_tells_the_client_and_ends() -> None:
     worker.start()
     status, content = ask(server.server_port, "POST", "/generate", GOOD)
     worker.join(5)
-    server.shutdown()
-    server.server_close()
     assert (status, str(raised[0])) == (500, "CUDA error")
     line = wire.LINE.validate_json(content)
     assert line == wire.Failure(message="RuntimeError: CUDA error")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "REQUEST_TIMEOUT_S", 0.2)
+    with serving(EchoEngine()) as port, socket.create_connection(("127.0.0.1", port)) as link:
+        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+        link.sendall(f"{head}Content-Length: 1000\r\n\r\nhalf".encode())
+        link.settimeout(5)
+        assert link.recv(1000).startswith(b"HTTP/1.1 408")
+        assert ask(port, "GET", "/health")[0] == 200
+
+
+def test_results_are_sent_as_they_finish_and_a_failure_is_the_last_line() -> None:
+    class FailsLater(EchoEngine):
+        def generate(
+            self, body: wire.Generate, cancelled: Callable[[], bool]
+        ) -> Iterator[wire.Sequence | wire.Alive | wire.End]:
+            yield next(super().generate(body, cancelled))
+            assert self.gate.wait(5)
+            raise RequestError("no more")
+
+    failing = FailsLater()
+    with serving(failing) as port:
+        link = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        link.request("POST", "/generate", GOOD, {"Authorization": f"Bearer {TOKEN}"})
+        with link.getresponse() as response:
+            assert isinstance(wire.LINE.validate_json(response.readline()), wire.Sequence)
+            failing.gate.set()
+            assert response.status == 200
+            rest = [wire.LINE.validate_json(line) for line in response.read().splitlines()]
+        assert rest == [wire.Failure(message="no more", status=400)]
+
+
+def test_a_signal_ends_an_engine_in_the_middle_of_a_batch() -> None:
+    code = (
+        "import signal, sys\n"
+        "from megadistill.rollout.serve import EngineServer\n"
+        "from tests.rollout.fakes import TOKEN, EchoEngine\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "server = EngineServer(EchoEngine(), TOKEN, '127.0.0.1')\n"
+        "print(server.server_port, flush=True)\n"
+        "server.work()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pool = pool_of(int(process.stdout.readline()))
+    raised: list[EngineError] = []
+
+    def generate() -> None:
+        try:
+            pool.generate([prompt(99)], [0], expected_version=0)
+        except EngineError as error:
+            raised.append(error)
+
+    waiting = threading.Thread(target=generate)
+    waiting.start()
+    wait_until(lambda: pool.engines[0].health().busy)
+    process.terminate()
+    assert process.wait(10) == 143
+    waiting.join(10)
+    assert "connection lost" in str(raised[0])
+    process.stdout.close()
+
+
+def test_an_engine_listens_on_its_address_only() -> None:
+    server = EngineServer(EchoEngine(), TOKEN, "127.0.0.1")
+    connections = psutil.Process().net_connections("tcp")
+    listening = [c.laddr.ip for c in connections if c.laddr.port == server.server_port]
+    server.close()
+    assert listening == ["127.0.0.1"]

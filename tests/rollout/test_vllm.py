@@ -203,9 +203,8 @@ def test_an_abandoned_batch_leaves_no_trace_in_the_next(engines: Running) -> Non
     ]
     sampling = wire.Sampling(temperature=1.0, top_p=1.0, top_k=0)
     body = wire.Generate(requests=requests, sampling=sampling, version=0)
-    content = wire.GENERATE.dump_json(body)
     for engine in engines.pool.engines:
-        answer = iter(engine.ask("/generate", content, idle_s=60, total_s=60))
+        answer = iter(engine.ask("/generate", body, idle_s=60, total_s=60))
         assert isinstance(next(answer), wire.Sequence)
         del answer  # closes the connection
     assert contents(engines.generate()) == before

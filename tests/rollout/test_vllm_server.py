@@ -29,7 +29,7 @@ def test_a_failed_start_is_announced_and_ends_the_process(tmp_path: Path) -> Non
     ended = subprocess.run([*command, "--index", "3"], capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "rollout: missing, kind sft needs no engine" in ended.stderr
-    announced = wire.ENGINE_ADDRESS.validate_json(run.engine_file(3).read_bytes())
+    announced = wire.EngineAddress.model_validate_json(run.engine_file(3).read_bytes())
     assert announced.error == "ValueError: rollout: missing, kind sft needs no engine"
     assert announced.port == 0
 
