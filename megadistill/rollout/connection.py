@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 from pydantic import ValidationError
 
 from megadistill.rollout import wire
@@ -79,7 +79,7 @@ class Connection:
     @contextmanager
     def _request(
         self, method: str, path: str, content: bytes, idle_s: float
-    ) -> Iterator[httpx.Response]:
+    ) -> Iterator[httpx2.Response]:
         """A response that is read in the block, whose end closes the connection."""
         url = f"http://{self.address.host}:{self.address.port}{path}"
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
@@ -87,31 +87,31 @@ class Connection:
         try:
             with (
                 # Our own traffic never goes through a proxy, whatever the environment says.
-                httpx.Client(
-                    transport=httpx.HTTPTransport(verify=False, retries=CONNECT_RETRIES),
-                    timeout=httpx.Timeout(idle_s, connect=CONNECT_TIMEOUT_S),
+                httpx2.Client(
+                    transport=httpx2.HTTPTransport(verify=False, retries=CONNECT_RETRIES),
+                    timeout=httpx2.Timeout(idle_s, connect=CONNECT_TIMEOUT_S),
                     trust_env=False,
                 ) as client,
                 client.stream(method, url, content=content, headers=headers) as response,
             ):
                 yield response
-        except httpx.ConnectTimeout as error:
+        except httpx2.ConnectTimeout as error:
             raise EngineTimeoutError(
                 f"{self.name}: no connection in {time.monotonic() - begun:.0f} s"
             ) from error
-        except httpx.TimeoutException as error:
+        except httpx2.TimeoutException as error:
             raise EngineTimeoutError(
                 f"{self.name}: {path}: no answer for {idle_s:g} s "
                 f"({time.monotonic() - begun:.0f} s after the request)"
             ) from error
-        except httpx.TransportError as error:
+        except httpx2.TransportError as error:
             raise EngineError(f"{self.name}: {path}: connection lost: {error}") from error
         except ValidationError as error:
             raise EngineError(f"{self.name}: {path}: garbage in the answer: {error}") from error
 
 
-def _lines(response: httpx.Response) -> Iterator[bytes]:
-    """The answer's lines; httpx's own would also break at separators inside of a text."""
+def _lines(response: httpx2.Response) -> Iterator[bytes]:
+    """The answer's lines; httpx2's own would also break at separators inside of a text."""
     rest = b""
     for chunk in response.iter_bytes():
         *whole, rest = (rest + chunk).split(b"\n")
