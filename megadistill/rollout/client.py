@@ -4,11 +4,12 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -18,6 +19,10 @@ from megadistill.rollout import wire
 from megadistill.rollout.connection import Connection, EngineError, EngineTimeoutError
 from megadistill.rundir import RunDir
 from megadistill.types import Prompt, Rollout
+
+Value = TypeVar("Value")
+Cancelled = Callable[[], bool]
+"""Whether the answer is not wanted any more."""
 
 IDLE_TIMEOUT_S = 300.0
 """Seconds without any sign of life after which a generating engine counts as hung."""
@@ -74,9 +79,18 @@ class EnginePool:
             wire.Request(id=index, token_ids=list(prompt.token_ids), seed=seed, max_tokens=limit)
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
+        hands = [requests[index :: len(self.engines)] for index in range(len(self.engines))]
+        answers = at_once(
+            [
+                partial(self._sample, engine, hand, expected_version)
+                for engine, hand in zip(self.engines, hands, strict=True)
+                if hand
+            ]
+        )
         gathered = {
             sequence.id: _rollout(prompts[sequence.id], sequence)
-            for sequence in self._sequences(requests, expected_version)
+            for sequences in answers
+            for sequence in sequences
         }
         return [gathered[index] for index in range(len(prompts))]
 
@@ -111,88 +125,78 @@ class EnginePool:
         """The one line each engine answers, from all in parallel."""
         timeout = float(self.config.timeout_s)
 
-        def ask(engine: Connection) -> wire.Line | None:
-            lines = list(engine.ask(path, body, idle_s=timeout, total_s=timeout))
+        def ask(engine: Connection, cancelled: Cancelled) -> wire.Line | None:
+            answer = engine.ask(path, body, idle_s=timeout, total_s=timeout, cancelled=cancelled)
+            lines = list(answer)
             return lines[0] if len(lines) == 1 else None
 
-        with ThreadPoolExecutor(len(self.engines)) as threads:
-            return list(zip(self.engines, threads.map(ask, self.engines), strict=True))
+        answers = at_once([partial(ask, engine) for engine in self.engines])
+        return list(zip(self.engines, answers, strict=True))
 
-    def _sequences(self, requests: list[wire.Request], version: int) -> Iterator[wire.Sequence]:
-        """Sequences of all engines as they finish; the first failure stops the others."""
-        finished: queue.Queue[wire.Sequence | Exception | None] = queue.Queue()
-        cancelled = threading.Event()
-
-        def stream(engine: Connection, dealt: list[wire.Request]) -> None:
-            try:
-                for sequence in self._stream(engine, dealt, version, cancelled.is_set):
-                    finished.put(sequence)
-                finished.put(None)
-            except Exception as error:  # noqa: BLE001 - raised again by the caller's thread
-                finished.put(error)
-
-        hands = [requests[index :: len(self.engines)] for index in range(len(self.engines))]
-        busy = [(engine, hand) for engine, hand in zip(self.engines, hands, strict=True) if hand]
-        for engine, hand in busy:
-            threading.Thread(target=stream, args=(engine, hand), daemon=True).start()
-        try:
-            running = len(busy)
-            while running:
-                item = finished.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    running -= 1
-                else:
-                    yield item
-        finally:
-            cancelled.set()
-
-    def _stream(
+    def _sample(
         self,
         engine: Connection,
         requests: list[wire.Request],
         version: int,
-        cancelled: Callable[[], bool],
-    ) -> Iterator[wire.Sequence]:
-        """The sequences of one engine, each checked; raises `EngineError` unless it sends them all
-        and says so."""
+        cancelled: Cancelled,
+    ) -> list[wire.Sequence]:
+        """The sequences of one engine, each checked as it comes; raises `EngineError` unless it
+        sends them all and says so."""
         sampling = wire.Sampling(
             temperature=self.config.temperature,
             top_p=self.config.top_p,
             top_k=self.config.top_k,
         )
         body = wire.Generate(requests=requests, sampling=sampling, version=version)
-        expected = {request.id for request in requests}
         total_s = float(self.config.timeout_s)
-        lines = engine.ask(
-            "/generate",
-            body,
-            idle_s=min(IDLE_TIMEOUT_S, total_s),
-            total_s=total_s,
-            cancelled=cancelled,
-        )
-        end: wire.End | None = None
-        for line in lines:
-            if isinstance(line, wire.End):
-                end = line
+        idle_s = min(IDLE_TIMEOUT_S, total_s)
+        expected = {request.id for request in requests}
+        sequences: list[wire.Sequence] = []
+        last: wire.Line | None = None
+        for last in engine.ask(
+            "/generate", body, idle_s=idle_s, total_s=total_s, cancelled=cancelled
+        ):
+            if not isinstance(last, wire.Sequence):
                 break
-            if not isinstance(line, wire.Sequence):
-                raise EngineError(f"{engine.name}: /generate: found {line}, expected a sequence")
-            _check(engine, line, expected, version)
-            expected.remove(line.id)
-            yield line
-        if cancelled():
-            return
+            _check(engine, last, expected, version)
+            expected.remove(last.id)
+            sequences.append(last)
         if expected:
             raise EngineError(
                 f"{engine.name}: the answer ended without {len(expected)} of {len(requests)} "
                 f"sequences, e.g. {sorted(expected)[:3]}"
             )
-        if end is None or end.count != len(requests):
+        if not isinstance(last, wire.End) or last.count != len(requests):
             raise EngineError(
-                f"{engine.name}: the answer ended with {end}, expected End(count={len(requests)})"
+                f"{engine.name}: the answer ended with {last}, expected End(count={len(requests)})"
             )
+        return sequences
+
+
+def at_once(calls: Sequence[Callable[[Cancelled], Value]]) -> list[Value]:
+    """What the calls return, each made on a thread of its own; the first failure cancels the others."""
+    finished: queue.Queue[tuple[int, Value | Exception]] = queue.Queue()
+    cancelled = threading.Event()
+
+    def make(index: int) -> None:
+        try:
+            finished.put((index, calls[index](cancelled.is_set)))
+        except Exception as error:  # noqa: BLE001 - raised again by the caller's thread
+            finished.put((index, error))
+
+    for index in range(len(calls)):
+        # No pool: a process would not end while one of its threads waits for an engine that hangs.
+        threading.Thread(target=make, args=(index,), daemon=True).start()
+    values: dict[int, Value] = {}
+    try:
+        while len(values) < len(calls):
+            index, value = finished.get()
+            if isinstance(value, Exception):
+                raise value
+            values[index] = value
+    finally:
+        cancelled.set()
+    return [values[index] for index in range(len(calls))]
 
 
 def _check(engine: Connection, line: wire.Sequence, expected: set[int], version: int) -> None:
