@@ -126,7 +126,7 @@ def _run(program: str, stdin: str, limits: Limits, mode: Mode, readable: Sequenc
             stdin=given,
             stdout=out,
             stderr=err,
-            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/box"},
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/box", "TMPDIR": "/box"},
             cwd=folder,
             pass_fds=(source.fileno(), rules.fileno()),
             start_new_session=True,
@@ -162,7 +162,9 @@ def bubblewrap(limits: Limits, readable: Iterable[Path], source: int, rules: int
             words += ["--perms", "0755", "--dir", str(above)]
         words += [binding, path, path]
     words += ["--perms", "1777", "--tmpfs", "/box", "--chdir", "/box"]
-    words += ["--symlink", "/box", "/tmp", "--symlink", "/box", "/dev/shm"]
+    words += ["--symlink", "/box", "/dev/shm"]
+    if not any(Path(path).is_relative_to("/tmp") for path in shown):  # as an environment there is
+        words += ["--symlink", "/box", "/tmp"]
     words += ["--file", str(source), "/box/program.py", "--remount-ro", "/"]
     words += ["--seccomp", str(rules)]
     sizes = f"remount,nosuid,nodev,size={limits.disk_mib}m,nr_inodes={FILES}"
