@@ -219,7 +219,9 @@ class Histogram:
         filled = {name: values for name, values in self.series.items() if len(values)}
         bins = np.histogram_bin_edges(np.concatenate([*filled.values(), []]), bins=25)
         for number, (name, values) in enumerate(filled.items()):
-            axes.hist(values, bins=bins, alpha=0.55, color=COLOURS[number % 8], label=name)
+            axes.hist(
+                values, bins=bins, alpha=0.55, color=COLOURS[number % len(COLOURS)], label=name
+            )
         axes.set_ylabel("records")
 
 

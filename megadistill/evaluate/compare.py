@@ -73,6 +73,8 @@ def make_table(systems: Mapping[str, Sequence[Path]], confidence: float) -> Tabl
     loaded = [SystemResults.load(name, places) for name, places in systems.items()]
     names = list(dict.fromkeys(name for system in loaded for name in system.summaries[0]))
     rows = [row for name in names for row in _rows(name, loaded, confidence)]
+    if not rows:
+        raise ValueError(f"{', '.join(systems)}: found no results, expected some of a benchmark")
     return Table(
         frame=mark(rows, confidence),
         systems=[system.name for system in loaded],

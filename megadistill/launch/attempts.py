@@ -49,7 +49,7 @@ class Attempt:
 
     number: int
     outcome: str
-    """`done`, `stopped`, `failed`, `under way`, or `interrupted`: it left no verdict."""
+    """`done`, `stopped`, `failed`, `under way`, or `interrupted`: it left no outcome."""
     reason: str
     step: int | None = None
     """Steps the run had taken when it ended."""

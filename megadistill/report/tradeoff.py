@@ -107,13 +107,16 @@ def trade_curves(runs: Sequence[RunDir]) -> list[Curves]:
         Curves(
             title=f"KL to the {divergence} teacher by gain on {likelihood} answers, nats per token",
             series=[
-                Series(name, [Point(*at) for at in path_of(run, *pair)], colours[run.path])
+                Series(
+                    name,
+                    [Point(*at) for at in path_of(run, likelihood, divergence)],
+                    colours[run.path],
+                )
                 for name, run in names
             ],
             x="gain",
         )
-        for pair in _pairs(runs)
-        for likelihood, divergence in [pair]
+        for likelihood, divergence in _pairs(runs)
     ]
 
 

@@ -132,11 +132,16 @@ def reduced(reducer: str, mean: float) -> Values:
         (reduced("pass_at_2", 1.0), "found 1 as its own result, expected the mean of the items"),
         (LOG | {"status": "error"}, "found status 'error', expected 'success'"),
         (inspect_log(SAMPLES, {"match": 0.9}), "found 0.9 as its own result, expected the mean"),
-        (inspect_log([sample(0, 1, match=7)], {}), "expected some from 0 to 1"),
+        (
+            inspect_log([sample(0, 1, match=7)], {}),
+            "found 1 scores from 7 to 7, expected some from 0 to 1",
+        ),
         (inspect_log([sample(0, 1, match={"a": 1})], {}), "no log of inspect-ai or lm-eval"),
+        (inspect_log([sample(0, 1, match="good")], {}), "a score is 'good'"),
+        (inspect_log([], {"match": 0.5}), r"found scorer '', expected #NAME with one of \[\]"),
         ({"something": "else"}, "no log of inspect-ai or lm-eval: KeyError"),
     ],
-    ids=["reducer", "status", "mean", "range", "parts", "other"],
+    ids=["reducer", "status", "mean", "range", "parts", "word", "none", "other"],
 )
 def test_what_cannot_stand_in_the_table_is_refused(
     tmp_path: Path, log: Values, message: str

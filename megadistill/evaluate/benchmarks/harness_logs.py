@@ -27,6 +27,11 @@ WORDS = {"c": 1, "p": 0.5, "i": 0, "n": 0, "yes": 1, "true": 1, "no": 0, "false"
 MEANS = ("accuracy", "mean")
 """Names of inspect-ai's metrics that are means over items, as this project's scores are."""
 TOLERANCE = 1e-6
+NO_LOG = (
+    *(KeyError, TypeError, AttributeError, zipfile.BadZipFile),
+    *(json.JSONDecodeError, UnicodeDecodeError),
+)
+"""What reading something else runs into."""
 ZSTANDARD = 93
 """A compression of zip files, which inspect-ai uses and Python knows from 3.14 on."""
 _SAMPLES = re.compile(r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl")
@@ -54,7 +59,7 @@ def read_logs(file: Path) -> list[Log]:
     for found in files:
         try:
             log = (_lm_eval if found.suffix == ".jsonl" else _inspect)(found, chosen)
-        except (KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except NO_LOG as error:
             raise ValueError(f"{found}: no log of inspect-ai or lm-eval: {error!r}") from error
         _check(found, log)
         logs.append(log)
@@ -65,7 +70,8 @@ def _check(file: Path, log: Log) -> None:
     """Only means of shares can stand in a table of points."""
     frame = pd.DataFrame(log.scores, columns=["item", "sample", "score"])
     if frame.empty or not frame.score.between(0, 1).all():
-        raise ValueError(f"{file}: found scores {set(frame.score)}, expected some from 0 to 1")
+        found = f"{len(frame)} scores from {frame.score.min():g} to {frame.score.max():g}"
+        raise ValueError(f"{file}: found {found}, expected some from 0 to 1")
     mean = frame.groupby("item").score.mean().mean()
     if log.mean is not None and abs(mean - log.mean) > TOLERANCE:
         raise ValueError(
@@ -117,8 +123,11 @@ def _inspect(file: Path, chosen: str) -> Log:
 
 
 def _number(value: Any) -> float:
-    """Of what a scorer gave."""
-    return float(WORDS.get(value.lower(), value) if isinstance(value, str) else value)
+    """Of what a scorer gave; raises `TypeError` for what is no number."""
+    try:
+        return float(WORDS.get(value.lower(), value) if isinstance(value, str) else value)
+    except ValueError:
+        raise TypeError(f"a score is {value!r}") from None
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
