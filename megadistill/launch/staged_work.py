@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -103,15 +104,15 @@ def jobs_in_queue(folders: Sequence[Path]) -> dict[str, str]:
     return live_jobs(STATUS_PATIENCE_S) if any(map(read_jobs, folders)) else {}
 
 
-def table(states: Sequence[StageState]) -> Table:
-    """One row a stage, and under it the last trouble of one that failed."""
+def table(states: Sequence[StageState]) -> Group:
+    """One row a stage, and below the last trouble of each, in full."""
     shown = Table(box=None, pad_edge=False)
-    for heading in ("stage", "verb", "state", "job", "progress", ""):
+    for heading in ("stage", "verb", "state", "job", "progress"):
         shown.add_column(heading)
     for state in states:
-        cells = (state.name, state.verb, state.status, state.job, state.progress, state.detail)
+        cells = (state.name, state.verb, state.status, state.job, state.progress)
         shown.add_row(*(Text(cell) for cell in cells))
-    return shown
+    return Group(shown, *(Text(f"{one.name}: {one.detail}") for one in states if one.detail))
 
 
 @dataclass(frozen=True, kw_only=True)
