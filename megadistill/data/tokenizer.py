@@ -44,3 +44,9 @@ def chat_ids(
     )
     ids: list[int] = tokenizer.encode(str(text), add_special_tokens=False)
     return ids
+
+
+def answer_opening(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None) -> str:
+    """The last few tokens before an answer begins, such as those that open a thought."""
+    prompt = chat_ids([{"role": "user", "content": "?"}], tokenizer, enable_thinking)
+    return str(tokenizer.decode(prompt[-8:]))

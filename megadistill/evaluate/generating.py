@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from megadistill.config.refine import EndpointConfig, ServedConfig
-from megadistill.data.tokenizer import chat_ids, load_tokenizer
+from megadistill.data.tokenizer import answer_opening, chat_ids, load_tokenizer
 from megadistill.evaluate.benchmarks import get_benchmark, read_items
 from megadistill.evaluate.protocol import Item, MultiTurn
 from megadistill.evaluate.sample_grid import COLUMNS, SampleGrid
 from megadistill.inference.chat import ChatError, ChatModel, Usage, open_endpoint, run_each
 from megadistill.inference.engine import start_batch_engine
 from megadistill.inference.model_argument import ModelArgument
-from megadistill.inference.requests import BatchRequest, ChatRequest, SamplingParams
+from megadistill.inference.requests import BatchRequest, ChatRequest, SamplingParams, open_thought
 from megadistill.inference.serving import open_models
 from megadistill.launch.shards import KnownFile, Runtime, ShardArguments
 from megadistill.refine.blocks import Blocks, part_of
@@ -82,6 +82,7 @@ def write_all(model: ServedConfig, grid: SampleGrid, blocks: Blocks, *, gpu: boo
     path = resolve("model", model.path)
     tokenizer = load_tokenizer(path)
     thinking = model.extra_body.get("chat_template_kwargs", {}).get("enable_thinking")
+    opening = answer_opening(tokenizer, thinking)
     engine = start_batch_engine(EngineSettings.of(model, gpu=gpu))
 
     def requests() -> Iterator[BatchRequest]:
@@ -97,6 +98,7 @@ def write_all(model: ServedConfig, grid: SampleGrid, blocks: Blocks, *, gpu: boo
     sampling = replace(grid.sampling, max_tokens=most)
     for response in engine.generate(requests(), sampling):
         text = str(tokenizer.decode(list(response.token_ids), skip_special_tokens=True))
+        text = open_thought(opening, text)
         row = grid.row(response.key, text, response.finish_reason, len(response.token_ids))
         if blocks.add(response.key, row):
             log.info("generating: a block of answers is saved")

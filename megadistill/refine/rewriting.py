@@ -12,9 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from megadistill.config.refine import EngineConfig, RewriteConfig
 from megadistill.data.records import Record
-from megadistill.data.tokenizer import chat_ids, load_tokenizer, special_tokens
+from megadistill.data.tokenizer import answer_opening, chat_ids, load_tokenizer, special_tokens
 from megadistill.inference.engine import BatchEngine, start_batch_engine
-from megadistill.inference.requests import BatchRequest, SamplingParams, without_thinking
+from megadistill.inference.requests import (
+    BatchRequest,
+    SamplingParams,
+    open_thought,
+    without_thinking,
+)
 from megadistill.inference.templates import Template, load_template
 from megadistill.launch.shards import KnownFile, Runtime, ShardArguments
 from megadistill.refine.blocks import Blocks, Row, add_figures, part_of
@@ -89,7 +94,7 @@ class Rewriter:
         """The row of a record that was rewritten."""
         # The method is typed for batches too, whose result would be a list.
         written = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
-        text = without_thinking(written)
+        text = without_thinking(open_thought(answer_opening(self.tokenizer), written))
         if self.template.has_opening:
             text = f"{self.template.turns[-1]['content']} {text}"
         fault = (
