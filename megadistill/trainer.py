@@ -18,7 +18,8 @@ from megadistill.rundir import RunDir
 def main() -> int:
     """Assemble the run, train, and leave; the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
+    for name in ("megatron", "httpx2"):  # they list every parameter, and every request
+        logging.getLogger(name).setLevel(logging.WARNING)
     run = RunDir(Path(sys.argv[1]))
     try:
         # transformers imports it for a way of decoding that no trainer uses.

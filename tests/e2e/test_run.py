@@ -85,6 +85,23 @@ def test_three_kills_change_nothing(folder: Path, undisturbed: RunDir) -> None:
 
 
 @pytest.mark.timeout(900)
+def test_a_finished_run_goes_on_with_more_steps_on_another_layout(
+    folder: Path, undisturbed: RunDir
+) -> None:
+    config = write_run(folder, "longer")
+    run = RunDir(folder / "runs" / "longer")
+    finish(start([*train_command(config), "steps=2"]))
+    output = finish(start([*train_command(run.path), "steps=3", "parallel.dp=2"]))
+    assert "HTTP Request" not in output  # the log is for people
+    found, expected = losses(run), losses(undisturbed)[:3]
+    assert found[:2] == expected[:2]
+    assert found[2] == pytest.approx(expected[2], rel=1e-3)
+    assert run.step_export(2).is_dir()
+    assert run.export.is_dir()
+    assert len(list((run.path / "logs").glob("trainer-1.*"))) == 1
+
+
+@pytest.mark.timeout(900)
 def test_a_kill_changes_nothing_where_two_ranks_train_in_bf16_on_rollouts_sampled_ahead(
     folder: Path,
 ) -> None:
