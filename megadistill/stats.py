@@ -7,6 +7,7 @@ all ones for an accuracy, unequal for a mean of category means or for Arena-Hard
 Shape legend: S seeds, I items, B bootstrap draws, N vectors, D their components.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,6 +78,17 @@ def bootstrap_means(values_SI: Array, weights_I: Array, *, seed: int, draws: int
     return means
 
 
+def _counted(weights_I: Array, *arrays_SI: Array) -> list[Array]:
+    """The weights and arrays without items of weight 0, which are in no mean.
+
+    A resample of nothing but them would have none. Raises `ValueError` when there are no others.
+    """
+    (counted,) = weights_I.nonzero()
+    if not len(counted):
+        raise ValueError(f"found no weight above 0 among those of {len(weights_I)} items")
+    return [array[..., counted] for array in (weights_I, *arrays_SI)]
+
+
 def bootstrap(
     values_SI: Array,
     weights_I: Array | None = None,
@@ -87,6 +99,7 @@ def bootstrap(
 ) -> Interval:
     """Percentile interval of the weighted mean."""
     weights_I = np.ones(values_SI.shape[1]) if weights_I is None else weights_I
+    weights_I, values_SI = _counted(weights_I, values_SI)
     means = bootstrap_means(values_SI, weights_I, seed=seed, draws=draws)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     value = np.average(values_SI.mean(0), weights=weights_I)
@@ -105,6 +118,7 @@ def interval(
 
     `shares`: whether 0 and 1 mean wrong and right; of a divergence they are numbers like others.
     """
+    weights_I, values_SI = _counted(weights_I, values_SI)
     if shares and is_binary(values_SI) and bool((weights_I == weights_I[0]).all()):
         return wilson(int(values_SI.sum()), values_SI.shape[1], confidence)
     return bootstrap(values_SI, weights_I, seed=seed, confidence=confidence)
@@ -126,6 +140,7 @@ def paired_bootstrap(
 
     Twice the smaller share of resampled differences on one side of zero, counting the sample itself.
     """
+    weights_I, first_SI, second_SI = _counted(weights_I, first_SI, second_SI)
     random = np.random.default_rng(seed)
     item_seed = int(random.integers(1 << 62))
     if len(first_SI) == len(second_SI) == 1:
@@ -158,6 +173,7 @@ def compare(first_SI: Array, second_SI: Array, weights_I: Array, *, seed: int) -
     """McNemar's p-value where both give right-or-wrong answers, else the paired bootstrap's."""
     if first_SI.shape[1] != second_SI.shape[1]:
         raise ValueError("found results on different items, expected the same")
+    weights_I, first_SI, second_SI = _counted(weights_I, first_SI, second_SI)
     equal = bool((weights_I == weights_I[0]).all())
     if equal and is_binary(first_SI) and is_binary(second_SI):
         return mcnemar(first_SI[0], second_SI[0])
@@ -165,11 +181,15 @@ def compare(first_SI: Array, second_SI: Array, weights_I: Array, *, seed: int) -
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: below alpha exactly where Holm's procedure rejects at alpha."""
-    adjusted = [1.0] * len(p_values)
+    """Adjusted p-values: below alpha exactly where Holm's procedure rejects at alpha.
+
+    NaN, a test that could not be made, stays so and is not counted.
+    """
+    adjusted = list(p_values)
+    made = [index for index, p in enumerate(p_values) if not math.isnan(p)]
     largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+    for rank, index in enumerate(sorted(made, key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(made) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
 

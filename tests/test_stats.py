@@ -45,6 +45,30 @@ def test_holm_is_the_step_down_procedure() -> None:
     assert ours.holm([]) == []
 
 
+def test_holm_leaves_tests_out_that_could_not_be_made() -> None:
+    # As p.adjust of R does: a missing value counts neither as a test nor as a rank.
+    found = ours.holm([0.01, math.nan, 0.04, 0.03, math.nan, 0.005])
+    expected = [0.03, math.nan, 0.06, 0.06, math.nan, 0.02]
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
+def test_items_that_weigh_nothing_are_in_no_mean_interval_or_test() -> None:
+    values, others = np.array([[1.0, 0.0, 1.0, 0.0, 0.0]]), np.array([[0.0, 0.0, 1.0, 1.0, 0.0]])
+    weights = np.array([1.0, 1.0, 1.0, 0.0, 0.0])
+    found = ours.interval(values, weights, seed=0, confidence=0.95)
+    assert found == ours.wilson(2, 3)
+    counted = ours.mcnemar(values[0, :3], others[0, :3])
+    assert ours.compare(values, others, weights, seed=0) == counted
+    mixed = np.array([[0.5, 0.25, 0.5, 0.0, 0.0]])
+    assert ours.bootstrap(mixed, weights) == ours.bootstrap(mixed[:, :3])
+    # A quarter of the resamples would have nothing but the item that weighs nothing.
+    one = ours.bootstrap(np.array([[0.5, 0.0]]), np.array([1.0, 0.0]))
+    assert (one.value, one.low, one.high) == (0.5, 0.5, 0.5)
+    assert 0 < ours.paired_bootstrap(mixed, 0.5 * others, weights, draws=500) <= 1
+    with pytest.raises(ValueError, match="found no weight above 0 among those of 5 items"):
+        ours.bootstrap(values, 0 * weights)
+
+
 def test_the_bootstrap_agrees_with_scipys_and_with_the_normal_approximation() -> None:
     values = np.random.default_rng(1).beta(2, 3, size=(1, 300))
     found = ours.bootstrap(values)

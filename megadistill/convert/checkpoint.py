@@ -77,14 +77,15 @@ def write_checkpoint(
     """
     sources: dict[MetadataIndex, Entry] = {}
     items: list[WriteItem] = []
+    dtypes = _stored_dtypes(spec, reader)
     for entry in entries(spec):
-        item = _tensor_item(spec, entry, reader.dtype(entry.hf[0]))
+        item = _tensor_item(spec, entry, dtypes[_stacked(entry.megatron)[0]])
         sources[item.index] = entry
         items.append(item)
 
     def resolve(item: WriteItem) -> torch.Tensor:
         assert item.tensor_data is not None
-        full = merged(spec, sources[item.index], reader)
+        full = merged(spec, sources[item.index], reader).to(item.tensor_data.properties.dtype)
         advance(full.nbytes)
         return full.reshape(item.tensor_data.chunk.sizes)
 
@@ -99,6 +100,17 @@ def write_checkpoint(
     writer.finish(metadata, results)
     torch.save(_COMMON, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(_CONFIG), encoding="utf-8")
+
+
+def _stored_dtypes(spec: ModelSpec, reader: SafetensorsReader) -> dict[str, torch.dtype]:
+    """Key of each tensor of a checkpoint -> the dtype that holds all its parts, of every layer."""
+    dtypes: dict[str, torch.dtype] = {}
+    for entry in entries(spec):
+        key, _ = _stacked(entry.megatron)
+        for found in map(reader.dtype, entry.hf):
+            known = dtypes.get(key, found)
+            dtypes[key] = known if known == found else torch.promote_types(known, found)
+    return dtypes
 
 
 class CheckpointReader:

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megadistill.convert.checkpoint import CheckpointReader
 from megadistill.convert.conversion import hf_to_megatron, megatron_to_hf
@@ -29,6 +31,32 @@ def test_there_and_back_is_bit_identical(model_dir: Path, tmp_path: Path) -> Non
     assert_same(read_all(tmp_path / "hf"), read_all(model_dir))
     settings = [json.loads((d / "config.json").read_text()) for d in (model_dir, tmp_path / "hf")]
     assert settings[0] == settings[1]
+
+
+def test_no_bit_is_lost_where_parts_of_one_tensor_have_several_dtypes(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """One projection of one layer in fp32: its fused tensor, and the stack of layers, hold all of it."""
+    source = shutil.copytree(models["qwen2-untied"], tmp_path / "mixed")
+    tensors = read_all(source)
+    wide = [
+        "model.layers.2.self_attn.k_proj.weight",
+        "model.layers.2.self_attn.k_proj.bias",
+        "model.layers.1.mlp.up_proj.weight",
+    ]
+    for name in wide:
+        tensors[name] = torch.randn(tensors[name].shape)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(source, tmp_path / "megatron", progress=False)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", progress=False)
+    found = read_all(tmp_path / "hf")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name].float(), tensor.float()), name
+    widened = {name for name in found if found[name].dtype == torch.float32}
+    parts = [f"self_attn.{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias")]
+    parts += ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    assert widened == {f"model.layers.{layer}.{part}" for layer in range(4) for part in parts}
 
 
 def test_transformers_loads_the_result(models: dict[str, Path], tmp_path: Path) -> None:
