@@ -58,7 +58,7 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
     engine = Engine(config)
     state = restore(run, engine, config)
     parts = Parts(run=run, config=config, engine=engine)
-    startup.check_vocabularies(config, pools, engine.score_top_k)
+    startup.check_vocabularies(config, pools, engine.read)
     if engine.is_writer:
         parts.metrics = MetricWriter(run.metrics_file, config.log, config.name, state.step)
         for line in startup.describe_run(run, pools):

@@ -19,7 +19,16 @@ from megadistill.data.pools import PromptPool, answer_ids
 from megadistill.publish.files import Published
 from megadistill.rollout.protocol import RolloutEngine
 from megadistill.rollout.seeds import seed_for
-from megadistill.types import FloatArray, Prompt, Rollout, Scored, TokenSpan, TopK, TrainingEngine
+from megadistill.types import (
+    FloatArray,
+    Prompt,
+    Rollout,
+    Scored,
+    ScoreRequest,
+    TokenSpan,
+    TopK,
+    TrainingEngine,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,9 +160,9 @@ class OnPolicyCollector:
         request = self._algorithm.top_k
         if request is None:
             return self._engine.score(teacher, spans), []
-        return self._engine.score_top_k(
-            teacher, spans, top_k=request.size, temperature=request.temperature
-        )
+        asked = ScoreRequest(top_k=request.size, temperature=request.temperature)
+        found = self._engine.read(teacher, spans, asked)
+        return [one.logprobs_R for one in found], [one.top_k for one in found if one.top_k]
 
 
 class Sampler:

@@ -14,7 +14,7 @@ from megadistill.data.pools import PromptPool, end_token
 from megadistill.data.tokenizer import load_tokenizer
 from megadistill.resolve import resolve
 from megadistill.rundir import RunDir
-from megadistill.types import FloatArray, TokenSpan, TopK
+from megadistill.types import FloatArray, ScoreRequest, TokenScores, TokenSpan
 
 log = logging.getLogger(__name__)
 
@@ -69,17 +69,20 @@ def common_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 def check_vocabularies(
     config: RunConfig,
     pools: Mapping[str, PromptPool],
-    score_top_k: "Callable[..., tuple[list[FloatArray], list[TopK]]]",
+    read: Callable[[str, Sequence[TokenSpan], ScoreRequest], list[TokenScores]],
 ) -> None:
-    """The ids of each model, and no row that pads its vocabulary, hold all of the probability.
+    """The ids that all models have, and no row that pads a vocabulary, hold all of the probability.
 
     Collective: every rank calls it.
     """
     prompt = next(iter(pools.values())).train[0]
     span = TokenSpan(token_ids_N=np.asarray(prompt.token_ids, dtype=np.int32), num_scored=1)
-    for name, model in {"student": config.student, **config.teachers}.items():
-        size = read_spec(resolve("model", model.path)).vocab_size
-        _, (top,) = score_top_k(name, [span], top_k=size, temperature=1.0)
+    models = {"student": config.student, **config.teachers}
+    size = min(read_spec(resolve("model", model.path)).vocab_size for model in models.values())
+    for name in models:
+        (found,) = read(name, [span], ScoreRequest(top_k=size))
+        top = found.top_k
+        assert top is not None
         mass = float(np.exp(top.logprobs_RK.astype(np.float64)).sum())
         num_ids = len(np.unique(top.ids_RK[(top.ids_RK >= 0) & (top.ids_RK < size)]))
         if num_ids != size or not abs(mass - 1) <= MASS_TOLERANCE:  # NaN fails too

@@ -1,6 +1,7 @@
 """The nouns of the project: what flows between prompts, engines, scorer and trainer.
 
-Shape legend: N prompt+response tokens, R response tokens, T packed tokens, W weighted rows, K ids.
+Shape legend: N prompt+response tokens, R response tokens, T packed tokens, W weighted rows, S those
+of them with one teacher, K ids, D hidden size, V vocabulary rows of a rank.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,11 +56,44 @@ class TokenSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK:
-    """A teacher's K most probable ids at each of R scored tokens."""
+    """K ids at each of R scored tokens, and how probable a model finds them.
+
+    Mostly a model's K most probable ids; in a `Sample` the log-probabilities are the teacher's.
+    """
 
     ids_RK: Int32Array
     logprobs_RK: FloatArray
     """Over the full vocabulary, at the temperature that was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """What is asked of a model at every scored token beside the token's log-probability."""
+
+    entropy: bool = False
+    """Of its distribution, in nats."""
+    top_k: int = 0
+    """How many of its most probable ids."""
+    temperature: float = 1.0
+    """Of the most probable ids and of the log-probabilities at given ids. The scored token's own
+    log-probability and the entropy are those of the model as it samples, at 1."""
+    hidden: bool = False
+    """The hidden state that predicts the token. D numbers a token travel to every rank and wait in
+    its host memory: for batches of short responses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores:
+    """What a model says about the scored tokens of one span; None for what nobody asked for."""
+
+    logprobs_R: FloatArray
+    entropy_R: FloatArray | None = None
+    top_k: TopK | None = None
+    """Descending; column 0 is the arg-max."""
+    at_ids_RK: FloatArray | None = None
+    """Log-probabilities of the ids that were asked about."""
+    hidden_RD: torch.Tensor | None = None
+    """On the CPU, in the model's type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,17 +117,33 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A training sequence; the loss is -sum of weights x log pi(token) over its scored tail.
+    """A training sequence; the loss is -sum of weights x log pi(token) over its scored tail, plus
+    the sum of divergence weights x divergence from a teacher.
 
     A weight already holds mask, advantage, coefficient and normaliser, so losses only sum.
     """
 
     span: TokenSpan
     weights_R: FloatArray
-    component: str
-    """Which metric group the sample belongs to, e.g. `general`, `domain`, `sft`."""
+    divergence_weights_R: FloatArray | None = None
+    """Of the divergence at each scored token; absent: 0. A token of weight 0 costs nothing."""
     top_k: TopK | None = None
-    """What a teacher expects at each scored token, for losses over its top K."""
+    """The support of a divergence over K ids, with the teacher's log-probabilities there."""
+    teacher: str | None = None
+    """Whose `hidden_RD` these are."""
+    hidden_RD: torch.Tensor | None = None
+    """The teacher's hidden states at the scored tokens, for divergences over all ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherRows:
+    """The rows of a micro-batch where one teacher's whole distribution is compared."""
+
+    rows_S: torch.Tensor
+    """Which of the W rows."""
+    hidden_SD: torch.Tensor
+    weight_VD: torch.Tensor | None = None
+    """This rank's rows of the teacher's output projection; the engine puts it here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,14 +160,18 @@ class MicroBatch:
     """The scored tokens' ids."""
     weights_W: torch.Tensor
     """fp32; zeros when only scoring."""
+    divergence_weights_W: torch.Tensor | None = None
+    """fp32, 0 in the rows of samples without. None where no sample has any."""
+    teachers: Mapping[str, TeacherRows] = field(default_factory=dict)
+    """By name; only rows whose divergence weight is not 0."""
     sample_ids: tuple[int, ...]
     """Index of each packed sequence in the list that was packed."""
     rows_per_sample: tuple[int, ...] = ()
     """How many rows each packed sequence contributed, in order."""
     top_ids_WK: torch.Tensor | None = None
-    """A teacher's top-K ids; -1 in the rows of samples without. None where no sample has any."""
+    """Ids of a divergence's support; -1 in the rows of samples without. None where none has any."""
     top_logprobs_WK: torch.Tensor | None = None
-    """fp32, 0 in the rows of samples without."""
+    """The teacher's, fp32; 0 in the rows of samples without."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,10 +209,15 @@ class TrainingEngine(Scorer, Protocol):
     def is_writer(self) -> bool:
         """Whether this rank writes files: rank 0."""
 
-    def score_top_k(
-        self, model: str, spans: Sequence[TokenSpan], *, top_k: int, temperature: float
-    ) -> tuple[list[FloatArray], list[TopK]]:
-        """As `score`, and the most probable ids of each scored token."""
+    def read(
+        self,
+        model: str,
+        spans: Sequence[TokenSpan],
+        request: ScoreRequest,
+        ids: Sequence[Int32Array] | None = None,
+    ) -> list[TokenScores]:
+        """All that `request` asks for at each span's scored tail, and the log-probabilities of its
+        `ids` `[R, K]`, on every rank."""
 
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
         """Weights, optimizer, random states, and rank 0's `extra` (JSON) into `directory`."""

@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
-from megadistill.types import FloatArray, Prompt, Rollout, TokenSpan, TopK
+from megadistill.types import (
+    FloatArray,
+    Int32Array,
+    Prompt,
+    Rollout,
+    ScoreRequest,
+    TokenScores,
+    TokenSpan,
+    TopK,
+)
 from tests.tiny import float32
 
 Value = TypeVar("Value")
@@ -95,17 +105,35 @@ class FakeTrainingEngine:
             (offset - span.token_ids_N[-span.num_scored :]).astype(np.float32) for span in spans
         ]
 
-    def score_top_k(
-        self, model: str, spans: Sequence[TokenSpan], *, top_k: int, temperature: float
-    ) -> tuple[list[FloatArray], list[TopK]]:
-        """The scored token itself and the ids after it, all equally likely."""
-        scores = self.score(model, spans)
-        tops = []
-        for span in spans:
-            ids_RK = span.token_ids_N[-span.num_scored :, None] + np.arange(top_k)
-            logprobs_RK = np.full(ids_RK.shape, -np.log(top_k * temperature), dtype=np.float32)
-            tops.append(TopK(ids_RK=ids_RK.astype(np.int32), logprobs_RK=logprobs_RK))
-        return scores, tops
+    def read(
+        self,
+        model: str,
+        spans: Sequence[TokenSpan],
+        request: ScoreRequest,
+        ids: Sequence[Int32Array] | None = None,
+    ) -> list[TokenScores]:
+        """The scored token itself and the ids after it, all equally likely, as is every id."""
+        found = []
+        for index, logprobs_R in enumerate(self.score(model, spans)):
+            span, size = spans[index], request.top_k
+            top_ids_RK = span.token_ids_N[-span.num_scored :, None] + np.arange(size)
+            shape = span.num_scored, size
+            equal_RK = np.full(shape, -np.log(max(size, 1) * request.temperature))
+            top_k = TopK(ids_RK=top_ids_RK.astype(np.int32), logprobs_RK=float32(equal_RK))
+            found.append(
+                TokenScores(
+                    logprobs_R=logprobs_R,
+                    entropy_R=float32(span.token_ids_N[-span.num_scored :] % 3)
+                    if request.entropy
+                    else None,
+                    top_k=top_k if size else None,
+                    at_ids_RK=None if ids is None else float32(-ids[index].astype(np.float32)),
+                    hidden_RD=torch.full((span.num_scored, 2), self.offsets.get(model, 0.0))
+                    if request.hidden
+                    else None,
+                )
+            )
+        return found
 
     def divergences(
         self, student: str, teacher: str, spans: Sequence[TokenSpan]

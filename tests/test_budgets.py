@@ -18,7 +18,7 @@ MOST_LINES = 400
 """Of a module, all counted."""
 MOST_FUNCTION_LINES = 60
 BUDGETS = {
-    "": 1830,
+    "": 1870,
     "algorithms": 500,
     "cli": 460,
     "config": 1050,
@@ -29,7 +29,7 @@ BUDGETS = {
     "inference": 570,
     "launch": 3030,
     "losses": 210,
-    "megatron": 1520,
+    "megatron": 1640,
     "prepare": 490,
     "publish": 140,
     "recipes": 120,

@@ -27,7 +27,7 @@ from megadistill.startup import (
     common_tokenizer,
     describe_run,
 )
-from megadistill.types import FloatArray, TokenSpan, TopK
+from megadistill.types import FloatArray, ScoreRequest, TokenScores, TokenSpan, TopK
 from tests.tiny import (
     Tree,
     camopd_tree,
@@ -301,14 +301,12 @@ def vocabulary_check(models: Path, logprobs_V: Sequence[float]) -> None:
     for name in ("general", "domain"):
         write_model_config(models / name, vocab_size=3)
 
-    def score_top_k(
-        _model: str, spans: Sequence[TokenSpan], *, top_k: int, temperature: float
-    ) -> tuple[list[FloatArray], list[TopK]]:
-        order = np.argsort(-np.asarray(logprobs_V))[None, :top_k]
+    def read(_model: str, spans: Sequence[TokenSpan], request: ScoreRequest) -> list[TokenScores]:
+        order = np.argsort(-np.asarray(logprobs_V))[None, : request.top_k]
         top = TopK(ids_RK=order.astype(np.int32), logprobs_RK=float32(logprobs_V)[order])
-        return [top.logprobs_RK[:, 0]], [top]
+        return [TokenScores(logprobs_R=top.logprobs_RK[:, 0], top_k=top)]
 
-    check_vocabularies(make_config(tree_on(models)), make_pools(), score_top_k)
+    check_vocabularies(make_config(tree_on(models)), make_pools(), read)
 
 
 def test_probabilities_over_all_ids_that_add_up_to_one_pass(models: Path) -> None:

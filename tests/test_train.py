@@ -50,7 +50,7 @@ class FakeTrainer(FakeTrainingEngine):
         self.weights += learning_rate * total
         return StepResult(
             loss=total,
-            grad_norm=2.0 if samples[0].component == "domain" else 0.5,
+            grad_norm=2.0 if samples[0].span.token_ids_N[-1] % 2 else 0.5,
             learning_rate=learning_rate,
             num_tokens=sum(len(sample.span.token_ids_N) for sample in samples),
             metrics={"train/entropy_sum": 6.0, "train/rows": 4.0},

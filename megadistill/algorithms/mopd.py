@@ -98,7 +98,6 @@ class Mopd(Weighted):
         return Sample(
             span=response_span(scored.rollout),
             weights_R=(scale * self._importance(scored) * gap_R).astype(np.float32),
-            component=scored.branch,
         )
 
     def _importance(self, scored: Scored) -> FloatArray:

@@ -155,7 +155,6 @@ class Raft:
         return Sample(
             span=response_span(scored.rollout),
             weights_R=np.full(length, 1.0 / (num_samples * length), dtype=np.float32),
-            component="distill",
             top_k=scored.top_k,
         )
 

@@ -45,5 +45,4 @@ def answer_sample(prompt: Prompt, answer_ids: Sequence[int], num_samples: int) -
     return Sample(
         span=TokenSpan(token_ids_N=ids, num_scored=len(answer_ids)),
         weights_R=np.full(len(answer_ids), weight, dtype=np.float32),
-        component="sft",
     )

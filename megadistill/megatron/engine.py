@@ -5,6 +5,7 @@ Every trainer process builds one `Engine` and calls the same methods with the sa
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -17,19 +18,29 @@ from megadistill.convert.families import read_spec
 from megadistill.data.packing import PackingRules, num_inputs
 from megadistill.head import VocabularyHead
 from megadistill.megatron import checkpoint, export
-from megadistill.megatron.model import build_model, check_model, load_hf
+from megadistill.megatron.model import build_model, check_model, load_hf, output_weight
 from megadistill.megatron.offload import TeacherOffloader
+from megadistill.megatron.schedule import Loss as RowLoss
 from megadistill.megatron.scoring import (
     Scorable,
     mean_divergences,
     own_batches,
-    score_spans,
-    top_k_spans,
+    read_spans,
 )
 from megadistill.megatron.training import Student
 from megadistill.megatron.world import connect, disconnect, most_memory_gib, pick_device
 from megadistill.resolve import resolve
-from megadistill.types import FloatArray, MicroBatch, Sample, StepResult, TokenSpan, TopK
+from megadistill.types import (
+    FloatArray,
+    Int32Array,
+    MicroBatch,
+    Sample,
+    ScoreRequest,
+    StepResult,
+    TeacherRows,
+    TokenScores,
+    TokenSpan,
+)
 
 STUDENT = "student"
 
@@ -75,14 +86,17 @@ class Engine:
         device = pick_device(config.device, config.cluster.gpus_per_node)
         if config.head == "triton" and device.type != "cuda":
             raise ValueError("head: found 'triton', which needs a GPU; expected 'auto' or 'torch'")
-        for model in (config.student, *config.teachers.values()):
-            spec = read_spec(_directory(model))
+        models = (config.student, *config.teachers.values())
+        specs = [read_spec(_directory(model)) for model in models]
+        for model, spec in zip(models, specs, strict=True):
             check_model(spec, config.parallel, self._precision(model), device)
+        # Rows past the smallest vocabulary are padding or unused: no model puts probability there.
+        self._vocab_size = min(spec.vocab_size for spec in specs)
         rollout_time = timedelta(seconds=config.rollout.timeout_s if config.rollout else 0)
         self.world = connect(
             config.parallel, device=device, seed=config.seed, timeout=rollout_time + SLACK
         )
-        self._spec = read_spec(_directory(config.student))
+        self._spec = specs[0]
         student = self._load(config.student)
         self._student = Student(student.model, config.optimizer, self.world)
         self._offloader = TeacherOffloader(self.world.device)
@@ -119,18 +133,23 @@ class Engine:
         In the order of `spans`, equal on every rank. Raises `ValueError` for an unknown model, or a
         span that scores its first token.
         """
-        scorable = self._scorable(model)
-        with self._offloader.on_device(scorable.model):
-            return score_spans(scorable, spans, self._rules)
+        return [found.logprobs_R for found in self.read(model, spans, ScoreRequest())]
 
     @_names_rank
-    def score_top_k(
-        self, model: str, spans: Sequence[TokenSpan], *, top_k: int, temperature: float
-    ) -> tuple[list[FloatArray], list[TopK]]:
-        """As `score`, and the exact `top_k` most probable ids of each scored token."""
+    def read(
+        self,
+        model: str,
+        spans: Sequence[TokenSpan],
+        request: ScoreRequest,
+        ids: Sequence[Int32Array] | None = None,
+    ) -> list[TokenScores]:
+        """What `request` asks for at each span's scored tail, and the log-probabilities of its `ids`.
+
+        In the order of `spans`, equal on every rank; fp32, hidden states in the model's own type.
+        """
         scorable = self._scorable(model)
         with self._offloader.on_device(scorable.model):
-            return top_k_spans(scorable, spans, self._rules, top_k=top_k, temperature=temperature)
+            return read_spans(scorable, spans, self._rules, request, ids)
 
     @_names_rank
     def divergences(
@@ -152,10 +171,9 @@ class Engine:
         ranks, equal on every rank. Raises `ValueError` for no samples or weights that do not fit,
         and `FloatingPointError`, changing no weight, if the loss or its gradient is not finite.
         """
-        _check_samples(samples)
-        head = functools.partial(self._scorables[STUDENT].head, training=True)
+        self._check_samples(samples)
         total, grad_norm, metrics = self._student.step(
-            self._batches(samples), lambda *rows: loss(head(), *rows), learning_rate
+            self._batches(samples), self._with_heads(loss, samples, training=True), learning_rate
         )
         return StepResult(
             loss=total,
@@ -174,15 +192,19 @@ class Engine:
         """
         if self.size > 1:
             raise ValueError(f"gradient: found {self.size} trainer processes, expected one")
-        head = functools.partial(self._scorables[STUDENT].head, training=True)
-        return self._student.gradient(self._batches([sample]), lambda *rows: loss(head(), *rows))
+        samples = [sample]
+        self._check_samples(samples)
+        return self._student.gradient(
+            self._batches(samples), self._with_heads(loss, samples, training=True)
+        )
 
     @_names_rank
     def measure(self, samples: Sequence[Sample], loss: Loss) -> dict[str, float]:
         """The named sums of `loss` over all rows of all samples, as `step` would report them."""
-        _check_samples(samples)
-        head = self._scorables[STUDENT].head
-        return self._student.measure(self._batches(samples), lambda *rows: loss(head(), *rows))
+        self._check_samples(samples)
+        return self._student.measure(
+            self._batches(samples), self._with_heads(loss, samples, training=False)
+        )
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The student's weights as (Hugging Face name, CPU tensor), on rank 0 only.
@@ -242,13 +264,57 @@ class Engine:
         )
 
     def _batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
-        return own_batches(
-            [sample.span for sample in samples],
-            self._rules,
-            self.world,
-            [sample.weights_R for sample in samples],
-            [sample.top_k for sample in samples],
-        )
+        return own_batches(samples, self._rules, self.world)
+
+    def _with_heads(self, loss: Loss, samples: Sequence[Sample], *, training: bool) -> RowLoss:
+        """`loss` with the student's head, and with the output weights of the samples' teachers.
+
+        Those alone are on the device, whatever became of the rest of the teacher.
+        """
+        names = {s.teacher for s in samples if s.teacher is not None and s.hidden_RD is not None}
+        device, weights = self.world.device, {}
+        if self.world.is_last_stage:
+            for name in sorted(names):
+                weight_VD = output_weight(self._scorable(name).model).detach()
+                weights[name] = weight_VD.to(device, non_blocking=True)
+
+        def placed(name: str, rows: TeacherRows) -> TeacherRows:
+            return TeacherRows(
+                rows_S=rows.rows_S.to(device),
+                hidden_SD=rows.hidden_SD.to(device),
+                weight_VD=weights[name],
+            )
+
+        def with_heads(hidden_WD: Tensor, batch: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+            teachers = {name: placed(name, rows) for name, rows in batch.teachers.items()}
+            head = self._scorables[STUDENT].head(training=training)
+            return loss(head, hidden_WD, replace(batch, teachers=teachers))
+
+        return with_heads
+
+    def _check_samples(self, samples: Sequence[Sample]) -> None:
+        if not samples:
+            raise ValueError("samples: found none, expected at least one")
+        for index, sample in enumerate(samples):
+            for name, found in _lengths(sample).items():
+                if found != sample.span.num_scored:
+                    raise ValueError(
+                        f"samples[{index}].{name}: found {found} rows, expected one per scored "
+                        f"token, {sample.span.num_scored}"
+                    )
+            if sample.hidden_RD is None:
+                continue
+            if sample.divergence_weights_R is None:
+                raise ValueError(
+                    f"samples[{index}].divergence_weights_R: found none beside hidden states of "
+                    f"{sample.teacher!r}, expected one weight per scored token"
+                )
+            size = self._scorable(str(sample.teacher)).model.config.hidden_size
+            if sample.hidden_RD.shape[1] != size:
+                raise ValueError(
+                    f"samples[{index}].hidden_RD: found a hidden size of "
+                    f"{sample.hidden_RD.shape[1]}, expected {size} of teacher {sample.teacher!r}"
+                )
 
     def _scorable(self, name: str) -> Scorable:
         if name not in self._scorables:
@@ -266,7 +332,7 @@ class Engine:
         load_hf(built, spec, directory, parallel, self.world)
         return Scorable(
             model=built,
-            vocab_size=spec.vocab_size,
+            vocab_size=self._vocab_size,
             world=self.world,
             backend=self.config.head,
         )
@@ -289,12 +355,12 @@ def _directory(model: ModelConfig) -> Path:
     return resolve("model", model.path)
 
 
-def _check_samples(samples: Sequence[Sample]) -> None:
-    if not samples:
-        raise ValueError("samples: found none, expected at least one")
-    for index, sample in enumerate(samples):
-        if len(sample.weights_R) != sample.span.num_scored:
-            raise ValueError(
-                f"samples[{index}].weights_R: found {len(sample.weights_R)} weights, "
-                f"expected one per scored token, {sample.span.num_scored}"
-            )
+def _lengths(sample: Sample) -> dict[str, int]:
+    """Rows of everything that a sample says about its scored tokens."""
+    found = {
+        "weights_R": sample.weights_R,
+        "divergence_weights_R": sample.divergence_weights_R,
+        "top_k": sample.top_k.ids_RK if sample.top_k else None,
+        "hidden_RD": sample.hidden_RD,
+    }
+    return {name: len(rows) for name, rows in found.items() if rows is not None}

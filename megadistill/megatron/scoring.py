@@ -1,6 +1,6 @@
 """Log-probabilities and divergences of token spans, from models spread over all ranks.
 
-Shape legend: R scored tokens of a span, W rows of a micro-batch, D hidden size.
+Shape legend: R scored tokens of a span, W rows of a micro-batch, D hidden size, K ids.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,26 @@ from megadistill.data.packing import (
     empty_micro_batch,
     micro_batches,
     num_inputs,
+    unweighted,
 )
 from megadistill.head import VocabularyHead, divergences, score
-from megadistill.losses import teacher_top_k
 from megadistill.megatron.megatron_call import calls_megatron
 from megadistill.megatron.model import output_weight
 from megadistill.megatron.schedule import forward
 from megadistill.megatron.world import World
-from megadistill.types import FloatArray, MicroBatch, TokenSpan, TopK
+from megadistill.types import (
+    FloatArray,
+    Int32Array,
+    MicroBatch,
+    Sample,
+    ScoreRequest,
+    TokenScores,
+    TokenSpan,
+    TopK,
+)
+
+SLAB_ELEMENTS = 2**26
+"""Of what all ranks share of a batch's numbers at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,75 +63,134 @@ class Scorable:
         )
 
 
-def own_batches(
-    spans: Sequence[TokenSpan],
-    rules: PackingRules,
-    world: World,
-    weights: Sequence[FloatArray] | None = None,
-    top_k: Sequence[TopK | None] = (),
-) -> list[MicroBatch]:
-    """This data-parallel rank's share of `spans`, packed; at least one micro-batch."""
-    shares = assign([num_inputs(span) for span in spans], world.groups.dp.size())
-    own = micro_batches(spans, shares[world.groups.dp.rank()], rules, weights, top_k)
+def own_batches(samples: Sequence[Sample], rules: PackingRules, world: World) -> list[MicroBatch]:
+    """This data-parallel rank's share of `samples`, packed; at least one micro-batch."""
+    shares = assign([num_inputs(sample.span) for sample in samples], world.groups.dp.size())
+    own = micro_batches(samples, shares[world.groups.dp.rank()], rules)
     return own or [empty_micro_batch(rules)]
 
 
 @calls_megatron
-def score_spans(
-    scorable: Scorable, spans: Sequence[TokenSpan], rules: PackingRules
-) -> list[FloatArray]:
-    """fp32 log-probabilities `[R]` of every span's scored tail.
-
-    Every rank passes the same spans and gets the same answer.
-    """
-    head = scorable.head() if scorable.world.is_last_stage else None
-
-    def visit(hidden_WD: Tensor, batch: MicroBatch) -> Tensor:
-        assert head is not None
-        if not len(hidden_WD):
-            return hidden_WD.new_zeros(0, 1, dtype=torch.float32)
-        return score(head, hidden_WD, batch.targets_W[:, None]).logprobs_TK.float()
-
-    batches = own_batches(spans, rules, scorable.world)
-    scorable.model.eval()
-    values = forward(scorable.model, batches, scorable.world, visit)
-    return _column(_everywhere(spans, batches, values, 1, scorable.world), 0)
-
-
-@calls_megatron
-def top_k_spans(
+def read_spans(
     scorable: Scorable,
     spans: Sequence[TokenSpan],
     rules: PackingRules,
-    *,
-    top_k: int,
-    temperature: float,
-) -> tuple[list[FloatArray], list[TopK]]:
-    """As `score_spans`, and the exact top-K of every scored token at `temperature`.
+    request: ScoreRequest,
+    ids: Sequence[Int32Array] | None = None,
+) -> list[TokenScores]:
+    """What `request` asks for at every span's scored tail, and the log-probabilities of its `ids`.
 
-    2 K + 1 fp32 numbers a token travel between the ranks, so this is for short responses.
+    Every rank passes the same and gets the same answer, for which each number travels between the
+    ranks as fp32, hidden states in their own type.
     """
-    head = scorable.head() if scorable.world.is_last_stage else None
+    _check_request(scorable, spans, request, ids)
+    world = scorable.world
+    head = scorable.head() if world.is_last_stage else None
 
-    def visit(hidden_WD: Tensor, batch: MicroBatch) -> Tensor:
+    def visit(hidden_WD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         assert head is not None
-        columns = hidden_WD.new_zeros(len(hidden_WD), 1 + 2 * top_k, dtype=torch.float32)
-        if len(hidden_WD):
-            columns[:, :1] = score(head, hidden_WD, batch.targets_W[:, None]).logprobs_TK
-            top = teacher_top_k(head, hidden_WD, top_k, temperature=temperature)
-            columns[:, 1 : 1 + top_k] = top.ids_WK  # exact: ids are far below 2^24
-            columns[:, 1 + top_k :] = top.logprobs_WK
-        return columns
+        kept = len(hidden_WD) if request.hidden and world.is_reporting_rank else 0
+        return _columns(head, hidden_WD, batch, request), hidden_WD[:kept].cpu()
 
-    batches = own_batches(spans, rules, scorable.world)
-    scorable.model.eval()
-    values = forward(scorable.model, batches, scorable.world, visit)
-    tables = _everywhere(spans, batches, values, 1 + 2 * top_k, scorable.world)
-    tops = [
-        TopK(ids_RK=table[:, 1 : 1 + top_k].astype(np.int32), logprobs_RK=table[:, 1 + top_k :])
-        for table in tables
+    samples = [
+        unweighted(span, None if ids is None else _support(ids[index]))
+        for index, span in enumerate(spans)
     ]
-    return _column(tables, 0), tops
+    batches = own_batches(samples, rules, world)
+    scorable.model.eval()
+    values = forward(scorable.model, batches, world, visit)
+    widths = 1, int(request.entropy), request.top_k, request.top_k, ids[0].shape[1] if ids else 0
+    rows = [columns for columns, _ in values]
+    tables = _everywhere(spans, batches, rows, (sum(widths), torch.float32), world)
+    hidden: list[Tensor] | None = None
+    if request.hidden:
+        config = scorable.model.config
+        width = config.hidden_size, config.params_dtype
+        hidden = _everywhere(spans, batches, [kept for _, kept in values], width, world)
+    return [
+        _scores(table, widths, None if hidden is None else hidden[index])
+        for index, table in enumerate(tables)
+    ]
+
+
+def score_spans(
+    scorable: Scorable, spans: Sequence[TokenSpan], rules: PackingRules
+) -> list[FloatArray]:
+    """fp32 log-probabilities `[R]` of every span's scored tail, equal on every rank."""
+    return [found.logprobs_R for found in read_spans(scorable, spans, rules, ScoreRequest())]
+
+
+def _check_request(
+    scorable: Scorable,
+    spans: Sequence[TokenSpan],
+    request: ScoreRequest,
+    ids: Sequence[Int32Array] | None,
+) -> None:
+    """On every rank, before any of them waits for another."""
+    if not 0 <= request.top_k <= scorable.vocab_size:
+        raise ValueError(
+            f"top_k: found {request.top_k}, expected at most the vocabulary's {scorable.vocab_size}"
+        )
+    if ids is None:
+        return
+    if len(ids) != len(spans):
+        raise ValueError(f"ids: found {len(ids)} arrays, expected one a span, {len(spans)}")
+    for index, (span, ids_RK) in enumerate(zip(spans, ids, strict=True)):
+        if ids_RK.shape != (span.num_scored, ids[0].shape[-1]):
+            raise ValueError(
+                f"ids[{index}]: found the shape {ids_RK.shape}, expected as many rows as scored "
+                f"tokens and as many columns as ids[0], ({span.num_scored}, {ids[0].shape[-1]})"
+            )
+
+
+def _support(ids_RK: Int32Array) -> TopK:
+    return TopK(ids_RK=ids_RK, logprobs_RK=np.zeros(ids_RK.shape, dtype=np.float32))
+
+
+def _columns(
+    head: VocabularyHead, hidden_WD: Tensor, batch: MicroBatch, request: ScoreRequest
+) -> Tensor:
+    """fp32 `[W, ...]`: log-probability, entropy, top ids and theirs, log-probabilities at ids."""
+    target_W1 = batch.targets_W[:, None]
+    ids_WK = target_W1[:, :0] if batch.top_ids_WK is None else batch.top_ids_WK
+    num_columns = 1 + request.entropy + 2 * request.top_k + ids_WK.shape[1]
+    if not len(hidden_WD):
+        return hidden_WD.new_zeros(0, num_columns, dtype=torch.float32)
+    together = request.temperature == 1.0  # then one sweep answers everything
+    first = score(
+        head,
+        hidden_WD,
+        torch.cat((target_W1, ids_WK), 1) if together else target_W1,
+        top_k=request.top_k if together else 0,
+        with_entropy=request.entropy,
+    )
+    second = first
+    if not together and (request.top_k or ids_WK.shape[1]):
+        second = score(
+            head, hidden_WD, ids_WK, temperature=request.temperature, top_k=request.top_k
+        )
+    columns = [first.logprobs_TK[:, :1]]
+    if first.entropy_T is not None:
+        columns.append(first.entropy_T[:, None])
+    if second.top_ids_TK is not None and second.top_logprobs_TK is not None:
+        columns += [second.top_ids_TK, second.top_logprobs_TK]  # ids below 2^24 are exact in fp32
+    if ids_WK.shape[1]:
+        columns.append(second.logprobs_TK[:, -ids_WK.shape[1] :])
+    return torch.cat([column.float() for column in columns], 1)
+
+
+def _scores(table: Tensor, widths: Sequence[int], hidden_RD: Tensor | None) -> TokenScores:
+    """One span's columns, taken apart."""
+    parts = [part.numpy().copy() for part in torch.split(table, list(widths), 1)]
+    logprob_R1, entropy_R1, top_ids_RK, top_logprobs_RK, at_ids_RK = parts
+    top_k = TopK(ids_RK=top_ids_RK.astype(np.int32), logprobs_RK=top_logprobs_RK)
+    return TokenScores(
+        logprobs_R=logprob_R1[:, 0],
+        entropy_R=entropy_R1[:, 0] if widths[1] else None,
+        top_k=top_k if widths[2] else None,
+        at_ids_RK=at_ids_RK if widths[4] else None,
+        hidden_RD=hidden_RD,
+    )
 
 
 @calls_megatron
@@ -131,7 +202,7 @@ def mean_divergences(
     fp32 `[number of spans]` each, over the full vocabulary; NaN for a span without scored tokens.
     """
     world = student.world
-    batches = own_batches(spans, rules, world)
+    batches = own_batches([unweighted(span) for span in spans], rules, world)
     hidden: list[list[Tensor]] = []
     for scorable in (student, teacher):
         scorable.model.eval()
@@ -143,8 +214,10 @@ def mean_divergences(
             result = divergences(student.head(), student_WD, teacher.head(), teacher_WD)
             columns[:, 0], columns[:, 1] = result.forward_kl_T, result.reverse_kl_T
         values.append(columns)
-    tables = _everywhere(spans, batches, values, 2, world)
-    forward_kl, reverse_kl = ([_mean(values_R) for values_R in _column(tables, i)] for i in (0, 1))
+    tables = _everywhere(spans, batches, values, (2, torch.float32), world)
+    forward_kl, reverse_kl = (
+        [_mean(table[:, i].numpy().copy()) for table in tables] for i in (0, 1)
+    )
     return np.array(forward_kl, dtype=np.float32), np.array(reverse_kl, dtype=np.float32)
 
 
@@ -156,24 +229,26 @@ def _everywhere(
     spans: Sequence[TokenSpan],
     batches: Sequence[MicroBatch],
     values: Sequence[Tensor],
-    num_columns: int,
+    columns: tuple[int, torch.dtype],
     world: World,
-) -> list[FloatArray]:
-    """`[R, columns]` of each span, on every rank, from the rows `[W, columns]` of all batches.
+) -> list[Tensor]:
+    """`[R, columns]` of each span, on every rank's host, from the rows `[W, columns]` of all batches.
 
-    Each row is written by one rank, so the sum over all ranks only moves numbers.
+    Each row is written by one rank, so the sum over all ranks only moves numbers. A slab of the
+    table is on the device at a time.
     """
-    starts = np.concatenate([[0], np.cumsum([span.num_scored for span in spans])]).astype(np.int64)
-    table = torch.zeros(int(starts[-1]), num_columns, device=world.device)
+    lengths = [span.num_scored for span in spans]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    (num_columns, dtype), num_rows = columns, int(starts[-1])
+    table = torch.zeros(num_rows, num_columns, dtype=dtype)
     if world.is_reporting_rank:
         for batch, rows in zip(batches, values, strict=True):
-            table[_places(spans, starts, batch).to(world.device)] = rows
-    dist.all_reduce(table)
-    return np.split(table.cpu().numpy(), starts[1:-1]) if spans else []
-
-
-def _column(tables: Sequence[FloatArray], index: int) -> list[FloatArray]:
-    return [table[:, index].copy() for table in tables]
+            table[_places(spans, starts, batch).cpu()] = rows.cpu()
+    for slab in torch.split(table, max(1, SLAB_ELEMENTS // num_columns)):
+        moved = slab.to(world.device)
+        dist.all_reduce(moved)
+        slab.copy_(moved)
+    return list(torch.split(table, lengths)) if spans else []
 
 
 def _places(spans: Sequence[TokenSpan], starts: npt.NDArray[np.int64], batch: MicroBatch) -> Tensor:

@@ -359,7 +359,6 @@ def test_samples_hold_prompt_and_response_and_score_the_response() -> None:
     assert sample.span.token_ids_N.tolist() == [11, 12, 13, 20, 21, 22]
     assert sample.span.num_scored == len(sample.weights_R) == 3
     assert sample.weights_R.dtype == np.float32
-    assert sample.component == "general"
 
 
 def test_metrics_of_a_step_are_those_of_its_branch() -> None:

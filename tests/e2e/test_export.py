@@ -28,7 +28,7 @@ def sample(seed: int) -> Sample:
     ids_N = np.random.default_rng(seed).integers(3, 500, 40, dtype=np.int32)
     weights_R = np.full(20, 0.05, dtype=np.float32)
     span = TokenSpan(token_ids_N=ids_N, num_scored=20)
-    return Sample(span=span, weights_R=weights_R, component="any")
+    return Sample(span=span, weights_R=weights_R)
 
 
 def test_an_exported_student_is_one_model_to_all_three(tmp_path: Path) -> None:

@@ -28,7 +28,15 @@ from megadistill.head import VocabularyHead, weighted_nll
 from megadistill.losses import answer_conditioned, policy_gradient
 from megadistill.megatron import export
 from megadistill.megatron.engine import STUDENT, Engine
-from megadistill.types import FloatArray, MicroBatch, Prompt, Rollout, Scored, TokenSpan
+from megadistill.types import (
+    FloatArray,
+    MicroBatch,
+    Prompt,
+    Rollout,
+    Scored,
+    ScoreRequest,
+    TokenSpan,
+)
 from tests.megatron.reference import TEMPERATURE, TOP_K, Reference, reversed_top_k
 from tests.megatron.worlds import renew_world
 
@@ -145,7 +153,8 @@ def _scoring(engine: Engine, reference: Reference) -> dict[str, float]:
     same = engine.score("same", reference.spans)
     entropy = engine.measure(reference.samples, policy_gradient)["train/entropy_sum"]
     forward_kl, reverse_kl = engine.divergences(STUDENT, "same", reference.spans)
-    _, tops = engine.score_top_k("same", reference.spans, top_k=TOP_K, temperature=TEMPERATURE)
+    found = engine.read("same", reference.spans, ScoreRequest(top_k=TOP_K, temperature=TEMPERATURE))
+    tops = [one.top_k for one in found if one.top_k]
     taught = [
         replace(sample, top_k=reversed_top_k(top))
         for sample, top in zip(reference.samples, tops, strict=True)

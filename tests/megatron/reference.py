@@ -64,5 +64,5 @@ def random_samples(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
     for span in random_spans(lengths, seed):
         weights = rng.normal(0.3, 1.0, span.num_scored) / len(lengths) / span.num_scored
         weights[rng.random(span.num_scored) < 0.2] = 0.0
-        samples.append(Sample(span=span, weights_R=weights.astype(np.float32), component="general"))
+        samples.append(Sample(span=span, weights_R=weights.astype(np.float32)))
     return samples

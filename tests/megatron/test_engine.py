@@ -21,8 +21,8 @@ from megadistill.convert.families import read_spec
 from megadistill.head import VocabularyHead
 from megadistill.losses import answer_conditioned, policy_gradient
 from megadistill.megatron.engine import STUDENT, Engine
-from megadistill.megatron.model import check_model
-from megadistill.types import FloatArray, MicroBatch, Sample, TokenSpan
+from megadistill.megatron.model import check_model, output_weight
+from megadistill.types import FloatArray, MicroBatch, Sample, ScoreRequest, TokenSpan
 from tests.megatron import oracle
 from tests.megatron.ranks import (
     Layout,
@@ -81,24 +81,59 @@ def test_spans_without_scored_tokens_keep_their_place(engine: Engine) -> None:
 
 def test_the_top_k_is_that_of_the_whole_vocabulary(engine: Engine) -> None:
     spans = random_spans((9, 14, 60))
-    scores, tops = engine.score_top_k(STUDENT, spans, top_k=VOCAB_SIZE, temperature=1.0)
-    assert largest(scores, engine.score(STUDENT, spans)) == 0.0
-    for span, score, top in zip(spans, scores, tops, strict=True):
+    everything = engine.read(STUDENT, spans, ScoreRequest(top_k=VOCAB_SIZE))
+    assert largest([one.logprobs_R for one in everything], engine.score(STUDENT, spans)) == 0.0
+    few = engine.read(STUDENT, spans, ScoreRequest(top_k=4))
+    for span, one, other in zip(spans, everything, few, strict=True):
+        assert one.top_k is not None
+        assert other.top_k is not None
+        top, part = one.top_k, other.top_k
         assert top.ids_RK.shape == (span.num_scored, VOCAB_SIZE)
         assert (np.sort(top.ids_RK) == np.arange(VOCAB_SIZE)).all()
         assert (np.diff(top.logprobs_RK) <= 0).all()
         places = (top.ids_RK == span.token_ids_N[-span.num_scored :, None]).argmax(1)
         chosen = np.take_along_axis(top.logprobs_RK, places[:, None], 1)[:, 0]
-        assert np.abs(chosen - score).max() < 1e-6
-    _, few = engine.score_top_k(STUDENT, spans, top_k=4, temperature=1.0)
-    for whole, part in zip(tops, few, strict=True):
-        assert (whole.ids_RK[:, :4] == part.ids_RK).all()
-        assert (whole.logprobs_RK[:, :4] == part.logprobs_RK).all()
+        assert np.abs(chosen - one.logprobs_R).max() < 1e-6
+        assert (top.ids_RK[:, :4] == part.ids_RK).all()
+        assert (top.logprobs_RK[:, :4] == part.logprobs_RK).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_one_reading_answers_everything_as_hugging_face_does(
+    engine: Engine, models: Path, temperature: float
+) -> None:
+    """The entropy and the token's own log-probability stay at temperature 1."""
+    spans = random_spans((9, 60, 1, 30))
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, VOCAB_SIZE, (span.num_scored, 3), dtype=np.int32) for span in spans]
+    request = ScoreRequest(entropy=True, top_k=4, temperature=temperature, hidden=True)
+    found = engine.read("same", spans, request, ids)
+    assert largest([one.logprobs_R for one in found], engine.score("same", spans)) == 0.0
+    dense = oracle.read_model(models / MODEL)
+    for span, one, ids_RK in zip(spans, found, ids, strict=True):
+        assert one.hidden_RD is not None
+        assert one.hidden_RD.shape == (span.num_scored, 64)
+        if not span.num_scored:
+            continue
+        with torch.no_grad():
+            rows = oracle.token_logprobs(dense, span)[-span.num_scored :]
+        cooled = (rows / temperature).log_softmax(-1)
+        assert one.entropy_R is not None
+        assert one.top_k is not None
+        assert one.at_ids_RK is not None
+        np.testing.assert_allclose(one.entropy_R, -(rows.exp() * rows).sum(-1), atol=1e-5)
+        expected = cooled.gather(1, torch.from_numpy(ids_RK.astype(np.int64)))
+        np.testing.assert_allclose(one.at_ids_RK, expected, atol=1e-5)
+        np.testing.assert_allclose(one.top_k.logprobs_RK, cooled.topk(4).values, atol=1e-5)
+        weight_VD = output_weight(engine._scorables["same"].model).detach()[:VOCAB_SIZE]
+        remade = (one.hidden_RD @ weight_VD.t()).log_softmax(-1)
+        np.testing.assert_allclose(remade, rows, atol=1e-5)
 
 
 def test_measuring_a_loss_gives_what_the_step_will_report(engine: Engine) -> None:
     spans = random_spans((9, 14, 60, 12))
-    _, tops = engine.score_top_k("same", spans, top_k=8, temperature=1.5)
+    found = engine.read("same", spans, ScoreRequest(top_k=8, temperature=1.5))
+    tops = [one.top_k for one in found if one.top_k]
     rng = np.random.default_rng(0)
     shaken = [
         replace(t, logprobs_RK=(t.logprobs_RK + rng.normal(size=t.ids_RK.shape)).astype(np.float32))
@@ -108,7 +143,6 @@ def test_measuring_a_loss_gives_what_the_step_will_report(engine: Engine) -> Non
         Sample(
             span=span,
             weights_R=np.full(span.num_scored, 0.1, dtype=np.float32),
-            component="any",
             top_k=shaken[index] if index % 2 else None,
         )
         for index, span in enumerate(spans)
@@ -135,13 +169,37 @@ def test_measuring_a_loss_gives_what_the_step_will_report(engine: Engine) -> Non
                     Sample(
                         span=random_spans((9,))[0],
                         weights_R=np.ones(2, dtype=np.float32),
-                        component="general",
                     )
                 ],
                 nll,
                 learning_rate=1e-3,
             ),
-            r"samples\[0\]\.weights_R: found 2 weights",
+            r"samples\[0\]\.weights_R: found 2 rows",
+        ),
+        (
+            lambda e: e.step(
+                [
+                    replace(
+                        random_samples((9,))[0],
+                        divergence_weights_R=np.ones(6, dtype=np.float32),
+                        teacher="same",
+                        hidden_RD=torch.zeros(6, 5),
+                    )
+                ],
+                nll,
+                learning_rate=1e-3,
+            ),
+            r"samples\[0\]\.hidden_RD: found a hidden size of 5, expected 64 of teacher 'same'",
+        ),
+        (
+            lambda e: e.read(STUDENT, [], ScoreRequest(top_k=VOCAB_SIZE + 1)),
+            f"top_k: found {VOCAB_SIZE + 1}, expected at most the vocabulary's {VOCAB_SIZE}",
+        ),
+        (
+            lambda e: e.read(
+                STUDENT, random_spans((9,)), ScoreRequest(), [np.zeros((5, 2), dtype=np.int32)]
+            ),
+            r"ids\[0\]: found the shape \(5, 2\), .* \(6, 2\)",
         ),
         (
             lambda e: e.score(
