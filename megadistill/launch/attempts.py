@@ -8,21 +8,18 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from megadistill.config import RunConfig
-from megadistill.launch.failures import read_failures
+from megadistill.launch.attempt_log import attempt_numbers, read_ended
 from megadistill.launch.heartbeats import (
     AttemptOutcome,
     Heartbeats,
     attempt_directory,
     launch_file,
-    read_json,
-    read_kept_outcomes,
 )
-from megadistill.launch.layout import Layout, layout, span
-from megadistill.launch.node import gpus_per_node
 from megadistill.launch.node_context import ask_slurm
+from megadistill.launch.roles import Launch
+from megadistill.launch.shared_files import read_as, read_json
 from megadistill.rundir import RunDir
 
 SILENT_S = 120.0
@@ -73,31 +70,24 @@ class NodeSign:
 
 def read_attempts(run: RunDir) -> list[Attempt]:
     """Every attempt, oldest first."""
-    failures = {failure.attempt: failure for failure in read_failures(run)}
-    kept = read_kept_outcomes(run)
-    signs = _last_writes(run)
-    latest = _latest_attempt(run)
-    known = {*range(run.num_attempts), *failures, *signs, *([] if latest is None else [latest])}
+    ended, signs, latest = read_ended(run), _last_writes(run), _latest_attempt(run)
+    known = {*range(run.num_attempts), *ended, *signs, *([] if latest is None else [latest])}
     attempts = []
     for number in sorted(known):
-        declared = _outcome(run, number)
-        end = declared or kept.get(number)
-        if number in failures:  # also one that was requeued, whose outcome is then "stopped"
-            outcome, reason = "failed", (end and end.message) or failures[number].error
-        elif end:
-            outcome, reason = end.status, end.message or LOST
+        declared, past = _outcome(run, number), ended.get(number)
+        end = declared or past
+        outcome, reason = "interrupted", LOST
+        if end:  # a failed one that was requeued has declared that it stopped
+            outcome, reason = (past or end).status, end.message or LOST
         elif number == latest:
             outcome, reason = "under way", ""
-        else:
-            outcome, reason = "interrupted", LOST
-        noted = failures.get(number) or kept.get(number)
         culprit = declared.failure if declared else None
         attempts.append(
             Attempt(
                 number=number,
                 outcome=outcome,
                 reason=reason,
-                step=noted.step if noted else None,
+                step=past.step if past else None,
                 last_sign=signs.get(number),
                 detail=culprit.detail if culprit else "",
             )
@@ -130,28 +120,19 @@ def run_state(run: RunDir) -> tuple[State, str]:
     return "running", f"attempt {attempt}"
 
 
-def read_nodes(run: RunDir, config: RunConfig) -> list[NodeSign]:
-    """The nodes of the latest attempt, or those the configuration asks for."""
-    attempt = _latest_attempt(run) or 0
-    numbers = [int(file.stem.removeprefix("node-")) for file in _node_files(run, attempt)]
-    count = max(numbers, default=-1) + 1 or config.cluster.nodes
-    plan = _layout(config, count)
-    hosts = _hosts(run, plan)
+def read_nodes(run: RunDir) -> list[NodeSign]:
+    """The nodes of the latest attempt; none before the first."""
+    launch = read_as(Launch, launch_file(run))
+    if launch is None:
+        return []
+    heartbeats = Heartbeats(directory=attempt_directory(run, launch.attempt), node=0)
     signs = []
-    for node in range(count):
-        heartbeats = Heartbeats(directory=attempt_directory(run, attempt), node=node)
+    for node, (host, roles) in enumerate(zip(launch.hosts, launch.roles, strict=True)):
         heartbeat, age = heartbeats.read(node), _age(heartbeats.heartbeat_file(node))
-        state = heartbeat.state if heartbeat else "not there yet"
-        is_silent = state == "running" and age is not None and age > SILENT_S
-        signs.append(
-            NodeSign(
-                node=node,
-                host=hosts.get(node, ""),
-                roles=_roles(plan, node),
-                state="silent" if is_silent else state,
-                age_s=age,
-            )
-        )
+        state: str = heartbeat.state if heartbeat else "not there yet"
+        if state == "running" and age is not None and age > SILENT_S:
+            state = "silent"
+        signs.append(NodeSign(node=node, host=host, roles=roles, state=state, age_s=age))
     return signs
 
 
@@ -167,7 +148,7 @@ def last_error(run: RunDir) -> str | None:
 
 def failure_since(run: RunDir, since: float) -> AttemptOutcome | None:
     """How an attempt failed that ended after `since`, seconds since the epoch."""
-    for number in _attempt_numbers(run):
+    for number in attempt_numbers(run):
         heartbeats = Heartbeats(directory=attempt_directory(run, number), node=0)
         end = heartbeats.read_outcome()
         if end and end.status == "failed" and (_modified(heartbeats.outcome_file) or 0) >= since:
@@ -194,52 +175,15 @@ def queue_state(run: RunDir) -> str:
 def _job_id(run: RunDir) -> str | None:
     """Slurm's number of the newest job known to the run: submitted, or seen at work."""
     submitted = sorted((run.path / "jobs").glob("*/*_submitted.pkl"))
-    launched = re.match(r"(\d+)-", str(_launch(run).get("launch_id")))
+    launch = read_json(launch_file(run)) or {}
+    launched = re.match(r"(\d+)-", str(launch.get("launch_id")))
     numbers = [int(submitted[-1].name.split("_")[0])] if submitted else []
     numbers += [int(launched[1])] if launched else []
     return str(max(numbers)) if numbers else None
 
 
-def _layout(config: RunConfig, nodes: int) -> Layout | None:
-    try:
-        return layout(config, nodes, gpus_per_node(config))
-    except ValueError:  # not all of its nodes have appeared, or a heterogeneous job
-        return None
-
-
-def _roles(plan: Layout | None, node: int) -> str:
-    if plan is None or node >= len(plan.nodes):
-        return "?"
-    own = plan.nodes[node]
-    parts = []
-    for kind, roles in (("trainer", own.trainers), ("engine", own.engines)):
-        if roles:
-            gpus = sorted({gpu for role in roles for gpu in role.gpus})
-            where = f" on GPU {span(gpus)}" if gpus else ""
-            parts.append(f"{kind} {span([role.index for role in roles])}{where}")
-    return ", ".join(parts) or "idle"
-
-
-def _hosts(run: RunDir, plan: Layout | None) -> dict[int, str]:
-    """Names of the nodes that the run directory mentions."""
-    hosts = {}
-    for node in plan.nodes if plan else ():
-        for engine in node.engines:
-            if found := read_json(run.engine_file(engine.index)):
-                hosts[node.node] = str(found["host"])
-    if first := _launch(run).get("master_addr"):
-        hosts[0] = str(first)
-    return hosts
-
-
-def _attempt_numbers(run: RunDir) -> list[int]:
-    """Of those whose nodes' files are there still."""
-    found = (run.path / "control").glob("attempt-*")
-    return sorted(int(directory.name.removeprefix("attempt-")) for directory in found)
-
-
 def _latest_attempt(run: RunDir) -> int | None:
-    return max(_attempt_numbers(run), default=None)
+    return max(attempt_numbers(run), default=None)
 
 
 def _node_files(run: RunDir, attempt: int) -> list[Path]:
@@ -248,10 +192,6 @@ def _node_files(run: RunDir, attempt: int) -> list[Path]:
 
 def _outcome(run: RunDir, attempt: int) -> AttemptOutcome | None:
     return Heartbeats(directory=attempt_directory(run, attempt), node=0).read_outcome()
-
-
-def _launch(run: RunDir) -> dict[str, Any]:
-    return read_json(launch_file(run)) or {}
 
 
 def _last_writes(run: RunDir) -> dict[int, float]:

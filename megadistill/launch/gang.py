@@ -12,10 +12,11 @@ import submitit
 
 from megadistill.atomic import write_atomic
 from megadistill.config import RunConfig
-from megadistill.launch.heartbeats import create_run, read_json
+from megadistill.launch.heartbeats import create_run
 from megadistill.launch.layout import describe, layout
 from megadistill.launch.node import gpus_per_node, open_run, run_node
 from megadistill.launch.node_context import slurm_context
+from megadistill.launch.shared_files import read_json
 from megadistill.launch.slurm import batch_executor, submit_task, wait_for
 from megadistill.launch.stages import StageState, add_job, read_jobs, status_of
 from megadistill.launch.stopping import DONE, STOPPED

@@ -45,6 +45,11 @@ class NodePlan:
     def engines(self) -> tuple[Role, ...]:
         return tuple(role for role in self.roles if role.kind == "engine")
 
+    def describe(self) -> str:
+        """Its roles in one line."""
+        texts = {"trainer": _describe_trainers(self), "engine": _describe_engines(self)}
+        return ", ".join(f"{kind} {text}" for kind, text in texts.items() if text != "-") or "idle"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:

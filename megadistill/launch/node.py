@@ -6,27 +6,35 @@ others take it. Whoever falls silent is given up after a bounded time, so nothin
 """
 
 import errno
+import json
 import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from megadistill.atomic import write_atomic
 from megadistill.config import RunConfig, load
 from megadistill.launch.allowed_paths import check_run_roots
-from megadistill.launch.failures import note_failure
+from megadistill.launch.attempt_log import close_attempts, note_failure
 from megadistill.launch.heartbeats import (
     AttemptOutcome,
     Failure,
     Heartbeats,
     attempt_directory,
     await_launch,
-    begin_launch,
+    launch_file,
     sole_owner,
 )
 from megadistill.launch.layout import Layout, NodePlan, describe, layout
-from megadistill.launch.node_context import NodeContext, local_context, requeue, slurm_context
+from megadistill.launch.node_context import (
+    NodeContext,
+    local_context,
+    rendezvous_port,
+    requeue,
+    slurm_context,
+)
 from megadistill.launch.on_export import ExportWatch, export_watch
 from megadistill.launch.processes import Exit, LogFollower, Processes, show
 from megadistill.launch.roles import Launch, RoleCommand, role_command, role_environment
@@ -66,7 +74,7 @@ def run_node(
             check_restarts(config, context)
             stack.enter_context(sole_owner(run, timeouts.lock_s))
             run.create(config)
-            launch = begin_launch(run, context)
+            launch = begin_launch(run, context, plan)
         else:
             launch = await_launch(run, context, timeouts.start_s)
         node = Node(
@@ -79,6 +87,22 @@ def run_node(
             stop=stop,
         )
         return node.work(command)
+
+
+def begin_launch(run: RunDir, context: NodeContext, plan: Layout) -> Launch:
+    """Node 0: begin an attempt and tell the other nodes."""
+    attempt = run.begin_attempt()
+    close_attempts(run, attempt)
+    attempt_directory(run, attempt).mkdir(mode=0o700)
+    launch = Launch(
+        launch_id=context.launch_id,
+        attempt=attempt,
+        master_port=rendezvous_port(context, attempt),
+        hosts=context.hosts,
+        roles=tuple(node.describe() for node in plan.nodes),
+    )
+    write_atomic(launch_file(run), json.dumps(asdict(launch)))
+    return launch
 
 
 def answer_done(run: RunDir, context: NodeContext) -> int:

@@ -27,8 +27,11 @@ class Launch:
 
     launch_id: str
     attempt: int
-    master_addr: str
     master_port: int
+    hosts: tuple[str, ...] = ()
+    """Names of the nodes, in order; on the first the trainers meet."""
+    roles: tuple[str, ...] = ()
+    """What each of them runs, for people."""
 
 
 MALLOC = "glibc.malloc.hugetlb=1"
@@ -60,7 +63,7 @@ def role_environment(
             "WORLD_SIZE": str(plan.trainer_world),
             "LOCAL_RANK": str(node.trainers.index(role)),
             "LOCAL_WORLD_SIZE": str(len(node.trainers)),
-            "MASTER_ADDR": launch.master_addr,
+            "MASTER_ADDR": launch.hosts[0],
             "MASTER_PORT": str(launch.master_port),
         }
     result["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus(gpus, os.environ))

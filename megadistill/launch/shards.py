@@ -27,7 +27,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Self, TextIO, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -38,9 +38,9 @@ from pydantic import (
 )
 
 from megadistill.atomic import write_atomic
-from megadistill.launch.heartbeats import read_json, try_lock
 from megadistill.launch.processes import Exit, Processes
 from megadistill.launch.roles import visible_gpus
+from megadistill.launch.shared_files import held_lock, read_json, try_lock
 from megadistill.launch.stopping import STOPPED
 
 POLL_S = 0.2
@@ -350,15 +350,11 @@ class Worker:
 
 def lock_shard(stack: ExitStack, folder: ShardFolder) -> None:
     """Hold the shard until the stack ends, so that nobody works on it at the same time."""
-    lock: TextIO = stack.enter_context((folder.path / "lock").open("w"))
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while not try_lock(lock.fileno()):
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"{folder.path}: found another process at work on this shard, expected none; "
-                "wait for it, or end it"
-            )
-        time.sleep(POLL_S)
+    busy = (
+        f"{folder.path}: found another process at work on this shard, expected none; "
+        "wait for it, or end it"
+    )
+    stack.enter_context(held_lock(folder.path / "lock", LOCK_WAIT_S, lambda: busy))
 
 
 def content_hash(values: Any) -> str:

@@ -43,7 +43,7 @@ def write_page(run: RunDir, file: Path) -> Path:
         "attempts": attempts[-MOST_ATTEMPTS:],
         "num_attempts": len(attempts),
         "last_error": last_error(run),
-        "nodes": read_nodes(run, config),
+        "nodes": read_nodes(run),
         "evaluations": read_evaluations(run),
         "effects": effect_table(effects(run)),
         "charts": shown(run_curves(rows).values()),

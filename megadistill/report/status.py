@@ -149,7 +149,7 @@ def _node_table(run: RunDir) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in ("node", "host", "roles", "state", "last sign"):
         table.add_column(heading)
-    for sign in read_nodes(run, run.load_config()):
+    for sign in read_nodes(run):
         age = "" if sign.age_s is None else f"{sign.age_s:.0f} s ago"
         state = Text(sign.state, style=STATE_STYLES.get(sign.state, ""))
         table.add_row(str(sign.node), Text(sign.host), Text(sign.roles), state, age)

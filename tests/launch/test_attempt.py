@@ -1,6 +1,7 @@
 """What nodes tell each other, and what node 0 makes of it, without processes."""
 
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,11 @@ from megadistill.launch.heartbeats import (
     Heartbeat,
     Heartbeats,
     await_launch,
-    begin_launch,
     launch_file,
     sole_owner,
 )
 from megadistill.launch.layout import layout
-from megadistill.launch.node import check_restarts
+from megadistill.launch.node import begin_launch, check_restarts
 from megadistill.launch.node_context import (
     NodeContext,
     local_context,
@@ -157,25 +157,37 @@ def test_rendezvous_ports_differ_by_job_and_attempt() -> None:
     assert rendezvous_port(local_context(), 0) > 1024
 
 
+PLAN = layout(make_config(parallel={"dp": 2}), 2, 0)
+
+
 def test_the_other_nodes_find_the_launch_of_node_0_and_no_older_one(run: RunDir) -> None:
-    old = begin_launch(run, context(0, "before"))
+    old = begin_launch(run, context(0, "before"), PLAN)
     with pytest.raises(RuntimeError, match=r"node 1 \(beta\): waited 0 s for node 0 \(alph"):
         await_launch(run, context(1), timeout_s=0.2)
-    launch = begin_launch(run, context(0))
+    launch = begin_launch(run, context(0), PLAN)
     assert await_launch(run, context(1), timeout_s=0.2) == launch
-    assert (old.attempt, launch.attempt, launch.master_addr) == (0, 1, "alpha")
-    # A node of the attempt before may still be about to read how it ended.
-    assert (run.path / "control" / "attempt-0").is_dir()
-    begin_launch(run, context(0, "after"))
-    left = sorted(path.name for path in run.path.glob("control/attempt-*"))
-    assert left == ["attempt-1", "attempt-2"]
+    assert (old.attempt, launch.attempt, launch.hosts) == (0, 1, ("alpha", "beta"))
+    assert launch.roles == ("trainer 0 on CPU", "trainer 1 on CPU, engine 0 on CPU")
     noted = [json.loads(line) for line in (run.path / "state/attempts.jsonl").open()]
-    assert [line["attempt"] for line in noted] == [0, 1]
-    assert json.loads(launch_file(run).read_text())["launch_id"] == "after"
+    assert [line["attempt"] for line in noted] == [0]
+    assert json.loads(launch_file(run).read_text())["launch_id"] == "now"
+
+
+def test_files_by_which_nodes_met_are_kept_while_one_may_still_read_them(run: RunDir) -> None:
+    """A node may be about to read how its attempt ended, also when two have followed quickly."""
+    for number in range(3):
+        begin_launch(run, context(0, str(number)), PLAN)
+    kept = [run.path / "control" / f"attempt-{number}" for number in range(4)]
+    assert all(path.is_dir() for path in kept[:3])
+    (kept[0] / "ended.json").touch()
+    for number in (1, 2):
+        os.utime(kept[number], (time.time() - 7200,) * 2)
+    begin_launch(run, context(0, "after"), PLAN)
+    assert [path.is_dir() for path in kept] == [True, False, True, True]
 
 
 def test_a_run_has_one_owner_at_a_time(run: RunDir) -> None:
-    begin_launch(run, context(0))
+    begin_launch(run, context(0), PLAN)
     with (
         sole_owner(run, wait_s=0),
         pytest.raises(ValueError, match="found launch now at work on this run, expected none"),

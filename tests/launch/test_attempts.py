@@ -14,7 +14,8 @@ from megadistill.launch.attempts import (
     read_nodes,
     run_state,
 )
-from megadistill.launch.heartbeats import begin_launch
+from megadistill.launch.layout import layout
+from megadistill.launch.node import begin_launch
 from megadistill.launch.node_context import local_context
 from megadistill.launch.on_export import read_evaluations
 from megadistill.rundir import RunDir
@@ -31,7 +32,8 @@ def begin(run: RunDir, attempt: int = 0, nodes: int = 1, launch: str = "local-1"
     """An attempt under way on some nodes."""
     directory = run.path / "control" / f"attempt-{attempt}"
     directory.mkdir()
-    values = {"launch_id": launch, "attempt": attempt, "master_addr": "alpha", "master_port": 1}
+    values = {"launch_id": launch, "attempt": attempt, "master_port": 1}
+    values |= {"hosts": ["alpha"] * nodes, "roles": ["trainer 0, engine 0"] * nodes}
     (run.path / "control" / "launch.json").write_text(json.dumps(values))
     for node in range(nodes):
         heartbeat = {"beat": 3, "state": "running", "stop": None, "failure": None}
@@ -88,24 +90,24 @@ def test_a_finished_run_is_done(run: RunDir) -> None:
 
 def test_nodes_that_have_gone_quiet_are_silent(run: RunDir) -> None:
     begin(run)
-    assert [node.state for node in read_nodes(run, run.load_config())] == ["running"]
+    assert [node.state for node in read_nodes(run)] == ["running"]
     silence(run)
     assert run_state(run)[0] == "silent"
-    (node,) = read_nodes(run, run.load_config())
+    (node,) = read_nodes(run)
     assert (node.host, node.state) == ("alpha", "silent")
     assert node.roles == "trainer 0, engine 0"
 
 
 def test_what_earlier_attempts_ended_by_is_kept_when_the_next_begins(run: RunDir) -> None:
-    context = local_context()
-    begin_launch(run, context)
+    context, plan = local_context(), layout(run.load_config(), 1, 0)
+    begin_launch(run, context, plan)
     run.write_progress({"step": 2, "steps": 4, "phase": "general", "done": False})
     write_end(run, 0, {"status": "stopped", "message": "stopped at step 2", "failure": None})
-    begin_launch(run, context)
+    begin_launch(run, context, plan)
     heartbeat = {"beat": 3, "state": "running", "stop": "SIGTERM", "failure": None}
     (run.path / "control/attempt-1/node-0.json").write_text(json.dumps(heartbeat))
-    begin_launch(run, context)
-    begin_launch(run, context)
+    begin_launch(run, context, plan)
+    begin_launch(run, context, plan)
     found = read_attempts(run)
     assert [one.outcome for one in found] == [
         "stopped", "interrupted", "interrupted", "under way",
@@ -115,8 +117,8 @@ def test_what_earlier_attempts_ended_by_is_kept_when_the_next_begins(run: RunDir
 
 
 def test_an_attempt_that_failed_and_was_requeued_has_failed(run: RunDir) -> None:
-    past = {"attempt": 0, "step": 3, "error": "engine-# ended with exit code #"}
-    (run.path / "state" / "failures.jsonl").write_text(json.dumps(past) + "\n")
+    past = {"attempt": 0, "status": "failed", "message": "", "step": 3, "error": "engine-# ended"}
+    (run.path / "state" / "attempts.jsonl").write_text(json.dumps(past | {"later": 1}) + "\n")
     begin(run)
     message = "engine-0 ended with exit code 3"
     write_end(run, 0, {"status": "stopped", "message": message, "failure": None})
@@ -125,15 +127,15 @@ def test_an_attempt_that_failed_and_was_requeued_has_failed(run: RunDir) -> None
 
 
 def test_each_attempt_has_an_outcome_and_a_reason(run: RunDir) -> None:
-    past = {"attempt": 0, "step": 2, "error": "trainer-# was killed by SIGKILL"}
-    (run.path / "state" / "failures.jsonl").write_text(json.dumps(past) + '\n{"attempt": 1, "st')
+    past = {"attempt": 0, "status": "failed", "step": 2, "message": "trainer-3 was killed"}
+    (run.path / "state" / "attempts.jsonl").write_text(json.dumps(past) + '\n{"attempt": 1, "st')
     (run.path / "logs" / "trainer-0.1.log").write_text("x")
     begin(run, attempt=2)
     found = read_attempts(run)
     assert [one.outcome for one in found] == ["failed", "interrupted", "under way"]
     assert found[0].step == 2
     assert found[1].last_sign is not None
-    assert last_error(run) == "attempt 0 at step 2: trainer-# was killed by SIGKILL"
+    assert last_error(run) == "attempt 0 at step 2: trainer-3 was killed"
 
 
 def test_the_work_on_every_export_is_counted(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.launch.failures import error_text, note_failure, read_failures
+from megadistill.launch.attempt_log import error_text, note_failure, read_ended
 from megadistill.launch.heartbeats import Failure
 from megadistill.rundir import RunDir
 from tests.launch.configs import make_config
@@ -39,4 +39,4 @@ def test_the_same_error_is_recognised_at_the_same_step_only(run: RunDir) -> None
     before = note_failure(run, 4, kill)
     assert before is not None
     assert (before.attempt, before.step) == (3, 5)
-    assert [past.attempt for past in read_failures(run)] == [0, 1, 2, 3, 4]
+    assert list(read_ended(run)) == [0, 1, 2, 3, 4]
