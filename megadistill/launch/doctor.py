@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megadistill.config.cluster import ClusterConfig
-from megadistill.launch.node_checks import ProbeTask, probe_node
+from megadistill.launch.node_checks import probe_node, probe_task
 from megadistill.launch.node_context import ask_slurm, local_context
 from megadistill.launch.slurm import batch_executor, submit_task, wait_for
 
@@ -166,7 +166,7 @@ def check_job(cluster: ClusterConfig, shared: Path) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory(dir=shared, prefix=".doctor-") as name:
         folder = Path(name)
         try:
-            wait_for(submit_task(batch_executor("doctor", tiny, folder), ProbeTask(folder=folder)))
+            wait_for(submit_task(batch_executor("doctor", tiny, folder), probe_task, folder))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
             advice = "try the same with sbatch; check partition, account, QOS and limits"
             yield judge("tiny job", False, " ".join(str(error).split())[:300], advice)

@@ -17,7 +17,7 @@ from megadistill.launch.layout import describe, layout
 from megadistill.launch.node import gpus_per_node, open_run, run_node
 from megadistill.launch.node_context import slurm_context
 from megadistill.launch.shared_files import read_json
-from megadistill.launch.slurm import batch_executor, submit_task, wait_for
+from megadistill.launch.slurm import batch_executor, gone_if_refused, submit_task, wait_for
 from megadistill.launch.stages import StageState, add_job, read_jobs, status_of
 from megadistill.launch.stopping import DONE, STOPPED
 from megadistill.rundir import RunDir
@@ -38,14 +38,9 @@ class Submitted:
     """Who runs what where, as a table."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeTask:
-    """What every task of the job calls; submitit pickles it."""
-
-    run_dir: Path
-
-    def __call__(self) -> int:
-        return leave_unless_done(run_node(self.run_dir, context=slurm_context()))
+def node_task(run_dir: Path) -> int:
+    """Every task of the job."""
+    return leave_unless_done(run_node(run_dir, context=slurm_context()))
 
 
 def submit(
@@ -70,11 +65,10 @@ def submit(
         raise ValueError(f"verb: found {verb!r}, expected 'train'")
     config, run = open_run(config_path, overrides)
     plan = describe(layout(config, config.cluster.nodes, gpus_per_node(config)))
+    script = batch_executor(config.name, config.cluster, run.path, check=not dry_run).script()
     if dry_run:
-        script = batch_executor(config.name, config.cluster, run.path, check=False).script()
         sys.stdout.write(f"{script}\n{plan}\n")
         return Submitted(job_id=None, run_dir=run.path, log=None, script=script, layout=plan)
-    script = batch_executor(config.name, config.cluster, run.path).script()
     job = submit_gang(config, run)
     if wait:
         wait_for(job)
@@ -90,10 +84,11 @@ def submit_gang(
     Raises `ValueError` for a layout that cannot be, or a run directory of another run.
     """
     layout(config, config.cluster.nodes, gpus_per_node(config))
-    create_run(run, config)
     dependency = f"afterok:{':'.join(after)}" if after else ""
     executor = batch_executor(name or config.name, config.cluster, run.path, dependency)
-    return submit_task(executor, NodeTask(run_dir=run.path))
+    with gone_if_refused(run.path):
+        create_run(run, config)
+        return submit_task(executor, node_task, run.path)
 
 
 def leave_unless_done(code: int) -> int:

@@ -42,6 +42,10 @@ class Failure:
     detail: str = ""
     """The last lines of the culprit's log."""
 
+    def outcome(self) -> "AttemptOutcome":
+        """Of an attempt that fails by it."""
+        return AttemptOutcome(status="failed", message=self.what, failure=self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:

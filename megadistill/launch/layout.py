@@ -47,8 +47,11 @@ class NodePlan:
 
     def describe(self) -> str:
         """Its roles in one line."""
-        texts = {"trainer": _describe_trainers(self), "engine": _describe_engines(self)}
-        return ", ".join(f"{kind} {text}" for kind, text in texts.items() if text != "-") or "idle"
+        parts = [f"engine {role.index} on {_place(role.gpus)}" for role in self.engines]
+        if ranks := [role.index for role in self.trainers]:
+            gpus = [gpu for role in self.trainers for gpu in role.gpus]
+            parts.insert(0, f"trainer {span(ranks)} on {_place(gpus)}")
+        return ", ".join(parts) or "idle"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,16 +104,8 @@ def _check_second_component(config: RunConfig, nodes: int) -> None:
 
 
 def describe(plan: Layout) -> str:
-    """A table of the layout, a line a node, for the job's log and for dry runs."""
-    rows = [("node", "trainer ranks", "engines")]
-    rows += [
-        (str(node.node), _describe_trainers(node), _describe_engines(node)) for node in plan.nodes
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    """The layout, a line a node, for the job's log and for dry runs."""
+    lines = [f"node {node.node}: {node.describe()}" for node in plan.nodes]
     engines = sum(len(node.engines) for node in plan.nodes)
     total = f"{plan.trainer_world} trainer rank(s), {engines} engine(s), {len(plan.nodes)} node(s)"
     return "\n".join([*lines, total])
@@ -139,42 +134,44 @@ def _gpu_split(
             "an engine lives on one node"
         )
     if rollout.placement == "colocated":
-        return every_gpu, _deal_engines(rollout, range(nodes), nodes, gpus_per_node)
+        return every_gpu, _deal_engines(rollout, range(nodes), nodes, range(gpus_per_node))
     apart = second_component or config.cluster.rollout_nodes
     if rollout.placement == "split" or (nodes == 1 and apart == 0):
-        return _split_last_node(rollout, nodes, gpus_per_node)
+        first = _first_engine_gpu(rollout, gpus_per_node)
+        own = range(first, gpus_per_node)
+        engines = _deal_engines(rollout, [nodes - 1], nodes, own)
+        return [*every_gpu[:-1], range(first)], engines
     if not 1 <= apart < nodes:
         raise ValueError(
             f"cluster.rollout_nodes: found {apart}, expected 1 to {nodes - 1} of {nodes} node(s) "
             "for rollout.placement dedicated"
         )
-    engines = _deal_engines(rollout, range(nodes - apart, nodes), nodes, engine_gpus)
+    engines = _deal_engines(rollout, range(nodes - apart, nodes), nodes, range(engine_gpus))
     return [*every_gpu[:-apart], *([()] * apart)], engines
 
 
 def _deal_engines(
-    rollout: RolloutConfig, hosts: Sequence[int], nodes: int, gpus_per_node: int
+    rollout: RolloutConfig, hosts: Sequence[int], nodes: int, gpus: Sequence[int]
 ) -> Engines:
-    """Engines in contiguous blocks over the nodes `hosts`, each on GPUs of its own."""
-    room = len(hosts) * (gpus_per_node // rollout.tp)
+    """Engines in contiguous blocks over the nodes `hosts`, each on some of these GPUs there."""
+    room = len(hosts) * (len(gpus) // rollout.tp)
     if rollout.engines > room:
         raise ValueError(
             f"rollout.engines: found {rollout.engines} with rollout.tp {rollout.tp}, expected at "
-            f"most {room} on {len(hosts)} node(s) of {gpus_per_node} GPUs"
+            f"most {room} on {len(hosts)} node(s) of {len(gpus)} GPUs"
         )
     engines: Engines = [() for _ in range(nodes)]
     for host, block in zip(hosts, _blocks(rollout.engines, len(hosts)), strict=True):
+        shares = [tuple(gpus[at * rollout.tp :][: rollout.tp]) for at in range(len(block))]
         engines[host] = tuple(
-            Role(kind="engine", index=index, gpus=_engine_gpus(rollout.tp, context, first_gpu=0))
-            for context, index in enumerate(block)
+            Role(kind="engine", index=index, gpus=share)
+            for index, share in zip(block, shares, strict=True)
         )
     return engines
 
 
-def _split_last_node(
-    rollout: RolloutConfig, nodes: int, gpus_per_node: int
-) -> tuple[list[Sequence[int]], Engines]:
-    """Engines on the last GPUs of the last node, trainers on all others."""
+def _first_engine_gpu(rollout: RolloutConfig, gpus_per_node: int) -> int:
+    """Of a node whose last GPUs are the engines', the others the trainers'."""
     taken = rollout.engines * rollout.tp
     if taken >= gpus_per_node:
         raise ValueError(
@@ -182,18 +179,7 @@ def _split_last_node(
             f"than {gpus_per_node} GPUs in all, so that trainers share the node; "
             "rollout.placement dedicated with cluster.rollout_nodes takes whole nodes"
         )
-    first_gpu = gpus_per_node - taken
-    engines = tuple(
-        Role(kind="engine", index=index, gpus=_engine_gpus(rollout.tp, index, first_gpu=first_gpu))
-        for index in range(rollout.engines)
-    )
-    whole: list[Sequence[int]] = [range(gpus_per_node) for _ in range(nodes - 1)]
-    return [*whole, range(first_gpu)], [*([()] * (nodes - 1)), engines]
-
-
-def _engine_gpus(tp: int, context: int, first_gpu: int) -> tuple[int, ...]:
-    first = first_gpu + context * tp
-    return tuple(range(first, first + tp))
+    return gpus_per_node - taken
 
 
 def _check_world(
@@ -248,26 +234,8 @@ def _blocks(count: int, parts: int) -> list[range]:
     return [range(low, high) for low, high in pairwise(edges)]
 
 
-# --- the table ---
-
-
-def _describe_trainers(node: NodePlan) -> str:
-    trainers = node.trainers
-    if not trainers:
-        return "-"
-    ranks = span([role.index for role in trainers])
-    gpus = [gpu for role in trainers for gpu in role.gpus]
-    return f"{ranks} on GPU {span(gpus)}" if gpus else f"{ranks} on CPU"
-
-
-def _describe_engines(node: NodePlan) -> str:
-    return (
-        ", ".join(
-            f"{role.index} on " + (f"GPU {span(role.gpus)}" if role.gpus else "CPU")
-            for role in node.engines
-        )
-        or "-"
-    )
+def _place(gpus: Sequence[int]) -> str:
+    return f"GPU {span(gpus)}" if gpus else "CPU"
 
 
 def span(numbers: Sequence[int]) -> str:

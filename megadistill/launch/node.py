@@ -265,9 +265,7 @@ class Node:
         what = f"node {self.context.node} ({self.context.host}): {type(error).__name__}: {error}"
         failure = Failure(node=self.context.node, what=what, when=time.time())
         if self.context.node == 0:
-            self.heartbeats.declare_outcome(
-                AttemptOutcome(status="failed", message=what, failure=failure)
-            )
+            self.heartbeats.declare_outcome(failure.outcome())
         else:
             self.heartbeats.post(
                 replace(self.heartbeats.heartbeat, state="failed", failure=failure), every_s=0

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,6 @@ from types import FrameType
 
 from megadistill.atomic import write_atomic
 from megadistill.launch.node_context import (
-    LOCALHOST,
     NodeContext,
     own_job,
     rendezvous_port,
@@ -42,21 +40,14 @@ class Probe:
     """From asking Slurm for SIGUSR1 to its arrival."""
     gpus: list[str] | None = None
     """Lines of nvidia-smi: name, memory, uncorrected errors."""
-    port: int | None = None
-    """One to listen on for the others."""
     all_reduce: str = ""
     """What the bandwidth test printed, on node 0, or its last words."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeTask:
-    """What every task of the tiny job calls; submitit pickles it."""
-
-    folder: Path
-
-    def __call__(self) -> int:
-        probe_node(self.folder, slurm_context())
-        return 0
+def probe_task(folder: Path) -> int:
+    """Every task of the tiny job."""
+    probe_node(folder, slurm_context())
+    return 0
 
 
 def probe_node(folder: Path, context: NodeContext) -> None:
@@ -124,8 +115,7 @@ def probe_all_reduce(folder: Path, context: NodeContext, probe: Probe) -> None:
     """One process a node sums a tensor with the others'."""
     meeting = folder / "meeting.json"
     if context.node == 0:
-        probe.port = rendezvous_port(context, attempt=0)
-        write_atomic(meeting, json.dumps(probe.port), sync=False)
+        write_atomic(meeting, json.dumps(rendezvous_port(context, attempt=0)), sync=False)
     elif not await_all([meeting]):
         return
     environment = {
@@ -137,9 +127,6 @@ def probe_all_reduce(folder: Path, context: NodeContext, probe: Probe) -> None:
         "MASTER_PORT": str(json.loads(meeting.read_text())),
         "OMP_NUM_THREADS": "1",
     }
-    if context.hosts[0] != LOCALHOST:
-        probe.port = probe.port or json.loads(meeting.read_text())
-        socket.gethostbyname(context.hosts[0])
     command = [sys.executable, "-m", "megadistill.megatron.all_reduce"]
     try:
         done = subprocess.run(

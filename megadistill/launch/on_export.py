@@ -18,7 +18,7 @@ from megadistill.config import resolve_path
 from megadistill.config.work import WorkConfig
 from megadistill.launch.commands import fill, limits_of, with_resources, work_shards
 from megadistill.launch.shards import ShardFolder
-from megadistill.launch.slurm import live_jobs
+from megadistill.launch.slurm import JOBS, live_jobs
 from megadistill.launch.stages import ShardedStage, state_of
 from megadistill.rundir import RunDir
 
@@ -58,7 +58,7 @@ class ExportWatch:
             for export in [*self.step_exports(), self.final]
             if export.is_dir()
             and export not in self._children
-            and not (evaluation(self.run, export) / "jobs.json").exists()
+            and not (evaluation(self.run, export) / JOBS).exists()
         ]
 
     def step_exports(self) -> list[Path]:
@@ -77,7 +77,7 @@ class ExportWatch:
         if self.work is None:
             return False
         root = evaluation(self.run, export)
-        if not (root / "jobs.json").exists():
+        if not (root / JOBS).exists():
             child = self._children.get(export)
             return child is None or child.poll() is None
         tries = self.work.tries

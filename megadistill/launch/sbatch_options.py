@@ -39,8 +39,13 @@ CONTAINER_SETUP = (
 )
 
 
-def sbatch_options(name: str, cluster: ClusterConfig) -> dict[str, Any]:
-    """submitit's parameters (any: they are its own keywords) that ask for the job's resources."""
+def sbatch_parameters(
+    name: str, cluster: ClusterConfig, folder: Path, dependency: str = ""
+) -> dict[str, Any]:
+    """submitit's parameters (any: they are its own keywords) for one task a node.
+
+    `folder` holds the job's files; `dependency` says in Slurm's words after which jobs it starts.
+    """
     texts = {
         "job_name": name,
         "partition": cluster.partition,
@@ -54,6 +59,9 @@ def sbatch_options(name: str, cluster: ClusterConfig) -> dict[str, Any]:
     for key, text in {**texts, "gpu_type": cluster.gpu_type}.items():
         if text is not None and not text.isprintable():
             raise ValueError(f"cluster.{key}: found {text!r}, expected one line of printable text")
+    more: dict[str, Any] = {"requeue": True, "signal": f"USR1@{cluster.signal_seconds}"}
+    if dependency:
+        more["kill-on-invalid-dep"] = "yes"
     return {
         **texts,
         "nodes": cluster.nodes,
@@ -63,6 +71,12 @@ def sbatch_options(name: str, cluster: ClusterConfig) -> dict[str, Any]:
         "exclusive": cluster.exclusive or None,
         "mem": "0" if cluster.exclusive else None,  # all of the node's memory
         "time": cluster.time_minutes,
+        "dependency": dependency or None,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "additional_parameters": more,
+        "setup": setup_lines(cluster, folder),
+        "srun_args": srun_words(cluster),
     }
 
 

@@ -41,7 +41,7 @@ from megadistill.atomic import write_atomic
 from megadistill.launch.processes import Exit, Processes
 from megadistill.launch.roles import visible_gpus
 from megadistill.launch.shared_files import held_lock, read_json, try_lock
-from megadistill.launch.stopping import STOPPED
+from megadistill.launch.stopping import STOPPED, StopRequest
 
 POLL_S = 0.2
 GRACE_S = 30.0
@@ -294,20 +294,20 @@ class Worker:
     """GPUs of one slot; 0 leaves CUDA_VISIBLE_DEVICES alone."""
     may_wait: bool = False
     """Whether a shard may end with `STOPPED` to wait for other jobs; whoever calls sees to that."""
-    stopped: Callable[[], bool] = lambda: False
-    """Asked all the time whether to end the running tries and leave."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """When asked to, it ends the running tries and leaves."""
     _processes: Processes = field(default_factory=Processes)
     _running: dict[str, tuple[ShardFolder, int]] = field(default_factory=dict)
     """Name of the process -> its shard and its slot."""
 
     def work(self, folders: Sequence[ShardFolder]) -> None:
-        """Until every shard is done or has failed `tries` times, or until `stopped`."""
+        """Until every shard is done or has failed `tries` times, or until asked to stop."""
         waiting = deque(folder for folder in folders if folder.has_work(self.tries))
         with ExitStack() as stack:
             for folder in waiting:
                 lock_shard(stack, folder)
             try:
-                while (waiting or self._running) and not self.stopped():
+                while (waiting or self._running) and self.stop.reason is None:
                     while waiting and len(self._running) < self.slots:
                         self.start(waiting.popleft())
                     if exited := self._processes.next_exit(POLL_S):

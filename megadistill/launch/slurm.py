@@ -1,22 +1,25 @@
 """Jobs of Slurm through submitit, and what its queue says of them."""
 
 import getpass
+import io
 import os
 import secrets
 import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError
 
 from megadistill import recipes
 from megadistill.config.cluster import ClusterConfig
 from megadistill.launch.node_context import OUTPUT_SETTINGS, ask_slurm
-from megadistill.launch.sbatch_options import python_words, sbatch_options, setup_lines, srun_words
+from megadistill.launch.sbatch_options import python_words, sbatch_parameters
 
 NO_ACCOUNTING = recipes.FOLDER / "slurm" / "no_accounting"
 """Holds the stand-in for sacct."""
@@ -32,9 +35,15 @@ NOT_A_JOBS = (
 """Beginnings of variables that a job must not inherit from where it is submitted."""
 SBATCH_CHOICES = ("SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_RESERVATION")
 """By these a user chooses for all jobs where they run and who pays; they win over `cluster`."""
+JOBS = "jobs.json"
+"""Notes in a stage's directory which jobs were submitted for it."""
 WAIT_POLL_S = 5.0
 SQUEUE_PATIENCE_S = 600.0
 """A controller may be restarting; after that long without an answer it is an error."""
+
+
+class SubmissionError(ValueError):
+    """Slurm has not taken a job."""
 
 
 class GangExecutor(submitit.SlurmExecutor):  # type: ignore[misc]  # submitit is not checked here
@@ -73,35 +82,39 @@ def batch_executor(
     folder = root / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     python = shlex.join(python_words(cluster))
     executor = (GangExecutor if check else DryGangExecutor)(folder, python=python)
-    executor.update_parameters(
-        **sbatch_parameters(name, cluster, folder=folder, dependency=dependency)
-    )
+    executor.update_parameters(**sbatch_parameters(name, cluster, folder, dependency))
     return executor
 
 
-def sbatch_parameters(
-    name: str, cluster: ClusterConfig, *, folder: Path, dependency: str = ""
-) -> dict[str, Any]:
-    """submitit's parameters (any: they are its own keywords) for one task a node."""
-    more: dict[str, Any] = {"requeue": True, "signal": f"USR1@{cluster.signal_seconds}"}
-    if dependency:
-        more["kill-on-invalid-dep"] = "yes"
-    return {
-        **sbatch_options(name, cluster),
-        "dependency": dependency or None,
-        "wckey": None,
-        "stderr_to_stdout": True,
-        "additional_parameters": more,
-        "setup": setup_lines(cluster, folder),
-        "srun_args": srun_words(cluster),
-    }
+def submit_task(
+    executor: GangExecutor, function: Callable[..., int], *arguments: Any
+) -> "submitit.Job[int]":
+    """Submit a call (any: it is pickled) to be made once on every node."""
+    with submission():
+        return executor.submit(function, *arguments)
 
 
-def submit_task(executor: GangExecutor, task: Callable[[], int]) -> "submitit.Job[int]":
-    """Submit `task` to run once on every node."""
+@contextmanager
+def submission() -> Iterator[None]:
+    """Inside it submitit submits; `SubmissionError`, with Slurm's own words, when it does not take a job."""
     make_sacct_usable()
-    with job_environment():
-        return executor.submit(task)
+    with job_environment(), redirect_stderr(io.StringIO()):  # submitit says there what it raises
+        try:
+            yield
+        except FailedJobError as error:
+            raise SubmissionError(str(error)) from None
+
+
+@contextmanager
+def gone_if_refused(root: Path) -> Iterator[None]:
+    """Where Slurm takes no job of what is submitted inside, a new directory is deleted again."""
+    is_new = not root.exists()
+    try:
+        yield
+    except SubmissionError:
+        if is_new and root.exists() and not any(root.rglob(JOBS)):
+            shutil.rmtree(root)
+        raise
 
 
 @contextmanager
@@ -126,7 +139,7 @@ def job_environment() -> Iterator[None]:
 
 def wait_for(job: "submitit.Job[int]") -> None:
     """Until the job has left the queue for good; `RuntimeError` unless it completed."""
-    while in_queue(job.job_id):
+    while job.job_id in live_jobs():
         time.sleep(WAIT_POLL_S)
     job.watcher.clear()
     job.watcher.register_job(job.job_id)
@@ -136,11 +149,6 @@ def wait_for(job: "submitit.Job[int]") -> None:
             f"job {job.job_id}: found state {state}, expected COMPLETED; "
             f"see {job.task(0).paths.stdout}"
         )
-
-
-def in_queue(job_id: str) -> bool:
-    """Whether Slurm will still work on the job, be it after a requeue."""
-    return job_id in live_jobs()
 
 
 def live_jobs(patience_s: float = SQUEUE_PATIENCE_S) -> dict[str, str]:

@@ -36,12 +36,8 @@ from megadistill.atomic import write_atomic
 from megadistill.config.cluster import ClusterConfig
 from megadistill.launch.node_context import own_job, requeue
 from megadistill.launch.shards import Shard, ShardFolder, ShardState, Upstream, Worker, say
-from megadistill.launch.slurm import (
-    GangExecutor,
-    batch_executor,
-    job_environment,
-    make_sacct_usable,
-)
+from megadistill.launch.shared_files import read_json
+from megadistill.launch.slurm import JOBS, GangExecutor, batch_executor, submission
 from megadistill.launch.stopping import DONE, STOPPED, stop_requests
 
 MOST_TASKS = 1000
@@ -230,33 +226,22 @@ def status_of(jobs: Sequence[str], live: Mapping[str, str], *, done: bool, faile
     return "stopped" if jobs else "not submitted"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardsTask:
-    """What a task of the array calls; submitit pickles it."""
+def work_off(folders: Sequence[ShardFolder], tries: int) -> int:
+    """A task of the array: work its shards off.
 
-    folders: tuple[ShardFolder, ...]
-    tries: int
-
-    def __call__(self) -> int:
-        """Work the task's shards off. On Slurm's warning, or when shards wait for other jobs, the
-        task is requeued and goes on later."""
-        with stop_requests() as stop:
-            worker = Worker(
-                slots=1,
-                tries=self.tries,
-                may_wait=True,
-                stopped=lambda: stop.reason is not None,
-            )
-            worker.work(self.folders)
-            if stop.reason is not None:
-                leave_to_resume(f"asked to stop ({stop.reason})")
-            left = [folder for folder in self.folders if folder.has_work(self.tries)]
-            if waits := [job for folder in left for job in folder.waits()[0]]:
-                leave_to_resume("waits for other jobs", behind=waits)
-        failed = [folder.path.name for folder in self.folders if not folder.done_file.exists()]
-        if failed:
-            raise RuntimeError(f"shards failed {self.tries} times: {', '.join(failed)}")
-        return DONE
+    On Slurm's warning, or when shards wait for other jobs, it is requeued and goes on later.
+    """
+    with stop_requests() as stop:
+        Worker(slots=1, tries=tries, may_wait=True, stop=stop).work(folders)
+        if stop.reason is not None:
+            leave_to_resume(f"asked to stop ({stop.reason})")
+        left = [folder for folder in folders if folder.has_work(tries)]
+        if waits := [job for folder in left for job in folder.waits()[0]]:
+            leave_to_resume("waits for other jobs", behind=waits)
+    failed = [folder.path.name for folder in folders if not folder.done_file.exists()]
+    if failed:
+        raise RuntimeError(f"shards failed {tries} times: {', '.join(failed)}")
+    return DONE
 
 
 def leave_to_resume(reason: str, behind: Sequence[str] = ()) -> None:
@@ -274,31 +259,22 @@ def submit_array(
 ) -> str:
     """Submit these shards, prepared before, and return the job's number."""
     num_tasks = min(len(folders), MOST_TASKS)
-    tasks = [
-        ShardsTask(folders=tuple(folders[first::num_tasks]), tries=limits.tries)
-        for first in range(num_tasks)
-    ]
+    shares = [folders[first::num_tasks] for first in range(num_tasks)]
     executor.update_parameters(array_parallelism=limits.concurrency)
-    make_sacct_usable()
-    with job_environment():
-        job: str = executor.map_array(run_task, tasks)[0].job_id.split("_")[0]
+    with submission():
+        jobs = executor.map_array(work_off, shares, [limits.tries] * num_tasks)
+    job: str = jobs[0].job_id.split("_")[0]
     add_job(root, job, [folder.path.name for folder in folders])
     return job
 
 
-def run_task(task: ShardsTask) -> int:
-    """The function of the array."""
-    return task()
-
-
 def read_jobs(root: Path) -> dict[str, list[str]]:
     """Slurm's numbers of the jobs submitted for what lies in `root`, oldest first, and their shards."""
-    file = root / "jobs.json"
-    values = json.loads(file.read_text()) if file.exists() else {}
+    values = read_json(root / JOBS) or {}
     jobs: dict[str, list[str]] = values.get("shards", {})  # 0.1 had no such table
     return jobs
 
 
 def add_job(root: Path, job: str, keys: Sequence[str] = ()) -> None:
     """Note a job that was submitted for what lies in `root`, and the shards it works on."""
-    write_atomic(root / "jobs.json", json.dumps({"shards": {**read_jobs(root), job: list(keys)}}))
+    write_atomic(root / JOBS, json.dumps({"shards": {**read_jobs(root), job: list(keys)}}))

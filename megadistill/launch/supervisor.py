@@ -96,8 +96,7 @@ class Leader:
         self._failed = self._failed or time.monotonic()
         if time.monotonic() - self._failed < self.timeouts.settle_s:
             return None
-        cause = min(failures, key=lambda failure: failure.when)
-        return AttemptOutcome(status="failed", message=cause.what, failure=cause)
+        return min(failures, key=lambda failure: failure.when).outcome()
 
     def finished(self, heartbeats: dict[int, Heartbeat | None]) -> AttemptOutcome | None:
         """All trainers have ended well: because the run is done, or because it was asked to stop."""
@@ -112,7 +111,7 @@ class Leader:
                 status="stopped", message=f"stopped at {at} ({self.run.stop_file.read_text()})"
             )
         what = f"all trainers ended with exit code 0 at {at}, expected the run to be done"
-        return self.over(Failure(node=0, what=what, when=time.time()))
+        return Failure(node=0, what=what, when=time.time()).outcome()
 
     def unfinished(self, heartbeats: dict[int, Heartbeat | None]) -> list[int]:
         hosting = [node.node for node in self.plan.nodes if node.trainers]
@@ -132,19 +131,16 @@ class Leader:
             self._finishing = now
         if self._finishing is not None and now - self._finishing > self.timeouts.drain_s:
             what = f"has trainers that do not end, {self.timeouts.drain_s:.0f} s after other nodes' did"
-            return self.over(self.blame(late[0], what))
+            return self.blame(late[0], what).outcome()
         if self._stopping is not None and now - self._stopping > self.timeouts.stop_s:
             what = f"has trainers that have not ended {self.timeouts.stop_s:.0f} s after being asked to"
-            return self.over(self.blame(late[0], what))
+            return self.blame(late[0], what).outcome()
         return None
 
     def blame(self, node: int, what: str) -> Failure:
         return Failure(
             node=node, what=f"node {node} ({self.context.hosts[node]}) {what}", when=time.time()
         )
-
-    def over(self, failure: Failure) -> AttemptOutcome:
-        return AttemptOutcome(status="failed", message=failure.what, failure=failure)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -164,14 +160,11 @@ class Follower:
         if own.failure is not None:
             self._failed = self._failed or now
             if now - self._failed > self.timeouts.settle_s + self.timeouts.grace_s + 5:
-                return AttemptOutcome(
-                    status="failed", message=own.failure.what, failure=own.failure
-                )
+                return own.failure.outcome()
         self.heartbeats.read(0)
         silent = self.heartbeats.silent_s(0)
         silent = now - self._begun if silent is None else silent
         if silent > self.timeouts.silence_s:
             what = f"node 0 ({self.context.hosts[0]}) has shown no sign of life for {silent:.0f} s"
-            failure = Failure(node=0, what=what, when=time.time())
-            return AttemptOutcome(status="failed", message=what, failure=failure)
+            return Failure(node=0, what=what, when=time.time()).outcome()
         return None

@@ -14,7 +14,7 @@ from megadistill.launch.staged_work import cancel
 from megadistill.launch.stages import read_jobs
 from tests.e2e.local_slurm import ROOT, Cluster, local_cluster, wait_until
 from tests.launch.configs import settings
-from tests.launch.fake_node import FakeTask
+from tests.launch.fake_node import fake_task
 from tests.launch.test_campaign import counts, make_crashing_site, write_campaign
 
 pytestmark = pytest.mark.slurm
@@ -27,7 +27,7 @@ def cluster() -> Iterator[Cluster]:
             patch.setenv(name, value)
         patch.setenv("PATH", os.environ["PATH"])  # submission may put a stand-in on it
         patch.chdir(ROOT)
-        patch.setattr(gang, "NodeTask", FakeTask)
+        patch.setattr(gang, "node_task", fake_task)
         yield started
 
 

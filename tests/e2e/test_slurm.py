@@ -21,7 +21,7 @@ from tests.e2e.local_slurm import (
     wait_until,
 )
 from tests.launch.configs import write_config
-from tests.launch.fake_node import FakeTask
+from tests.launch.fake_node import fake_task
 
 pytestmark = pytest.mark.slurm
 
@@ -170,7 +170,7 @@ def test_a_submitit_job_requeues_and_returns(job: Job, monkeypatch: pytest.Monke
     run.create(config)
     job.play("trainer-0", "work 1000")
     executor = slurm.batch_executor(config.name, config.cluster, run.path)
-    submitted = slurm.submit_task(executor, FakeTask(run.path))
+    submitted = slurm.submit_task(executor, fake_task, run.path)
     job.id = submitted.job_id
     job.reach(2)
     job.cluster.call("scancel", "--signal=USR1", job.id)

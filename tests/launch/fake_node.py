@@ -5,7 +5,6 @@ With NODE and OF it plays one of several nodes on this machine, otherwise its pl
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from megadistill.launch.gang import leave_unless_done
@@ -33,17 +32,12 @@ def fake_command(run: RunDir, role: Role) -> list[str]:
     return [sys.executable, "-S", str(script), str(run.path), role.name]
 
 
-@dataclass(frozen=True)
-class FakeTask:
-    """Stands for `NodeTask` in jobs submitted through submitit."""
-
-    run_dir: Path
-
-    def __call__(self) -> int:
-        context = slurm_context()
-        return leave_unless_done(
-            run_node(self.run_dir, context=context, command=fake_command, timeouts=QUICK)
-        )
+def fake_task(run_dir: Path) -> int:
+    """Stands for `node_task` in jobs submitted through submitit."""
+    context = slurm_context()
+    return leave_unless_done(
+        run_node(run_dir, context=context, command=fake_command, timeouts=QUICK)
+    )
 
 
 def place_of(arguments: list[str]) -> NodeContext:

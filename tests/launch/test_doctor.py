@@ -64,7 +64,6 @@ def test_what_a_node_found_is_judged() -> None:
         "skew_s": -0.1,
         "signal_s": 0.5,
         "gpus": ["NVIDIA H100, 81559 MiB, 0"] * 8,
-        "port": 20001,
         "all_reduce": json.dumps({"backend": "nccl", "gb_per_s": 45.0}),
     }
     cluster = ClusterConfig(nodes=2, gpus_per_node=8)

@@ -255,14 +255,13 @@ def test_an_impossible_layout_names_its_key(
         layout(make_config(**changed), nodes, gpus)
 
 
-def test_describe_is_a_table_of_nodes() -> None:
+def test_a_layout_is_described_node_by_node() -> None:
     config = make_config(
         rollout={"engines": 2, "tp": 4}, cluster={"rollout_nodes": 1}, parallel={"tp": 2}
     )
     assert describe(layout(config, 3, 8)).splitlines() == [
-        "node  trainer ranks    engines",
-        "0     0-7 on GPU 0-7   -",
-        "1     8-15 on GPU 0-7  -",
-        "2     -                0 on GPU 0-3, 1 on GPU 4-7",
+        "node 0: trainer 0-7 on GPU 0-7",
+        "node 1: trainer 8-15 on GPU 0-7",
+        "node 2: engine 0 on GPU 0-3, engine 1 on GPU 4-7",
         "16 trainer rank(s), 2 engine(s), 3 node(s)",
     ]

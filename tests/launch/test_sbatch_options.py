@@ -15,7 +15,7 @@ PROFILES = sorted((Path(__file__).parents[2] / "configs" / "clusters").glob("*.y
 
 
 def job_script(directory: Path, cluster: ClusterConfig) -> str:
-    parameters = slurm.sbatch_parameters("run", cluster, folder=directory)
+    parameters = sbatch_options.sbatch_parameters("run", cluster, directory)
     python = shlex.join(sbatch_options.python_words(cluster))
     executor = slurm.DryGangExecutor(directory, python=python)
     executor.update_parameters(**parameters)

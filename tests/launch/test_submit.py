@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megadistill.config import RunConfig, load
 from megadistill.launch import gang, slurm, submit
+from megadistill.launch.sbatch_options import sbatch_parameters
 from megadistill.rundir import RunDir
 from tests.launch.configs import make_config, write_config
 
@@ -62,7 +64,7 @@ def test_a_dry_run_shows_script_and_layout_without_slurm(
 
 def test_a_cpu_run_asks_for_no_gpu_and_may_share_its_node(tmp_path: Path) -> None:
     cluster = make_config(cluster={"exclusive": False}).cluster
-    parameters = slurm.sbatch_parameters("run", cluster, folder=tmp_path)
+    parameters = sbatch_parameters("run", cluster, tmp_path)
     executor = slurm.DryGangExecutor(tmp_path)
     executor.update_parameters(**parameters)
     script = executor.script()
@@ -194,3 +196,34 @@ def test_where_there_is_no_cluster_the_queue_is_one_message(
     (tmp_path / "squeue").chmod(0o755)
     with pytest.raises(ValueError, match=r"(?s)failed for 0 s: Unable to contact.*SLURM_CONF"):
         slurm.live_jobs(0.0)
+
+
+REFUSED = "sbatch: error: invalid partition specified: nowhere"
+
+
+@pytest.fixture
+def refusing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory, and a Slurm that takes no job."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    make_command(commands, "sbatch", f"echo '{REFUSED}' >&2; exit 1")
+    for name in ("srun", "sacct", "squeue"):
+        make_command(commands, name, "exit 0")
+    monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
+    return tmp_path
+
+
+def test_what_slurm_refuses_is_its_own_line_and_leaves_no_run(
+    refusing: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(refusing)
+    with pytest.raises(slurm.SubmissionError) as raised:
+        submit(config)
+    assert str(raised.value) == REFUSED
+    assert capsys.readouterr() == ("", "")
+    assert not (refusing / "runs" / "launch").exists()
+    begun = RunDir(refusing / "runs" / "launch")
+    begun.create(load(RunConfig, config))
+    with pytest.raises(ValueError, match="invalid partition"):
+        submit(config)
+    assert begun.config_file.exists()  # it was there before
