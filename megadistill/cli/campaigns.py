@@ -46,24 +46,16 @@ def status(directory: Directory) -> None:
     """What each stage has done, and its last trouble. Also of a refinement or an evaluation."""
     from rich.console import Console
 
-    from megadistill.launch.campaign import Campaign
-    from megadistill.launch.staged_work import is_staged_work, read_states, table
+    from megadistill.launch import staged_work
 
-    root = Path(directory).absolute()
-    Console().print(
-        table(read_states(root) if is_staged_work(root) else Campaign.load(directory).status())
-    )
+    staged_work.show(Path(directory).absolute(), Console())
 
 
 @verb(campaign, example="campaign cancel runs/embedded_table")
 def cancel(directory: Directory) -> None:
     """Cancel what is in the queue. Also of a refinement or an evaluation."""
     from megadistill.launch import staged_work
-    from megadistill.launch.campaign import Campaign
 
-    root = Path(directory).absolute()
-    if staged_work.is_staged_work(root):
-        jobs = staged_work.cancel(staged_work.stage_folders(root))
-    else:
-        jobs = staged_work.cancel(Campaign.load(directory).folders)
+    plan = staged_work.read_plan(Path(directory).absolute())
+    jobs = staged_work.cancel([stage.root for stage in plan.stages])
     print(f"cancelled: {', '.join(jobs) or 'nothing was in the queue'}")

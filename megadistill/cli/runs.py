@@ -57,11 +57,11 @@ def status(
 ) -> None:
     """Where a run stands: nodes, attempts, last steps, time left. Or the stages of other work."""
     from megadistill.cli import campaigns
-    from megadistill.launch.staged_work import is_staged_work
+    from megadistill.launch.staged_work import PLAN
     from megadistill.report import status as reporting
     from megadistill.rundir import RunDir
 
-    if is_staged_work(Path(run)) or (Path(run) / "campaign.yaml").exists():
+    if (Path(run) / PLAN).exists():
         if watch:
             raise ValueError(f"--watch: {run} is no run, ask for its status again instead")
         campaigns.status(run)

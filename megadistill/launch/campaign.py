@@ -10,6 +10,7 @@ the hashes of the stages it needs. Submitting again runs the stages that are not
 they have now; so a changed configuration also repeats what depends on it.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,8 +28,9 @@ from megadistill.launch.commands import CommandArguments, limits_of, with_resour
 from megadistill.launch.gang import Gang
 from megadistill.launch.node import open_run
 from megadistill.launch.shards import Shard, content_hash, fingerprint
-from megadistill.launch.staged_work import Stage, jobs_in_queue, run_stages, submit_stages
-from megadistill.launch.stages import ShardedStage, StageState
+from megadistill.launch.slurm import gone_if_refused
+from megadistill.launch.staged_work import Stage, read_plan, run_stages, submit_stages, write_plan
+from megadistill.launch.stages import ShardedStage
 from megadistill.rundir import RunDir
 
 
@@ -119,6 +121,12 @@ class StagePlan:
             self.config, label=self.name, config=self.kept_config, depends=self.digest
         )
 
+    def commands(self) -> list[list[str]]:
+        """Its command lines."""
+        if self.is_gang:
+            return [["train", str(self.config.config), *self.config.args]]
+        return [list(shard.arguments.words) for shard in self.shards()]
+
     @property
     def kept_config(self) -> Path:
         return self.root / "configs" / f"{self.name}-{self.digest}.yaml"
@@ -162,11 +170,18 @@ class Campaign:
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Campaign":
-        """From a configuration file, or from a campaign's directory."""
-        path = Path(source)
-        file = path / "campaign.yaml" if path.is_dir() else path
-        if path.is_dir() and not file.exists():
-            raise ValueError(f"{path}: found no campaign.yaml, expected a campaign's directory")
+        """From a configuration file, or from a campaign's directory.
+
+        What is relative in that one's configuration is so to where it was submitted: go there.
+        """
+        file = Path(source).absolute()
+        if file.is_dir():
+            file /= "campaign.yaml"
+            if not file.exists():
+                raise ValueError(
+                    f"{source}: found no campaign.yaml, expected a campaign's directory"
+                )
+            os.chdir(read_plan(file.parent).directory)
         return cls.of(load(CampaignConfig, file, overrides))
 
     @property
@@ -175,12 +190,7 @@ class Campaign:
 
     def commands(self) -> dict[str, list[list[str]]]:
         """Every stage's command lines, to be checked before anything is submitted."""
-        return {
-            name: [["train", str(plan.config.config), *plan.config.args]]
-            if plan.is_gang
-            else [list(shard.arguments.words) for shard in plan.shards()]
-            for name, plan in self.plans.items()
-        }
+        return {name: plan.commands() for name, plan in self.plans.items()}
 
     def begin(self) -> None:
         """Make the directory (mode 0700) and keep the configurations there."""
@@ -194,27 +204,20 @@ class Campaign:
             (self.root / "stages" / name).mkdir(mode=0o700, exist_ok=True)
             plan.keep_config()
         write_atomic(self.root / "campaign.yaml", dump(self.config))
+        write_plan(self.root, list(self.stages.values()))
 
     @property
     def stages(self) -> dict[str, Stage]:
         """The stages by name, in order."""
         return {name: plan.runnable() for name, plan in self.plans.items()}
 
-    @property
-    def folders(self) -> list[Path]:
-        return [self.root / "stages" / name for name in self.plans]
-
     def submit(self) -> dict[str, list[str]]:
         """Submit what is neither done nor in the queue; the jobs of each stage that is to run."""
-        self.begin()
-        return submit_stages(list(self.stages.values()))
+        with gone_if_refused(self.root):
+            self.begin()
+            return submit_stages(list(self.stages.values()))
 
     def run_here(self) -> bool:
         """The stages one after the other on this machine, without Slurm; whether all ended well."""
         self.begin()
         return run_stages(list(self.stages.values()))
-
-    def status(self) -> list[StageState]:
-        """The state of every stage."""
-        live = jobs_in_queue(self.folders)
-        return [stage.state(live) for stage in self.stages.values()]

@@ -18,7 +18,7 @@ from megadistill.launch.node import gpus_per_node, open_run, run_node
 from megadistill.launch.node_context import slurm_context
 from megadistill.launch.shared_files import read_json
 from megadistill.launch.slurm import batch_executor, gone_if_refused, submit_task, wait_for
-from megadistill.launch.stages import StageState, add_job, read_jobs, status_of
+from megadistill.launch.stages import BEGUN, StageRecord, add_job, read_jobs
 from megadistill.launch.stopping import DONE, STOPPED
 from megadistill.rundir import RunDir
 
@@ -123,7 +123,7 @@ class Gang:
     @property
     def is_stale(self) -> bool:
         """Whether the run was begun when what it depends on was something else."""
-        begun = read_json(self.root / "submitted.json")
+        begun = read_json(self.root / BEGUN)
         return self.run.config_file.exists() and begun not in (None, {"digest": self.digest})
 
     def begin(self) -> None:
@@ -134,7 +134,7 @@ class Gang:
                 "change its `name`, or delete that directory"
             )
         create_run(self.run, self.config)
-        write_atomic(self.root / "submitted.json", json.dumps({"digest": self.digest}))
+        write_atomic(self.root / BEGUN, json.dumps({"digest": self.digest}))
 
     def submit(
         self, live: Mapping[str, str], after: Sequence[str] = (), *, afresh: bool = True
@@ -153,20 +153,17 @@ class Gang:
         command = [sys.executable, "-m", "megadistill", "train", str(self.run.path)]
         subprocess.run(command, check=False, stdin=subprocess.DEVNULL)
 
+    @property
+    def record(self) -> StageRecord:
+        return StageRecord(
+            name=self.name,
+            root=self.root,
+            verb="train",
+            run=self.run.path,
+            digest=self.digest,
+            steps=self.config.steps,
+        )
+
     def describe(self) -> str:
         """How far it is."""
-        return f"step {self.run.read_progress().get('step', 0)} of {self.config.steps}"
-
-    def state(self, live: Mapping[str, str]) -> StageState:
-        """Where it stands."""
-        ends = [read_json(file) for file in self.run.path.glob("control/attempt-*/ended.json")]
-        failed = [end["message"] for end in ends if end and end["status"] == "failed"]
-        jobs = list(read_jobs(self.root))
-        return StageState(
-            name=self.name,
-            verb="train",
-            status=status_of(jobs, live, done=self.is_done, failed=bool(failed)),
-            job=jobs[-1] if jobs else "",
-            progress=self.describe(),
-            detail="" if self.is_done else "".join(failed[-1:]),
-        )
+        return self.record.state({}).progress

@@ -19,7 +19,7 @@ from megadistill.config.work import WorkConfig
 from megadistill.launch.commands import fill, limits_of, with_resources, work_shards
 from megadistill.launch.shards import ShardFolder
 from megadistill.launch.slurm import JOBS, live_jobs
-from megadistill.launch.stages import ShardedStage, state_of
+from megadistill.launch.stages import ShardedStage, StageRecord
 from megadistill.rundir import RunDir
 
 LOOK_EVERY_S = 5.0
@@ -135,9 +135,9 @@ def read_evaluations(run: RunDir) -> list[str]:
     every = (run.path / "evaluations").glob("*")
     found = []
     for root in sorted(every, key=lambda path: (path.name == "final", path.name)):
-        names = {path.name: path.name for path in (root / "shards").glob("*")}
-        state = state_of(root, names, work.tries if work else 1, {})
-        found.append(f"{root.name}: shards done: {state.progress}")
+        keys = tuple(path.name for path in (root / "shards").glob("*"))
+        record = StageRecord(name=root.name, root=root, tries=work.tries if work else 1, keys=keys)
+        found.append(f"{root.name}: shards done: {record.state({}).progress}")
     return found
 
 

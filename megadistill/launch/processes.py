@@ -166,6 +166,11 @@ def show(text: str) -> None:
             raise
 
 
+def say(text: str) -> None:
+    """A line in this process's output."""
+    show(f"{text}\n")
+
+
 @dataclass(slots=True)
 class LogFollower:
     """Copies what is added to a log file to this process's own output."""

@@ -38,10 +38,11 @@ from pydantic import (
 )
 
 from megadistill.atomic import write_atomic
-from megadistill.launch.processes import Exit, Processes
+from megadistill.launch.processes import Exit, Processes, say
 from megadistill.launch.roles import visible_gpus
 from megadistill.launch.shared_files import held_lock, read_json, try_lock
 from megadistill.launch.stopping import STOPPED, StopRequest
+from megadistill.metrics import read_json_lines
 
 POLL_S = 0.2
 GRACE_S = 30.0
@@ -213,9 +214,7 @@ class ShardFolder:
         return values["jobs"], values["rounds"]
 
     def failures(self) -> list[dict[str, Any]]:
-        if not self.failures_file.exists():
-            return []
-        return [json.loads(line) for line in self.failures_file.read_text().splitlines()]
+        return read_json_lines(self.failures_file)
 
     def has_work(self, tries: int) -> bool:
         """Whether it is neither done nor has failed so often."""
@@ -233,7 +232,7 @@ class ShardFolder:
     def next_log(self) -> Path:
         return self.path / f"try-{len(list(self.path.glob('try-*.log')))}.log"
 
-    def state(self, name: str, tries: int) -> ShardState:
+    def state(self, tries: int) -> ShardState:
         failures = self.failures()
         values: dict[str, Any] = {"failures": len(failures)}
         if (done := read_json(self.done_file)) is not None:
@@ -243,11 +242,8 @@ class ShardFolder:
             log = self.path / last["log"]
             values["detail"] = f"{last['what']}; the last lines of {log}:\n{last['detail']}"
             values["status"] = "failed" if len(failures) >= tries else "unfinished"
-        return ShardState(
-            name=name,
-            is_running=self.is_running(),
-            **values,
-        )
+        known = read_json(self.path / "shard.json") or {"name": self.path.name}
+        return ShardState(name=known["name"], is_running=self.is_running(), **values)
 
     def is_running(self) -> bool:
         if not self.running_file.exists():
@@ -372,9 +368,3 @@ def fingerprint(path: Path, most_bytes: int = 1 << 26) -> str:
     if found.st_size > most_bytes:
         return f"{found.st_size}-{found.st_mtime_ns}"
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def say(text: str) -> None:
-    """Into the job's output."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,7 +47,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
     """The file's values (any: it is JSON), or None while it is not there."""
     try:
         with file.open("rb") as stream:
-            values: dict[str, Any] = json.loads(os.read(stream.fileno(), 1 << 20))
+            values: dict[str, Any] = json.loads(stream.read())
     except FileNotFoundError:
         return None
     except OSError as error:

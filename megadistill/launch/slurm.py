@@ -46,6 +46,10 @@ class SubmissionError(ValueError):
     """Slurm has not taken a job."""
 
 
+class SlurmSilentError(ValueError):
+    """Slurm's queue does not answer."""
+
+
 class GangExecutor(submitit.SlurmExecutor):  # type: ignore[misc]  # submitit is not checked here
     """submitit's executor, which also shows its job script without submitting it."""
 
@@ -154,7 +158,7 @@ def wait_for(job: "submitit.Job[int]") -> None:
 def live_jobs(patience_s: float = SQUEUE_PATIENCE_S) -> dict[str, str]:
     """Job number -> state of our jobs in the queue; an array has its number once, whatever is left.
 
-    Patient with a controller that does not answer. Raises `ValueError` in the end.
+    Patient with a controller that does not answer. Raises `SlurmSilentError` in the end.
     """
     command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A %F %T"]
     deadline = time.monotonic() + patience_s
@@ -163,11 +167,13 @@ def live_jobs(patience_s: float = SQUEUE_PATIENCE_S) -> dict[str, str]:
             answer = ask_slurm(command)
             break
         except FileNotFoundError:
-            raise ValueError("squeue: no such program, expected a machine of the cluster") from None
+            raise SlurmSilentError(
+                "squeue: no such program, expected a machine of the cluster"
+            ) from None
         except subprocess.SubprocessError as error:
             if time.monotonic() > deadline:
                 said = str(getattr(error, "stderr", None) or error).strip()
-                raise ValueError(
+                raise SlurmSilentError(
                     f"squeue has failed for {patience_s:.0f} s: {said}\n"
                     "  expected a machine of the cluster, or SLURM_CONF to name its file"
                 ) from error

@@ -4,7 +4,7 @@ A campaign is that, and so is a refinement or an evaluation, `StagedWork`, with 
 
     RUN/stages/NAME/        a stage, see `launch/stages.py`
     RUN/stages/result/      the job that puts the result together, a shard like any other
-    RUN/stages.json         what the stages consist of, for `megadistill status RUN`
+    RUN/stages.json         what the stages consist of, for `megadistill status RUN`; also a campaign's
 
 A shard's name depends on the names of those it reads, not on what they made. So all stages are
 submitted at once, as dependent arrays, and nobody waits for them: a last, small job runs the same
@@ -17,12 +17,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -31,9 +31,17 @@ from megadistill.config.cluster import ClusterConfig
 from megadistill.launch.commands import command_shard
 from megadistill.launch.gang import Gang
 from megadistill.launch.node_context import ask_slurm
-from megadistill.launch.shards import MAY_WAIT, OUTPUT, Shard, ShardFolder, say
-from megadistill.launch.slurm import WAIT_POLL_S, live_jobs
-from megadistill.launch.stages import Limits, ShardedStage, StageState, read_jobs, state_of
+from megadistill.launch.processes import say
+from megadistill.launch.shards import MAY_WAIT, OUTPUT, Shard, ShardFolder
+from megadistill.launch.shared_files import read_as
+from megadistill.launch.slurm import WAIT_POLL_S, SlurmSilentError, live_jobs
+from megadistill.launch.stages import (
+    Limits,
+    ShardedStage,
+    StageRecord,
+    StageState,
+    read_jobs,
+)
 from megadistill.launch.stopping import STOPPED
 
 PLAN = "stages.json"
@@ -99,11 +107,6 @@ def cancel(folders: Sequence[Path]) -> list[str]:
     return found
 
 
-def jobs_in_queue(folders: Sequence[Path]) -> dict[str, str]:
-    """As `live_jobs`; Slurm is asked only when there are jobs to ask about, and not for long."""
-    return live_jobs(STATUS_PATIENCE_S) if any(map(read_jobs, folders)) else {}
-
-
 def table(states: Sequence[StageState]) -> Group:
     """One row a stage, and below the last trouble of each, in full."""
     shown = Table(box=None, pad_edge=False)
@@ -162,7 +165,7 @@ class StagedWork:
         if output and os.environ.get(MAY_WAIT) and not wait:
             own = ShardFolder(Path(output).parent)
         makes_result = own is not None and own in self.result.folders.values()
-        self.write_plan([*self.stages, self.result] if makes_result else self.stages)
+        write_plan(self.root, [*self.stages, self.result] if makes_result else self.stages)
         if self.cluster is None:
             run_stages(self.stages)
             return finish()
@@ -178,11 +181,6 @@ class StagedWork:
             while set(jobs) & live_jobs().keys():
                 time.sleep(WAIT_POLL_S)
         return finish()
-
-    def write_plan(self, stages: Sequence[ShardedStage]) -> None:
-        shards = {s.name: {shard.key: shard.name for shard in s.shards} for s in stages}
-        plan = {"tries": self.limits.tries, "stages": shards}
-        write_atomic(self.root / PLAN, json.dumps(plan))
 
     def submit(self, *, afresh: bool) -> list[str]:
         """The jobs that are to end; none: nothing is left that can be done."""
@@ -202,7 +200,7 @@ class StagedWork:
 
     def submit_result(self, jobs: Sequence[str]) -> str:
         """Submit the job that makes the result, once these have ended."""
-        self.write_plan([*self.stages, self.result])
+        write_plan(self.root, [*self.stages, self.result])
         (folder,) = self.result.folders.values()
         folder.done_file.unlink(missing_ok=True)
         (job,) = self.result.submit(live_jobs(), jobs, how="afterany")
@@ -211,21 +209,44 @@ class StagedWork:
         return f"{RESULT}: job {job}\nfollow it with: megadistill status {self.root}"
 
 
-def is_staged_work(root: Path) -> bool:
-    """Whether a directory holds a refinement or an evaluation."""
-    return (root / PLAN).exists()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What there is to do in a directory."""
+
+    directory: Path
+    """Where the command ran."""
+    stages: tuple[StageRecord, ...]
 
 
-def stage_folders(root: Path) -> list[Path]:
-    """The directories of the stages, in order."""
-    return [root / "stages" / name for name in json.loads((root / PLAN).read_text())["stages"]]
+def write_plan(root: Path, stages: Sequence[Stage]) -> None:
+    """Keep what there is to do, for those who only look at it."""
+    plan = Plan(directory=Path.cwd(), stages=tuple(stage.record for stage in stages))
+    write_atomic(root / PLAN, json.dumps(asdict(plan), default=str))
+
+
+def read_plan(root: Path) -> Plan:
+    """What there is to do. Raises `ValueError` when the directory says nothing of it."""
+    plan = read_as(Plan, root / PLAN)
+    if plan is None:
+        raise ValueError(
+            f"{root}: found no {PLAN}, expected the directory of a campaign, a refinement or an "
+            "evaluation; one of an older version gets it when its command is run again"
+        )
+    return plan
+
+
+def show(root: Path, console: Console) -> None:
+    """The state of every stage, also when Slurm does not answer."""
+    try:
+        console.print(table(read_states(root)))
+    except SlurmSilentError as error:
+        console.print(table([stage.state(None) for stage in read_plan(root).stages]))
+        console.print(Text(f"by the files alone, without the queue: {error}"), soft_wrap=True)
 
 
 def read_states(root: Path) -> list[StageState]:
-    """The state of every stage."""
-    plan = json.loads((root / PLAN).read_text())
-    live = jobs_in_queue(stage_folders(root))
-    return [
-        state_of(root / "stages" / name, shards, plan["tries"], live)
-        for name, shards in plan["stages"].items()
-    ]
+    """The state of every stage; Slurm is asked only when there are jobs to ask about, and briefly."""
+    stages = read_plan(root).stages
+    asked = any(read_jobs(stage.root) for stage in stages)
+    live = live_jobs(STATUS_PATIENCE_S) if asked else {}
+    return [stage.state(live) for stage in stages]

@@ -26,7 +26,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -34,17 +34,22 @@ from typing import Any, Literal
 
 from megadistill.atomic import write_atomic
 from megadistill.config.cluster import ClusterConfig
+from megadistill.launch.attempts import last_error, read_attempts
 from megadistill.launch.node_context import own_job, requeue
-from megadistill.launch.shards import Shard, ShardFolder, ShardState, Upstream, Worker, say
+from megadistill.launch.processes import say
+from megadistill.launch.shards import Shard, ShardFolder, ShardState, Upstream, Worker
 from megadistill.launch.shared_files import read_json
 from megadistill.launch.slurm import JOBS, GangExecutor, batch_executor, submission
 from megadistill.launch.stopping import DONE, STOPPED, stop_requests
+from megadistill.rundir import RunDir
 
 MOST_TASKS = 1000
 """Tasks of one array; Slurm's MaxArraySize is 1001 unless a site changed it. More shards share."""
+BEGUN = "submitted.json"
+"""Says for what a stage's run was begun."""
 MOST_RESTARTS = 20
 """Requeues of one task after which it gives up."""
-Status = Literal["done", "running", "queued", "failed", "stopped", "not submitted"]
+Status = Literal["done", "running", "queued", "submitted", "failed", "stopped", "not submitted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +73,72 @@ class StageState:
     """Slurm's number of the last job."""
     progress: str = ""
     detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord:
+    """What a stage consists of, for those who only look at it: shards, or one run."""
+
+    name: str
+    root: Path
+    verb: str = ""
+    tries: int = 1
+    keys: tuple[str, ...] = ()
+    """Of the shards."""
+    run: Path | None = None
+    digest: str = ""
+    """Identifies the run and all that it depends on."""
+    steps: int = 0
+
+    def shards(self) -> list[ShardState]:
+        """How the shards stand, by their files."""
+        folders = [ShardFolder(self.root / "shards" / key) for key in self.keys]
+        return [folder.state(self.tries) for folder in folders]
+
+    def state(self, live: Mapping[str, str] | None) -> StageState:
+        """Its line of the table, by its files and the jobs in the queue; None: nobody knows."""
+        jobs = list(read_jobs(self.root))
+        if self.run is not None:
+            status, progress, detail = self._of_run(RunDir(self.run))
+        else:
+            status, progress, detail = self._of_shards()
+        return StageState(
+            name=self.name,
+            verb=self.verb,
+            status=status_of(status, jobs, live),
+            job=jobs[-1] if jobs else "",
+            progress=progress,
+            detail=detail,
+        )
+
+    def _of_run(self, run: RunDir) -> tuple[Status, str, str]:
+        progress = run.read_progress()
+        done = f"step {progress.get('step', 0)} of {self.steps}"
+        if progress.get("done") and read_json(self.root / BEGUN) == {"digest": self.digest}:
+            return "done", done, ""
+        attempts = read_attempts(run)
+        failed = bool(attempts) and attempts[-1].outcome == "failed"
+        return "failed" if failed else "not submitted", done, last_error(run) or ""
+
+    def _of_shards(self) -> tuple[Status, str, str]:
+        shards = self.shards()
+        done = [shard for shard in shards if shard.status == "done"]
+        failed = [shard for shard in shards if shard.status == "failed"]
+        running = [shard for shard in shards if shard.is_running]
+        parts = [f"{len(done)} of {len(shards)}"]
+        parts += [f"{len(failed)} failed"] if failed else []
+        parts += [f"{len(running)} running"] if running else []
+        if running and done:
+            left = (len(shards) - len(done) - len(failed)) / len(running)
+            seconds = sum(shard.seconds for shard in done) / len(done) * left
+            parts.append(f"ETA {timedelta(seconds=round(seconds))}")
+        status: Status = "failed" if failed else "not submitted"
+        if running:
+            status = "running"  # also here, without a job
+        if len(done) == len(shards):
+            status = "done"
+        detail = f"{failed[0].name}: {failed[0].detail}" if failed else ""
+        return status, ", ".join(parts), detail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +172,23 @@ class ShardedStage:
 
     def states(self) -> list[ShardState]:
         """How the shards stand, by their files."""
-        names = {shard.key: shard.name for shard in self.shards}
-        return shard_states(self.root, names, self.limits.tries)
+        return self.record.shards()
 
     def describe(self) -> str:
         """One line a shard that is not done, and a total."""
         states = self.states()
         left = [f"{s.name}: {s.status}. {s.detail}".rstrip() for s in states if s.status != "done"]
         return "\n".join([*left, f"{len(states) - len(left)} of {len(states)} shards are done"])
+
+    @property
+    def record(self) -> StageRecord:
+        return StageRecord(
+            name=self.name,
+            root=self.root.absolute(),
+            verb=self.verb,
+            tries=self.limits.tries,
+            keys=tuple(self.folders),
+        )
 
     @property
     def is_done(self) -> bool:
@@ -173,57 +253,16 @@ class ShardedStage:
             jobs.append(submit_array(executor, self.root, folders, self.limits))
         return jobs
 
-    def state(self, live: Mapping[str, str]) -> StageState:
-        """Where it stands, by its files and the jobs that are in the queue."""
-        names = {shard.key: shard.name for shard in self.shards}
-        found = state_of(self.root, names, self.limits.tries, live)
-        return replace(found, name=self.name, verb=self.verb)
 
-
-def shard_states(root: Path, names: Mapping[str, str], tries: int) -> list[ShardState]:
-    """How shards stand, by their files; `names` by key."""
-    folders = {ShardFolder(root.absolute() / "shards" / key): name for key, name in names.items()}
-    return [folder.state(name, tries) for folder, name in folders.items()]
-
-
-def state_of(
-    root: Path, names: Mapping[str, str], tries: int, live: Mapping[str, str]
-) -> StageState:
-    """A stage's line of the table, by its files and the jobs that are in the queue."""
-    shards = shard_states(root, names, tries)
-    done = [shard for shard in shards if shard.status == "done"]
-    failed = [shard for shard in shards if shard.status == "failed"]
-    jobs = list(read_jobs(root))
-    running = [shard for shard in shards if shard.is_running]
-    status = status_of(jobs, live, done=len(done) == len(shards), failed=bool(failed))
-    progress = f"{len(done)} of {len(shards)}"
-    if failed:
-        progress += f", {len(failed)} failed"
-    if running:
-        status = "running"  # also here, without a job
-        progress += f", {len(running)} running"
-    if running and done:
-        left = (len(shards) - len(done) - len(failed)) / len(running)
-        seconds = sum(shard.seconds for shard in done) / len(done) * left
-        progress += f", ETA {timedelta(seconds=round(seconds))}"
-    return StageState(
-        name=root.name,
-        status=status,
-        job=jobs[-1] if jobs else "",
-        progress=progress,
-        detail=f"{failed[0].name}: {failed[0].detail}" if failed else "",
-    )
-
-
-def status_of(jobs: Sequence[str], live: Mapping[str, str], *, done: bool, failed: bool) -> Status:
-    """What to say of something for which these jobs were submitted."""
-    if done:
-        return "done"
+def status_of(found: Status, jobs: Sequence[str], live: Mapping[str, str] | None) -> Status:
+    """What to say of something of which its files say this, and for which these jobs were submitted."""
+    if found in ("done", "running"):
+        return found
+    if live is None:
+        return "submitted" if jobs else found
     if alive := {live[job] for job in jobs if job in live}:
         return "running" if "RUNNING" in alive else "queued"
-    if failed:
-        return "failed"
-    return "stopped" if jobs else "not submitted"
+    return "stopped" if found == "not submitted" and jobs else found
 
 
 def work_off(folders: Sequence[ShardFolder], tries: int) -> int:

@@ -10,7 +10,7 @@ import yaml
 from megadistill.launch import gang
 from megadistill.launch.campaign import Campaign
 from megadistill.launch.node import open_run
-from megadistill.launch.staged_work import cancel
+from megadistill.launch.staged_work import cancel, read_states
 from megadistill.launch.stages import read_jobs
 from tests.e2e.local_slurm import ROOT, Cluster, local_cluster, wait_until
 from tests.launch.configs import settings
@@ -39,13 +39,13 @@ def folder(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def statuses(campaign: Campaign) -> dict[str, str]:
-    return {state.name: state.status for state in campaign.status()}
+    return {state.name: state.status for state in read_states(campaign.root)}
 
 
 def wait_for_end(campaign: Campaign) -> None:
     wait_until(
         lambda: not {"running", "queued"} & set(statuses(campaign).values()),
-        lambda: str(campaign.status()),
+        lambda: str(read_states(campaign.root)),
     )
 
 
@@ -75,7 +75,7 @@ def test_an_array_of_eight_of_which_two_fail_once_does_nothing_twice(folder: Pat
     assert set(statuses(campaign).values()) <= {"queued", "running", "done"}
     assert campaign.submit().items() <= jobs.items()  # they are under way: nothing is added
     wait_for_end(campaign)
-    assert set(statuses(campaign).values()) == {"done"}, campaign.status()
+    assert set(statuses(campaign).values()) == {"done"}, read_states(campaign.root)
     once = {f"part-{part}": 1 for part in range(8)} | {"run": 1}
     assert counts(folder) == once
     assert campaign.submit() == {}
@@ -94,7 +94,7 @@ def test_a_failure_cancels_what_needs_it_and_resuming_does_only_what_is_left(
     campaign = Campaign.load(config, ["stages.parts.tries=2"])
     jobs = campaign.submit()
     wait_for_end(campaign)
-    found = {state.name: state for state in campaign.status()}
+    found = {state.name: state for state in read_states(campaign.root)}
     assert [found[name].status for name in jobs] == ["done", "failed", "stopped"]
     assert found["parts"].progress == "7 of 8, 1 failed"
     assert "part-4.yaml: no such file" in found["parts"].detail
@@ -111,7 +111,7 @@ def test_a_failure_cancels_what_needs_it_and_resuming_does_only_what_is_left(
 def test_cancelling_takes_what_is_in_the_queue(folder: Path, cluster: Cluster) -> None:
     campaign = Campaign.load(write_campaign(folder), ["cluster.nodes=1", "cluster.qos=null"])
     jobs = campaign.submit()
-    cancelled = cancel(campaign.folders)
+    cancelled = cancel([stage.root for stage in campaign.stages.values()])
     assert set(cancelled) <= {job for some in jobs.values() for job in some}
     assert set(jobs["last"]) <= set(cancelled)
     wait_for_end(campaign)

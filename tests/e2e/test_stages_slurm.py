@@ -80,7 +80,7 @@ def test_a_warned_shard_is_requeued_alone_and_goes_on(cluster: Cluster, tmp_path
     old, new = submit(more)  # but what is not
     assert old == job
     wait_until(lambda: {"0 1", "1 1"} <= ledger(tmp_path).keys())
-    assert some.state(slurm.live_jobs()).progress == "0 of 2, 2 running"
+    assert some.record.state(slurm.live_jobs()).progress == "0 of 2, 2 running"
     last = f"{job}_1"  # it has the array's own number: by that, both would be requeued
     cluster.call("scancel", "--signal=USR1", last)
     wait_for_end([job, new])
@@ -134,7 +134,7 @@ def test_a_cancelled_array_stays_cancelled_and_can_be_run_again(
     wait_for_end([job])
     time.sleep(2)
     assert cluster.state(job) == "CANCELLED"
-    assert some.state({}).status == "stopped"
+    assert some.record.state({}).status == "stopped"
     wait_for_end(submit(some))
     assert ledger(tmp_path) == {f"0 {item}": 1 for item in range(4)}
 

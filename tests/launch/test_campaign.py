@@ -11,10 +11,14 @@ import yaml
 from megadistill.cli import main
 from megadistill.config.cluster import ClusterConfig
 from megadistill.config.work import WorkConfig
+from megadistill.launch import staged_work
 from megadistill.launch.campaign import Campaign, inherit
 from megadistill.launch.commands import with_resources
 from megadistill.launch.gang import Gang
+from megadistill.launch.staged_work import read_states
+from megadistill.launch.stages import add_job
 from tests.launch.configs import settings
+from tests.launch.test_submit import REFUSED, make_command
 
 CRASHES = """
 import json, os, sys
@@ -247,4 +251,73 @@ def test_a_sweep_is_an_array_of_runs_with_names_of_their_own(folder: Path) -> No
     assert [words[2:] for words in commands] == [
         [f"name=lr-{shard}", f"optimizer.lr={shard}e-6"] for shard in range(3)
     ]
-    assert [state.status for state in campaign.status()] == ["not submitted"]
+    assert [state.status for state in read_states(campaign.root)] == ["not submitted"]
+
+
+def test_status_and_resume_work_from_any_directory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "sets").mkdir()
+    (folder / "sets" / "run.yaml").write_text(yaml.safe_dump(settings()))
+    stages = {
+        "first": {"verb": "config", "args": ["check", "sets/run.yaml"], "inputs": ["sets/run.yaml"]}
+    }
+    write_campaign(folder, runs_dir="runs", stages=stages)
+    monkeypatch.chdir(folder)
+    assert run_cli("campaign", "campaign.yaml", "--local") == 0
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    capsys.readouterr()
+    assert run_cli("campaign", "status", "../runs/small") == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == [
+        *("first", "config", "done", "1", "of", "1"),
+    ]
+    (folder / "sets" / "run.yaml").write_text(yaml.safe_dump(settings(seed=1)))
+    assert run_cli("campaign", "resume", "../runs/small", "--local") == 0
+    assert "first: done" in capsys.readouterr().out
+    assert len(list((folder / "runs/small/stages/first/shards").iterdir())) == 2
+    assert list((folder / "elsewhere").iterdir()) == []
+
+
+def test_when_slurm_does_not_answer_the_files_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Campaign.load(write_campaign(folder)).begin()
+    root = folder / "runs" / "small"
+    add_job(root / "stages" / "parts", "12")
+    make_command(folder, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(staged_work, "STATUS_PATIENCE_S", 0.0)
+    assert run_cli("status", str(root)) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[:4] for row in rows[1:4]] == [
+        ["prepare", "config", "not", "submitted"],
+        ["parts", "config", "submitted", "12"],
+        ["last", "config", "not", "submitted"],
+    ]
+    assert "by the files alone, without the queue" in rows[4]
+    assert "Unable to contact slurm controller" in rows[4]
+
+
+def test_a_campaign_of_which_slurm_takes_no_job_leaves_no_directory(
+    refusing: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_campaign(refusing)
+    for _ in range(2):
+        assert run_cli("campaign", str(config)) == 2
+        assert capsys.readouterr().err == f"megadistill: {REFUSED}\n"
+        assert not (refusing / "runs" / "small").exists()
+        (refusing / "runs").rmdir()
+    Campaign.load(config).begin()
+    add_job(refusing / "runs" / "small" / "stages" / "prepare", "12")
+    assert run_cli("campaign", str(config)) == 2
+    assert (refusing / "runs" / "small" / "campaign.yaml").exists()  # a job may work there
+
+
+def test_a_directory_without_stages_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("campaign", "status", str(tmp_path)) == 2
+    assert f"{tmp_path}: found no stages.json, expected the directory of a campaign" in (
+        capsys.readouterr().err
+    )

@@ -179,13 +179,15 @@ def test_a_killed_stage_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     while sum(ledger(tmp_path).values()) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert found.state({}).status == "running"
-    assert found.state({}).progress == "0 of 2, 2 running"
+    assert found.record.state({}).status == "running"
+    assert found.record.state({}).progress == "0 of 2, 2 running"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     time.sleep(1)
     before = ledger(tmp_path)
-    assert found.state({}).status == "not submitted"  # by Slurm's jobs, of which there was none
+    assert (
+        found.record.state({}).status == "not submitted"
+    )  # by Slurm's jobs, of which there was none
     time.sleep(1)
     assert ledger(tmp_path) == before  # its children are gone
     run(tmp_path, shards).check()

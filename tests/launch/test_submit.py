@@ -201,18 +201,6 @@ def test_where_there_is_no_cluster_the_queue_is_one_message(
 REFUSED = "sbatch: error: invalid partition specified: nowhere"
 
 
-@pytest.fixture
-def refusing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory, and a Slurm that takes no job."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    make_command(commands, "sbatch", f"echo '{REFUSED}' >&2; exit 1")
-    for name in ("srun", "sacct", "squeue"):
-        make_command(commands, name, "exit 0")
-    monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
-    return tmp_path
-
-
 def test_what_slurm_refuses_is_its_own_line_and_leaves_no_run(
     refusing: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
