@@ -12,6 +12,7 @@ exports/           step-000010/ ..., students in Hugging Face format before the 
 evaluations/       step-000010/ ..., final/: the work that an export has started
 """
 
+import datetime
 import json
 import os
 import secrets
@@ -63,6 +64,7 @@ class RunDir:
         directory belongs to a run with other settings.
         """
         self.make_directories()
+        config = self._dated(config)
         text = dump(config)
         changed: dict[str, str] = {}
         if self.config_file.exists():
@@ -92,7 +94,7 @@ class RunDir:
         """Whether the run is done and `config` asks nothing more of it."""
         if not (self.read_progress().get("done") and self.config_file.exists()):
             return False
-        changed = changed_settings(dump(self.load_config()), dump(config))
+        changed = changed_settings(dump(self.load_config()), dump(self._dated(config)))
         return "steps" not in changed and not self._not_allowed(changed, config)
 
     def note_event(self, what: str, details: Mapping[str, Any]) -> None:
@@ -100,6 +102,14 @@ class RunDir:
         line = {"time": time.time(), "what": what, **details}
         with (self.path / "state" / "events.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+
+    def _dated(self, config: RunConfig) -> RunConfig:
+        """The configuration with the day on which the run began, where it names none."""
+        if config.data.date is not None:
+            return config
+        is_new = not self.config_file.exists()
+        date = datetime.date.today() if is_new else self.load_config().data.date
+        return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
 
     def _not_allowed(self, changed: Mapping[str, str], config: RunConfig) -> list[str]:
         """The changes, as `key: old -> new`, that a run cannot take in the middle."""

@@ -10,8 +10,8 @@ from megadistill.config import ConfigError, RunConfig
 from megadistill.config.algorithm import BranchConfig
 from megadistill.config.schema import AnswersConfig, ChecksConfig, HeldoutConfig
 from megadistill.convert.families import read_spec
-from megadistill.data.pools import PromptPool, end_token
-from megadistill.data.tokenizer import load_tokenizer
+from megadistill.data.pools import PromptPool
+from megadistill.data.tokenizer import answer_end, load_tokenizer
 from megadistill.resolve import resolve
 from megadistill.rundir import RunDir
 from megadistill.types import FloatArray, ScoreRequest, TokenScores, TokenSpan
@@ -39,7 +39,13 @@ def common_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     student = load_tokenizer(config.student.path)
     if not student.chat_template:
         raise ConfigError(f"student.path: {config.student.path} has no chat template")
-    end_token(student)
+    if (end := answer_end(student)[-1]) != student.eos_token_id:
+        log.warning(
+            "student.path: the chat template ends a turn with %r, the tokenizer's end token is %r: "
+            "answers are trained to end as the template says, but sampling stops where config.json "
+            "or generation_config.json say",
+            *(student.decode([token]) for token in (end, student.eos_token_id)),
+        )
     vocabulary = student.get_vocab()
     for name, model in config.teachers.items():
         if model.path == config.student.path:

@@ -23,7 +23,7 @@ BUDGETS = {
     "cli": 460,
     "config": 1050,
     "convert": 1070,
-    "data": 900,
+    "data": 1000,
     "evaluate": 3080,
     "head": 1260,
     "inference": 570,

@@ -285,6 +285,20 @@ def test_a_student_without_an_end_token_is_refused(models: Path) -> None:
         common_tokenizer(config)
 
 
+def test_a_template_that_ends_turns_otherwise_than_the_tokenizer_is_told(
+    models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = save_tokenizers(models, general="a", domain="a")
+    common_tokenizer(config)
+    assert not caplog.text
+    tokenizer = make_tokenizer(["a"])
+    tokenizer.eos_token = "<|system|>"  # as a base model's <|endoftext|>
+    for name in ("general", "domain"):
+        tokenizer.save_pretrained(models / name)
+    common_tokenizer(config)
+    assert "ends a turn with '<|end|>', the tokenizer's end token is '<|system|>'" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["eos", "bos", "pad"])
 def test_a_teacher_with_another_special_token_is_refused(models: Path, kind: str) -> None:
     """The same words with the same ids, but what they are for differs."""

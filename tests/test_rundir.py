@@ -1,12 +1,15 @@
 """The run directory: nothing is ever half written, nothing torn is taken for whole."""
 
+import datetime
 import json
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megadistill.config import RunConfig
 from megadistill.rundir import (
     WHOLE,
     RunDir,
@@ -37,6 +40,13 @@ def steps(run: RunDir) -> list[int]:
     return [step for step, _ in run.whole_checkpoints()]
 
 
+def dated(changes: Tree | None = None) -> RunConfig:
+    """The configuration of a run that begins today."""
+    tree = camopd_tree(**(changes or {}))
+    tree["data"]["date"] = str(datetime.date.today())
+    return make_config(tree)
+
+
 def test_the_directory_is_named_by_the_configuration(tmp_path: Path) -> None:
     config = make_config(camopd_tree(runs_dir=str(tmp_path), name="mine"))
     assert RunDir.of(config).path == tmp_path / "mine"
@@ -44,7 +54,26 @@ def test_the_directory_is_named_by_the_configuration(tmp_path: Path) -> None:
 
 
 def test_the_directory_holds_the_resolved_configuration(run: RunDir) -> None:
-    assert run.load_config() == make_config()
+    assert run.load_config() == dated()
+
+
+def test_the_day_on_which_a_run_began_stays_the_date_of_its_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume on another day, or another node past midnight, reads it in the run directory."""
+    today = SimpleNamespace(today=lambda: datetime.date(2026, 3, 1))
+    monkeypatch.setattr("megadistill.rundir.datetime", SimpleNamespace(date=today))
+    run = RunDir(tmp_path / "tiny")
+    run.create(make_config())
+    today.today = lambda: datetime.date(2026, 3, 2)
+    run.create(make_config())
+    assert run.load_config().data.date == datetime.date(2026, 3, 1)
+    run.write_progress({"step": 4, "steps": 4, "done": True})
+    assert run.has_done(make_config())
+    other = camopd_tree()
+    other["data"]["date"] = "2026-03-02"
+    with pytest.raises(ValueError, match=r"data\.date: 2026-03-01 -> 2026-03-02"):
+        run.create(make_config(other))
 
 
 def test_only_the_owner_may_look_inside(run: RunDir) -> None:
@@ -69,7 +98,7 @@ def test_other_settings_are_refused_and_named(run: RunDir) -> None:
         "algorithm.general.mass: 0.8 -> 0.6",
     ):
         assert named in str(caught.value)
-    assert run.load_config() == make_config()
+    assert run.load_config() == dated()
 
 
 def test_a_changed_value_is_named_even_where_another_key_has_it() -> None:
@@ -101,7 +130,7 @@ def test_a_run_resumes_under_settings_that_do_not_touch_what_it_computes(
     run.write_progress({"step": 3, "done": False})
     config = make_config(camopd_tree() | change)
     run.create(config)
-    assert run.load_config() == config
+    assert run.load_config() == dated(change)
     (event,) = [json.loads(line) for line in (run.path / "state/events.jsonl").open()]
     assert event["what"] == "settings changed"
     assert any(key.startswith(next(iter(change))) for key in event)

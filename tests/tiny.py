@@ -11,8 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from megadistill.algorithms import make_algorithm
@@ -143,6 +145,21 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         eos_token="<|end|>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def make_bpe_tokenizer(controls: Sequence[str], **settings: Any) -> PreTrainedTokenizerFast:
+    """Bytes, a few merges, and control tokens that are no tokens of the vocabulary, as real ones."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
+    alphabet = ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["the end of the turn and the start im_end im_start"], trainer)
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, **settings
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(controls)})
+    return tokenizer
 
 
 def write_model_config(directory: Path, **changes: Any) -> Path:

@@ -22,7 +22,7 @@ from megadistill.algorithms.sft import answer_sample
 from megadistill.config.algorithm import BranchConfig, RaftConfig
 from megadistill.config.schema import DataConfig, RunConfig
 from megadistill.data.pools import answer_ids
-from megadistill.data.tokenizer import chat_ids
+from megadistill.data.tokenizer import chat_ids, text_ids
 from megadistill.losses import answer_conditioned
 from megadistill.types import Prompt, Rollout, Sample, Scored, StepResult, TokenSpan
 
@@ -169,10 +169,9 @@ class Raft:
             f"Answer the question based on the reference knowledge: {last['content']}"
         )
         if self.config.teacher_prompt_style == "raw":
-            ids: list[int] = self.tokenizer.encode(f"{text}\nAnswer: ", add_special_tokens=True)
-            return ids
+            return text_ids(f"{text}\nAnswer: ", self.tokenizer, add_special_tokens=True)
         turn = {"role": "user", "content": text}
-        return chat_ids([*earlier, turn], self.tokenizer, self.data.enable_thinking)
+        return chat_ids([*earlier, turn], self.tokenizer, self.data.enable_thinking, self.data.date)
 
 
 def make(config: RunConfig, tokenizer: PreTrainedTokenizerBase, state: Mapping[str, float]) -> Raft:

@@ -1,5 +1,6 @@
 """The configuration tree: every setting a run has, with its default, its meaning and its unit."""
 
+import datetime
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
@@ -215,6 +216,11 @@ class DataConfig(Config):
     """Share of each pool, chosen by a hash of the id, that is never trained on."""
     enable_thinking: bool | None = None
     """Passed to the chat template where it knows the switch; absent: the template's default."""
+    date: datetime.date | None = None
+    """What chat templates take for today, `2026-11-29`; absent: the day on which the run began."""
+    unusable: NaturalInt = 0
+    """Records of a pool that may be left out, and are counted, because the chat template refuses them
+    or the tokenizer can read a part of their text only as a control token; one more is an error."""
 
 
 class HeldoutConfig(Config):

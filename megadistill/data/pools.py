@@ -6,7 +6,8 @@ run needs one integer a pool to continue exactly where it was.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from megadistill.config.schema import DataConfig
 from megadistill.data.records import Record
 from megadistill.data.sources import read_pool
-from megadistill.data.tokenizer import chat_ids
+from megadistill.data.tokenizer import UnreadableTextError, answer_end, chat_ids, text_ids
 from megadistill.types import Prompt
 
 
@@ -29,6 +30,8 @@ class PromptPool:
     num_dropped: int
     """Records that were too long, even with one turn, or with their answer."""
     seed: int
+    num_unusable: int = 0
+    """Records that the tokenizer or its chat template cannot read."""
 
     def draw(self, position: int, count: int) -> list[Prompt]:
         """Prompts number `position` to `position + count` of an endless stream.
@@ -78,13 +81,20 @@ def _make_pool(
     heldout: list[Prompt] = []
     seen: set[str] = set()
     first_with: dict[int, str] = {}  # text -> id: records of one text lie on one side of the split
-    num_dropped = 0
+    num_dropped = num_unusable = 0
     for record in read_pool(config.pools[name]):
         if record.id in seen:
             raise ValueError(f"data.pools.{name}: two records have the id {record.id!r}")
         seen.add(record.id)
-        prompt = _render(record, name, config, tokenizer)
-        if prompt is None or _is_too_long(prompt, tokenizer, max_answered):
+        try:
+            prompt = _render(record, name, config, tokenizer)
+            is_too_long = prompt is None or _is_too_long(prompt, tokenizer, max_answered)
+        except UnreadableTextError:
+            num_unusable += 1
+            if num_unusable > config.unusable:
+                raise
+            continue
+        if prompt is None or is_too_long:
             num_dropped += 1
             continue
         text = stable_hash(json.dumps(prompt.messages))
@@ -98,7 +108,14 @@ def _make_pool(
             f"longer than data.max_prompt_tokens = {config.max_prompt_tokens}, or with their "
             f"answer than {max_answered})"
         )
-    return PromptPool(name=name, train=train, heldout=heldout, num_dropped=num_dropped, seed=seed)
+    return PromptPool(
+        name=name,
+        train=train,
+        heldout=heldout,
+        num_dropped=num_dropped,
+        num_unusable=num_unusable,
+        seed=seed,
+    )
 
 
 def is_heldout(record_id: str, fraction: float) -> bool:
@@ -121,17 +138,17 @@ def answer_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             f"data.pools.{prompt.pool}: record {prompt.id!r} has no answer, which sft needs; "
             "set `answer` of its source"
         )
-    ids: list[int] = tokenizer.encode(prompt.answer, add_special_tokens=False)
-    return [*ids, end_token(tokenizer)]
+    with _record(prompt.pool, prompt.id):
+        return [*text_ids(prompt.answer, tokenizer), *answer_end(tokenizer)]
 
 
-def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the token that ends a response. Raises `ValueError` if the tokenizer has none."""
-    if not isinstance(tokenizer.eos_token_id, int):
-        raise ValueError(
-            f"student: its tokenizer has no end token (found {tokenizer.eos_token_id})"
-        )
-    return tokenizer.eos_token_id
+@contextmanager
+def _record(pool: str, record_id: str) -> Iterator[None]:
+    """Lets what makes a text unreadable name its record."""
+    try:
+        yield
+    except UnreadableTextError as error:
+        raise UnreadableTextError(f"data.pools.{pool}: record {record_id!r}: {error}") from None
 
 
 def _render(
@@ -141,7 +158,8 @@ def _render(
     messages = list(record.messages)
     first = 1 if messages[0]["role"] == "system" else 0
     while True:
-        token_ids = chat_ids(messages, tokenizer, config.enable_thinking)
+        with _record(pool, record.id):
+            token_ids = chat_ids(messages, tokenizer, config.enable_thinking, config.date)
         if len(token_ids) <= config.max_prompt_tokens:
             return Prompt(
                 id=record.id,

@@ -7,7 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from megadistill.config.refine import EndpointConfig, ServedConfig
-from megadistill.data.tokenizer import answer_opening, chat_ids, load_tokenizer
+from megadistill.data.tokenizer import (
+    UnreadableTextError,
+    answer_opening,
+    chat_ids,
+    load_tokenizer,
+)
 from megadistill.evaluate.benchmarks import get_benchmark, read_items
 from megadistill.evaluate.protocol import Item, MultiTurn
 from megadistill.evaluate.sample_grid import COLUMNS, SampleGrid
@@ -88,7 +93,11 @@ def write_all(model: ServedConfig, grid: SampleGrid, blocks: Blocks, *, gpu: boo
     def requests() -> Iterator[BatchRequest]:
         for position in blocks.missing():
             item, _ = grid.at(position)
-            token_ids = chat_ids(item.messages, tokenizer, thinking)
+            try:
+                token_ids = chat_ids(item.messages, tokenizer, thinking)
+            except UnreadableTextError as error:
+                blocks.add(position, grid.row(position, "", str(error), 0))
+                continue
             if len(token_ids) >= model.max_model_len:
                 blocks.add(position, grid.row(position, "", "prompt_too_long", 0))
                 continue

@@ -16,7 +16,7 @@ from megadistill import stats
 from megadistill.config.refine import DiagnoseConfig, EngineConfig, FilterConfig, RewriteConfig
 from megadistill.data.pools import stable_hash
 from megadistill.data.records import Record
-from megadistill.data.tokenizer import chat_ids, load_tokenizer
+from megadistill.data.tokenizer import chat_ids, load_tokenizer, text_ids
 from megadistill.inference.engine import BatchEngine, start_batch_engine
 from megadistill.inference.requests import BatchRequest, SamplingParams, without_thinking
 from megadistill.launch.shards import Runtime
@@ -95,8 +95,7 @@ def ask_model(
     tokenizer = load_tokenizer(path)
     prompts = [chat_ids(record.messages, tokenizer) for record in records]
     texts = {
-        name: [tokenizer.encode(row[name], add_special_tokens=False) for row in rows]
-        for name in ("original", "refined")
+        name: [text_ids(row[name], tokenizer) for row in rows] for name in ("original", "refined")
     }
     context = settings.max_prompt_tokens + max(settings.max_tokens, most)
     engine = start_batch_engine(

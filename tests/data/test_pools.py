@@ -1,5 +1,6 @@
 """Pools: rendered and cut prompts, a split that stays, and draws that are a pure function."""
 
+import datetime
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from megadistill.config.schema import DataConfig, FileSource, PackagedSource, Po
 from megadistill.data.pools import (
     PromptPool,
     answer_ids,
-    end_token,
     is_heldout,
     make_pools,
     stable_hash,
@@ -262,7 +262,6 @@ def test_an_answer_ends_with_the_end_token() -> None:
     tokenizer = make_tokenizer(["forty two"])
     found = answer_ids(make_prompt(answer="forty two"), tokenizer)
     assert tokenizer.decode(found) == "forty two <|end|>"
-    assert found[-1] == end_token(tokenizer)
 
 
 def test_a_record_without_an_answer_cannot_be_trained_on() -> None:
@@ -274,7 +273,53 @@ def test_a_tokenizer_without_an_end_token_is_an_error() -> None:
     tokenizer: PreTrainedTokenizerFast = make_tokenizer(["a"])
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end token"):
-        end_token(tokenizer)
+        answer_ids(make_prompt(answer="a"), tokenizer)
+
+
+@pytest.mark.parametrize("field", ["prompt", "answer"])
+def test_a_record_that_can_only_be_read_as_a_control_token_is_refused_or_counted(
+    tmp_path: Path, field: str
+) -> None:
+    """The word-level tokenizer has no other tokens for the text of its control tokens."""
+    rows = [{"id": str(index), "prompt": "a", "answer": "b"} for index in range(3)]
+    rows[1][field] = "a <|end|> <|assistant|> b"
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = FileSource(path=str(file), answer="answer")
+    config = DataConfig(pools={"mine": PoolConfig(sources=[source])}, heldout_fraction=0)
+    tokenizer = make_tokenizer(["a b"])
+    with pytest.raises(
+        ValueError, match=r"^data\.pools\.mine: record '1': found the text '<\|"
+    ) as e:
+        make_pools(config, tokenizer, 0, ["mine"], max_answered=99)
+    assert "can only read as a control token" in str(e.value)
+    lenient = config.model_copy(update={"unusable": 1})
+    pool = make_pools(lenient, tokenizer, 0, ["mine"], max_answered=99)["mine"]
+    assert ids(list(pool.train)) == ["0", "2"]
+    assert (pool.num_unusable, pool.num_dropped) == (1, 0)
+
+
+def test_a_chat_that_its_template_refuses_is_named(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(["a"])
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    (tmp_path / "rows.jsonl").write_text('{"id": "x", "prompt": "a"}\n')
+    source = FileSource(path=str(tmp_path / "rows.jsonl"))
+    config = DataConfig(pools={"mine": PoolConfig(sources=[source])})
+    expected = (
+        r"^data\.pools\.mine: record 'x': refused by the chat template: roles must alternate$"
+    )
+    with pytest.raises(ValueError, match=expected):
+        make_pools(config, tokenizer, 0, ["mine"])
+
+
+def test_the_date_of_a_prompt_is_the_configurations(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(["Today: 05 Mar 2024"])
+    tokenizer.chat_template = "Today: {{ strftime_now('%d %b %Y') }}"
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    pools = {"mine": PoolConfig(sources=[FileSource(path=str(tmp_path / "rows.jsonl"))])}
+    config = DataConfig(pools=pools, heldout_fraction=0, date=datetime.date(2024, 3, 5))
+    (prompt,) = make_pools(config, tokenizer, 0, ["mine"])["mine"].train
+    assert tokenizer.decode(list(prompt.token_ids)) == "Today: 05 Mar 2024"
 
 
 def test_the_seed_of_a_pool_is_the_runs(tmp_path: Path) -> None:

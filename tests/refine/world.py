@@ -90,7 +90,7 @@ def make_world(
     """Rows of JSON (or text, for lines that are none) as the input, and what a run needs."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (path / "input.jsonl").write_text("\n".join(lines) + "\n")
-    model = write_model_config(path / "model")
+    model = write_model_config(path / "model", vocab_size=200)
     template = (Path(templates.__file__).parent / "templates" / "rewrite-v1.txt").read_text()
     tokenizer = make_tokenizer([*lines, *json.dumps(rows).split('"'), template, "indeed"])
     tokenizer.save_pretrained(model)
