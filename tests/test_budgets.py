@@ -23,7 +23,7 @@ BUDGETS = {
     "cli": 460,
     "config": 1050,
     "convert": 1070,
-    "data": 1000,
+    "data": 1060,
     "evaluate": 3080,
     "head": 1260,
     "inference": 570,
