@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megadistill.head import VocabularyHead, jsd, logprobs, reverse_kl, score, weighted_nll
-from megadistill.losses import TeacherTopK, teacher_top_k, topk_temperature_kl
+from megadistill.losses import top_k
+from megadistill.types import MicroBatch
 
 PRODUCTS = ("product: logits", "product: dh", "product: dW")
 RECOMPUTE_CHUNK = 256
@@ -51,10 +52,29 @@ class Problem:
         )
 
     @cached_property
-    def top_k(self) -> TeacherTopK:
-        """What RAFT's loss needs of the teacher."""
+    def batch(self) -> MicroBatch:
+        """The rows of RAFT's loss, with what it needs of the teacher."""
         size = min(TOP_K, self.head.vocab_size)
-        return teacher_top_k(self.teacher, self.teacher_TD, size, temperature=TEMPERATURE)
+        targets_T = self.targets_T
+        top = score(
+            self.teacher,
+            self.teacher_TD,
+            targets_T[:, None][:, :0],
+            temperature=TEMPERATURE,
+            top_k=size,
+        )
+        return MicroBatch(
+            token_ids_T=targets_T,
+            position_ids_T=targets_T,
+            cu_seqlens=targets_T,
+            rows_W=targets_T,
+            targets_W=targets_T,
+            weights_W=self.weights_T,
+            divergence_weights_W=self.weights_T,
+            sample_ids=(),
+            top_ids_WK=top.top_ids_TK,
+            top_logprobs_WK=top.top_logprobs_TK,
+        )
 
     def clear(self) -> None:
         self.hidden_TD.grad = self.weight_VD.grad = None
@@ -71,7 +91,7 @@ class Problem:
         teacher = VocabularyHead(
             weight_VD=self.teacher.weight_VD, vocab_size=head.vocab_size, group=group
         )
-        ids_T1, top_k = self.targets_T[:, None], self.top_k
+        ids_T1, batch = self.targets_T[:, None], self.batch
         pair = head, self.hidden_TD, teacher, self.teacher_TD, self.weights_T
 
         def backward(loss: Tensor) -> None:
@@ -89,7 +109,7 @@ class Problem:
             "reverse KL": lambda: backward(reverse_kl(*pair)[0]),
             "JSD": lambda: backward(jsd(*pair)[0]),
             "top-512 KL": lambda: backward(
-                topk_temperature_kl(head, self.hidden_TD, top_k, self.weights_T)[0]
+                top_k(head, self.hidden_TD, batch, temperature=TEMPERATURE)[0]
             ),
         }
 
@@ -157,8 +177,8 @@ def naive(p: Problem) -> None:
 def naive_top_k(p: Problem) -> None:
     """RAFT's KL from all logits: a soft-max over those at the teacher's ids."""
     logits = (p.hidden_TD @ p.weight_VD.t()).float() / TEMPERATURE
-    student_TK = torch.log_softmax(logits.gather(1, p.top_k.ids_WK), -1)
-    teacher_TK = torch.log_softmax(p.top_k.logprobs_WK, -1)
+    student_TK = torch.log_softmax(logits.gather(1, p.batch.top_ids_WK), -1)
+    teacher_TK = torch.log_softmax(p.batch.top_logprobs_WK, -1)
     kl_T = (teacher_TK.exp() * (teacher_TK - student_TK)).sum(-1)
     (TEMPERATURE**2 * p.weights_T * kl_T).sum().backward()
 

@@ -125,22 +125,23 @@ class Raft:
             moments = self.moments
             if config.lambda_mode == "exact" or moments.steps == 0:
                 found = measure(partial(loss, balance=0.0))
-                moments = moments.after(found["raft/sft"], found["raft/kl"], config.beta)
+                moments = moments.after(found["raft/sft"], found["divergence/loss"], config.beta)
             self.balance = min(moments.ratio(config.beta), config.lambda_max)
         return partial(loss, balance=self.balance)
 
     def observe(self, result: StepResult) -> dict[str, float]:
         """Feed both losses to the averages."""
         sums = result.metrics
-        sft, kl = sums.get("raft/sft", 0.0), sums["raft/kl"]
+        sft, kl = sums.get("raft/sft", 0.0), sums["divergence/loss"]
+        rows = sums["divergence/rows"]
         self.moments = self.moments.after(sft, kl, self.config.beta)
         logged = {
             "raft/sft": sft,
             "raft/kl": kl,
             "raft/lambda": self.balance,
             "raft/lambda_clamped": float(self.balance == self.config.lambda_max),
-            "raft/student_mass": sums["raft/student_mass_sum"] / sums["raft/kl_rows"],
-            "raft/teacher_mass": sums["raft/teacher_mass_sum"] / sums["raft/kl_rows"],
+            "raft/student_mass": sums["divergence/student_mass_sum"] / rows,
+            "raft/teacher_mass": sums["divergence/teacher_mass_sum"] / rows,
         }
         if "train/rows" in sums:
             logged["entropy"] = sums["train/entropy_sum"] / sums["train/rows"]
@@ -154,7 +155,8 @@ class Raft:
         length = len(scored.rollout.response_ids_R)
         return Sample(
             span=response_span(scored.rollout),
-            weights_R=np.full(length, 1.0 / (num_samples * length), dtype=np.float32),
+            weights_R=np.zeros(length, dtype=np.float32),
+            divergence_weights_R=np.full(length, 1.0 / (num_samples * length), dtype=np.float32),
             top_k=scored.top_k,
         )
 

@@ -1,24 +1,19 @@
-"""Losses: short functions over the vocabulary head, each with its formula and its source."""
+"""Losses: short functions over the vocabulary head, each with its formula and its source.
 
-from megadistill.losses.full_vocabulary import forward_kl_loss, gkd_loss, reverse_kl_loss
-from megadistill.losses.raft import answer_conditioned
+Every loss is `(head, hidden_WD, micro-batch) -> (sum over rows, named sums over rows)`; what else it
+takes, `functools.partial` fixes.
+"""
+
+from megadistill.losses.full_vocabulary import full_vocabulary
+from megadistill.losses.joined import answer_conditioned, policy_gradient_and
 from megadistill.losses.sampled import cross_entropy, policy_gradient
-from megadistill.losses.top_k import (
-    TeacherTopK,
-    TopKStatistics,
-    teacher_top_k,
-    topk_temperature_kl,
-)
+from megadistill.losses.top_k import top_k
 
 __all__ = [
-    "TeacherTopK",
-    "TopKStatistics",
     "answer_conditioned",
     "cross_entropy",
-    "forward_kl_loss",
-    "gkd_loss",
+    "full_vocabulary",
     "policy_gradient",
-    "reverse_kl_loss",
-    "teacher_top_k",
-    "topk_temperature_kl",
+    "policy_gradient_and",
+    "top_k",
 ]

@@ -1,83 +1,71 @@
-"""RAFT's answer-conditioned distillation loss: forward KL on the teacher's top-K at a temperature.
+"""A divergence over K ids a row, the teacher's most probable ones or the student's.
 
-Shape suffixes: W weighted rows, D hidden size, K top-K ids.
+Shape suffixes: S rows that count, D hidden size, K ids.
 """
 
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megadistill.head import VocabularyHead, logprobs, score
+from megadistill.head import VocabularyHead, logprobs
+from megadistill.losses.divergence_rows import LOSS, NATS, ROWS, counting_rows, nothing
+from megadistill.types import MicroBatch
+
+STUDENT_MASS, TEACHER_MASS = "divergence/student_mass_sum", "divergence/teacher_mass_sum"
+"""Probability inside the K ids; without a tail, what the student has outside is not penalised."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherTopK:
-    """What the loss needs of a teacher: its K most probable ids of each row, and how probable."""
-
-    ids_WK: Tensor
-    logprobs_WK: Tensor
-    """Over the full vocabulary, at `temperature`."""
-    temperature: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TopKStatistics:
-    """Per row, without gradient."""
-
-    kl_W: Tensor
-    """KL(teacher || student) on the K ids, without the factor T^2."""
-    student_mass_W: Tensor
-    """Student probability inside the K ids: what lies outside is not penalised."""
-    teacher_mass_W: Tensor
-
-
-def teacher_top_k(
-    head: VocabularyHead, hidden_WD: Tensor, top_k: int, *, temperature: float
-) -> TeacherTopK:
-    """Ask a teacher for its top-K: K ids and numbers a row instead of its whole vocabulary."""
-    no_ids_W0 = torch.empty(len(hidden_WD), 0, dtype=torch.int64, device=hidden_WD.device)
-    scores = score(head, hidden_WD, no_ids_W0, temperature=temperature, top_k=top_k)
-    assert scores.top_ids_TK is not None
-    assert scores.top_logprobs_TK is not None
-    return TeacherTopK(
-        ids_WK=scores.top_ids_TK, logprobs_WK=scores.top_logprobs_TK, temperature=temperature
-    )
-
-
-def topk_temperature_kl(
+def top_k(
     head: VocabularyHead,
     hidden_WD: Tensor,
-    teacher: TeacherTopK,
-    weights_W: Tensor,
+    batch: MicroBatch,
     *,
-    tail_bucket: bool = False,
-) -> tuple[Tensor, TopKStatistics]:
-    """`sum_t c_t T^2 KL(q~_t || p~_t)`, with gradient for the student, and statistics.
+    direction: Literal["forward", "reverse"] = "forward",
+    tail: bool = False,
+    temperature: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`sum_t c_t T^2 KL(q~_t || p~_t)`, or in reverse, on each row's K ids.
 
-    RAFT (arXiv:2606.00147) Eq. (8)-(10): q and p are teacher and student at temperature T, q~ and
-    p~ are both renormalised on the teacher's top-K; c_t = 1 / (N L_i). With `tail_bucket`, as in
-    SDPO (arXiv:2601.20802), nothing is renormalised: all other ids are one further event instead.
+    q and p are teacher and student at temperature T, q~ and p~ both renormalised on the ids: RAFT
+    (arXiv:2606.00147) Eq. (8)-(10) with the teacher's top-K, Fu et al. (arXiv:2603.25562) in
+    reverse, Li et al. (arXiv:2604.13016) with the student's. With `tail` (SDPO, arXiv:2601.20802)
+    nothing is renormalised: all other ids are one further event instead. The batch has the ids and
+    the teacher's log-probabilities there; c_t is its divergence weight.
     """
-    temperature = teacher.temperature
-    student_WK = logprobs(head, hidden_WD, teacher.ids_WK, temperature=temperature)
-    complete = _with_tail if tail_bucket else _renormalised
-    q, p = complete(teacher.logprobs_WK), complete(student_WK)
-    kl_W = (q.exp() * (q - p)).sum(-1)
-    loss = temperature**2 * (weights_W.to(kl_W.dtype) * kl_W).sum()
-    return loss, TopKStatistics(
-        kl_W=kl_W.detach(),
-        student_mass_W=student_WK.detach().exp().sum(-1),
-        teacher_mass_W=teacher.logprobs_WK.exp().sum(-1),
+    counting_W = counting_rows(batch)
+    if not counting_W.any():
+        total = nothing(head, hidden_WD, batch)
+        return total, dict.fromkeys((LOSS, NATS, STUDENT_MASS, TEACHER_MASS, ROWS), total.detach())
+    assert batch.divergence_weights_W is not None
+    assert batch.top_ids_WK is not None
+    assert batch.top_logprobs_WK is not None
+    teacher_SK = batch.top_logprobs_WK[counting_W]
+    student_SK = logprobs(
+        head, hidden_WD[counting_W], batch.top_ids_WK[counting_W], temperature=temperature
     )
+    complete = _with_tail if tail else _renormalised
+    left, right = complete(teacher_SK), complete(student_SK)
+    if direction == "reverse":
+        left, right = right, left
+    kl_S = (left.exp() * (left - right)).sum(-1)
+    weights_S = batch.divergence_weights_W[counting_W].to(kl_S.dtype)
+    total = temperature**2 * (weights_S * kl_S).sum()
+    return total, {
+        LOSS: total.detach(),
+        NATS: kl_S.detach().sum(),
+        STUDENT_MASS: student_SK.detach().exp().sum(-1).sum(),
+        TEACHER_MASS: teacher_SK.exp().sum(-1).sum(),
+        ROWS: counting_W.sum(),
+    }
 
 
-def _renormalised(logprobs_WK: Tensor) -> Tensor:
-    return torch.log_softmax(logprobs_WK, -1)
+def _renormalised(logprobs_SK: Tensor) -> Tensor:
+    return torch.log_softmax(logprobs_SK, -1)
 
 
-def _with_tail(logprobs_WK: Tensor) -> Tensor:
+def _with_tail(logprobs_SK: Tensor) -> Tensor:
     """Append log(1 - mass inside), kept finite where rounding leaves no mass outside."""
-    inside_W1 = torch.logsumexp(logprobs_WK, -1, keepdim=True)
-    inside_W1 = inside_W1.clamp(max=-torch.finfo(logprobs_WK.dtype).eps)
-    return torch.cat((logprobs_WK, torch.log(-torch.expm1(inside_W1))), -1)
+    inside_S1 = torch.logsumexp(logprobs_SK, -1, keepdim=True)
+    inside_S1 = inside_S1.clamp(max=-torch.finfo(logprobs_SK.dtype).eps)
+    return torch.cat((logprobs_SK, torch.log(-torch.expm1(inside_S1))), -1)

@@ -125,8 +125,14 @@ def test_a_record_without_an_answer_is_refused() -> None:
 
 def test_a_step_trains_on_every_response_and_every_answer() -> None:
     selection = make_raft().select([make_scored(QUESTIONS[0], 2), make_scored(QUESTIONS[1], 4)])
-    assert selection.samples[0].weights_R.tolist() == [0.25] * 2
-    assert selection.samples[1].weights_R.tolist() == [0.125] * 4
+    taught = [sample.divergence_weights_R for sample in selection.samples]
+    assert [None if w is None else w.tolist() for w in taught] == [
+        [0.25] * 2,
+        [0.125] * 4,
+        None,
+        None,
+    ]
+    assert [sample.weights_R.any() for sample in selection.samples] == [False, False, True, True]
     assert [sample.top_k is not None for sample in selection.samples] == [True, True, False, False]
     answer = selection.samples[3].span
     assert read(answer.token_ids_N[-answer.num_scored :]) == "the other<|end|>".replace("<", " <")
@@ -147,8 +153,8 @@ def test_distillation_alone_has_nothing_to_balance() -> None:
 
 
 def result_of(sft: float, kl: float) -> StepResult:
-    sums = {"raft/sft": sft, "raft/kl": kl}
-    sums |= {"raft/student_mass_sum": 1.5, "raft/teacher_mass_sum": 1.8, "raft/kl_rows": 2.0}
+    sums = {"raft/sft": sft, "divergence/loss": kl, "divergence/rows": 2.0}
+    sums |= {"divergence/student_mass_sum": 1.5, "divergence/teacher_mass_sum": 1.8}
     sums |= {"train/entropy_sum": 3.0, "train/rows": 2.0}
     return StepResult(loss=0.0, grad_norm=0.0, learning_rate=0.0, num_tokens=1, metrics=sums)
 
@@ -168,7 +174,7 @@ def test_exact_balance_is_the_worked_example() -> None:
 
         def measure(loss: Loss, sft: float = sft, kl: float = kl) -> dict[str, float]:
             assert balance_of(loss) == 0.0
-            return {"raft/sft": sft, "raft/kl": kl}
+            return {"raft/sft": sft, "divergence/loss": kl}
 
         found.append(balance_of(raft.loss(measure)))
         raft.observe(result_of(sft, kl))
@@ -177,7 +183,7 @@ def test_exact_balance_is_the_worked_example() -> None:
 
 def test_lagged_balance_follows_one_step_later_and_measures_only_once() -> None:
     raft = make_raft(lambda_mode="lagged")
-    first = balance_of(raft.loss(lambda _: {"raft/sft": 2.0, "raft/kl": 0.5}))
+    first = balance_of(raft.loss(lambda _: {"raft/sft": 2.0, "divergence/loss": 0.5}))
     found = [first]
     for sft, kl in zip(SFT_LOSSES, KL_LOSSES, strict=True):
         raft.observe(result_of(sft, kl))
@@ -200,7 +206,7 @@ def test_a_fixed_balance_is_what_the_configuration_says() -> None:
 
 def test_a_vanishing_distillation_loss_clamps_the_balance_and_says_so() -> None:
     raft = make_raft(lambda_max=7.0)
-    assert balance_of(raft.loss(lambda _: {"raft/sft": 2.0, "raft/kl": 0.0})) == 7.0
+    assert balance_of(raft.loss(lambda _: {"raft/sft": 2.0, "divergence/loss": 0.0})) == 7.0
     assert raft.observe(result_of(2.0, 0.0))["raft/lambda_clamped"] == 1.0
 
 

@@ -6,81 +6,90 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadistill.losses import answer_conditioned, teacher_top_k
+from megadistill.losses import answer_conditioned
 from megadistill.types import MicroBatch
-from tests.head.dense import Case, assert_near, dense_logprobs, make_case
+from tests.head.dense import assert_near, dense_logprobs
+from tests.losses import rows
+from tests.losses.rows import NUM_ROWS, STUDENT
 
 TEMPERATURE = 1.5
-TAUGHT = torch.tensor([True] * 7 + [False] * 6)
+TAUGHT = torch.arange(NUM_ROWS) < 7
 """Which of the 13 rows have a teacher."""
 
 
-def make_batch(student: Case, teacher: Case, top_k: int) -> MicroBatch:
-    """Rows only; what lies around them is the model's business."""
-    top = teacher_top_k(teacher.head(), teacher.hidden_TD, top_k, temperature=TEMPERATURE)
-    empty = torch.empty(0, dtype=torch.int64)
-    return MicroBatch(
-        token_ids_T=empty,
-        position_ids_T=empty,
-        cu_seqlens=empty,
-        rows_W=torch.arange(len(TAUGHT)),
-        targets_W=student.targets_T,
-        weights_W=student.weights_T,
-        sample_ids=(),
-        top_ids_WK=torch.where(TAUGHT[:, None], top.ids_WK, -1),
-        top_logprobs_WK=torch.where(TAUGHT[:, None], top.logprobs_WK, 0.0),
+def make_batch() -> MicroBatch:
+    """Where a row has a teacher only its divergence has a weight."""
+    batch = rows.with_support(
+        rows.bare_rows(STUDENT), side="teacher", temperature=TEMPERATURE, size=5
+    )
+    assert batch.top_ids_WK is not None
+    return replace(
+        batch,
+        weights_W=batch.weights_W.masked_fill(TAUGHT, 0.0),
+        divergence_weights_W=STUDENT.weights_T.masked_fill(~TAUGHT, 0.0),
+        top_ids_WK=torch.where(TAUGHT[:, None], batch.top_ids_WK, -1),
     )
 
 
-def dense_losses(student: Case, teacher: Case, top_k: int) -> tuple[Tensor, Tensor]:
+def dense_losses(batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """L_SFT and L_KL by Eq. (8)-(10), autograd through the student."""
-    own_TV = dense_logprobs(student)
-    own_T = own_TV.gather(1, student.targets_T[:, None])[:, 0]
-    sft = -(student.weights_T * own_T)[~TAUGHT].sum()
-    q_TV = dense_logprobs(teacher, TEMPERATURE).detach()
-    ids_TK = q_TV.topk(top_k).indices
-    q_TK = q_TV.gather(1, ids_TK).log_softmax(-1)
-    p_TK = dense_logprobs(student, TEMPERATURE).gather(1, ids_TK).log_softmax(-1)
-    kl_T = (q_TK.exp() * (q_TK - p_TK)).sum(-1)
-    return sft, TEMPERATURE**2 * (student.weights_T * kl_T)[TAUGHT].sum()
+    own_TV = dense_logprobs(STUDENT)
+    own_T = own_TV.gather(1, STUDENT.targets_T[:, None])[:, 0]
+    sft = -(STUDENT.weights_T * own_T)[~TAUGHT].sum()
+    assert batch.top_ids_WK is not None
+    kl_T, _, _ = rows.dense_top_k(
+        batch.top_ids_WK.clamp(min=0), direction="forward", tail=False, temperature=TEMPERATURE
+    )
+    return sft, TEMPERATURE**2 * (STUDENT.weights_T * kl_T)[TAUGHT].sum()
 
 
 @pytest.mark.parametrize("balance", [0.0, 0.3, 4.0])
 def test_loss_and_gradient_equal_the_dense_definition(balance: float) -> None:
-    student, teacher = make_case(seed=0), make_case(seed=1)
-    batch = make_batch(student, teacher, 5)
+    batch = make_batch()
     loss, metrics = answer_conditioned(
-        student.head(), student.hidden_TD, batch, balance=balance, temperature=TEMPERATURE
+        STUDENT.head(), STUDENT.hidden_TD, batch, balance=balance, temperature=TEMPERATURE
     )
     torch.autograd.backward(loss)
-    found = student.gradients()
-    sft, kl = dense_losses(student, teacher, 5)
+    found = STUDENT.gradients()
+    sft, kl = dense_losses(batch)
     torch.autograd.backward(sft + balance * kl)
-    assert_near(found, student.gradients(), 1e-9)
+    assert_near(found, STUDENT.gradients(), 1e-9)
     assert_near(loss.double(), sft + balance * kl, 1e-6)
     assert_near(metrics["raft/sft"].double(), sft.detach(), 1e-6)
-    assert_near(metrics["raft/kl"].double(), kl.detach(), 1e-6)
-    assert int(metrics["raft/kl_rows"]) == 7
-    assert 0 < metrics["raft/student_mass_sum"] < metrics["raft/kl_rows"]
+    assert_near(metrics["divergence/loss"].double(), kl.detach(), 1e-6)
+    assert int(metrics["divergence/rows"]) == 7
+    assert int(metrics["train/rows"]) == 6
+    assert 0 < metrics["divergence/student_mass_sum"] < metrics["divergence/rows"]
 
 
 def test_without_a_teacher_it_is_cross_entropy() -> None:
-    student, teacher = make_case(seed=0), make_case(seed=1)
-    batch = make_batch(student, teacher, 5)
-    bare = replace(batch, top_ids_WK=None, top_logprobs_WK=None)
     loss, metrics = answer_conditioned(
-        student.head(), student.hidden_TD, bare, balance=4.0, temperature=TEMPERATURE
+        STUDENT.head(),
+        STUDENT.hidden_TD,
+        rows.bare_rows(STUDENT),
+        balance=4.0,
+        temperature=TEMPERATURE,
     )
-    own_TV = dense_logprobs(student)
-    own_T = own_TV.gather(1, student.targets_T[:, None])[:, 0]
-    assert_near(loss.double(), -(student.weights_T * own_T).sum(), 1e-6)
-    assert "raft/kl" not in metrics
+    own_T = dense_logprobs(STUDENT).gather(1, STUDENT.targets_T[:, None])[:, 0]
+    assert_near(loss.double(), -(STUDENT.weights_T * own_T).sum(), 1e-6)
+    assert "divergence/loss" not in metrics
 
 
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
-    student = make_case(seed=0)
-    batch = make_batch(student, student, 5)
-    _, metrics = answer_conditioned(
-        student.head(), student.hidden_TD, batch, balance=1.0, temperature=TEMPERATURE
+@pytest.mark.parametrize("tail_bucket", [False, True])
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tail_bucket: bool) -> None:
+    batch = make_batch()
+    assert batch.top_ids_WK is not None
+    own_TV = dense_logprobs(STUDENT, TEMPERATURE).detach()
+    same = replace(batch, top_logprobs_WK=own_TV.gather(1, batch.top_ids_WK.clamp(min=0)))
+    loss, metrics = answer_conditioned(
+        STUDENT.head(),
+        STUDENT.hidden_TD,
+        replace(same, weights_W=torch.zeros(NUM_ROWS)),
+        balance=1.0,
+        temperature=TEMPERATURE,
+        tail_bucket=tail_bucket,
     )
-    assert abs(metrics["raft/kl"].item()) < 1e-12
+    assert abs(metrics["divergence/loss"].item()) < 1e-12
+    torch.autograd.backward(loss)
+    for gradient in STUDENT.gradients():
+        assert gradient.abs().max() < 1e-9

@@ -14,8 +14,12 @@ LENGTHS = (7, 30, 12, 33, 70, 5)
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models")
+    teachers = {
+        name: oracle.write_model(case, directory, seed=seed)
+        for seed, (name, case) in enumerate(oracle.TEACHERS.items(), start=5)
+    }
     for case in oracle.CASES:
         model_dir = oracle.write_model(case, directory)
-        reference = oracle.reference(model_dir, LENGTHS)
+        reference = oracle.reference(model_dir, LENGTHS, teachers)
         torch.save(reference, directory / f"{case.name}.reference")
     return directory

@@ -1,6 +1,6 @@
 """Small random Hugging Face models, and the numbers that they give for our engine to match."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,17 @@ import torch
 import transformers
 from torch import Tensor
 
-from megadistill.types import Sample, TokenSpan, TopK
+from megadistill.types import Int32Array, Sample, TokenScores, TokenSpan, TopK
 from tests.megatron.reference import (
     TEMPERATURE,
     TOP_K,
     VOCAB_SIZE,
     Reference,
+    asked_ids,
     random_samples,
     random_spans,
     reversed_top_k,
+    teacher_of,
 )
 
 NUM_STEPS = 3
@@ -83,6 +85,29 @@ CASES = (
     ),
 )
 
+TEACHERS = {
+    "shallow": Case(
+        name="shallow",
+        config=transformers.Qwen3Config,
+        model=transformers.Qwen3ForCausalLM,
+        settings={
+            "tie_word_embeddings": False,
+            "num_hidden_layers": 2,
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCAB_SIZE + 4,  # rows that the student does not have
+        },
+    ),
+    "wide": Case(
+        name="wide",
+        config=transformers.LlamaConfig,
+        model=transformers.LlamaForCausalLM,
+        settings={"tie_word_embeddings": True, "num_hidden_layers": 6, "hidden_size": 96},
+    ),
+}
+"""Of other families, depths and widths than the students."""
+
 
 def write_model(
     case: Case, directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0
@@ -101,14 +126,24 @@ def write_model(
     return directory / case.name
 
 
-def reference(model_dir: Path, lengths: Sequence[int]) -> Reference:
-    """Scores, and three AdamW steps with the gradient clipped to norm one."""
+def reference(model_dir: Path, lengths: Sequence[int], teachers: Mapping[str, Path]) -> Reference:
+    """Scores, a distillation gradient, and three AdamW steps with the gradient clipped to norm one."""
     model = read_model(model_dir)
+    frozen = {name: read_model(path) for name, path in teachers.items()}
     spans, samples = random_spans(lengths), random_samples(lengths)
     with torch.no_grad():
         scores = [token_logprobs(model, span) for span in spans]
         tops = [top_k(rows, span) for rows, span in zip(scores, spans, strict=True)]
         kl = sum(distillation(model, s, t) for s, t in zip(samples, tops, strict=True))
+        taught = [
+            common_logprobs(frozen[teacher_of(index)], span) for index, span in enumerate(spans)
+        ]
+    divergence = torch.stack(
+        [jensen_shannon(model, s, rows) for s, rows in zip(samples, taught, strict=True)]
+    ).sum()
+    torch.autograd.backward(loss(model, samples) + divergence)
+    named = model.named_parameters()
+    distilled_gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
     start = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     losses, grad_norms = [], []
@@ -132,6 +167,12 @@ def reference(model_dir: Path, lengths: Sequence[int]) -> Reference:
             for rows, span in zip(scores, spans, strict=True)
         ),
         tops=tops,
+        teacher=[
+            answered(common_logprobs(frozen["shallow"], span), ids_RK)
+            for span, ids_RK in zip(spans, asked_ids(spans), strict=True)
+        ],
+        distilled=divergence.item(),
+        distilled_gradients=distilled_gradients,
         kl=kl,
         samples=samples,
         losses=losses,
@@ -154,6 +195,35 @@ def token_logprobs(model: torch.nn.Module, span: TokenSpan) -> Tensor:
     ids = torch.from_numpy(span.token_ids_N.astype(np.int64))
     rows: Tensor = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1)
     return rows
+
+
+@torch.no_grad()
+def common_logprobs(teacher: torch.nn.Module, span: TokenSpan) -> Tensor:
+    """A teacher's `token_logprobs` over the ids that the student has."""
+    ids = torch.from_numpy(span.token_ids_N.astype(np.int64))
+    logits: Tensor = teacher(input_ids=ids[None]).logits[0, :-1, :VOCAB_SIZE]
+    return logits.float().log_softmax(-1)
+
+
+def jensen_shannon(model: torch.nn.Module, sample: Sample, teacher: Tensor) -> Tensor:
+    """One sample's part of the divergence: JSD at beta 1/2 and temperature 1, weighted."""
+    num_scored = sample.span.num_scored
+    p, q = (rows[-num_scored:].double() for rows in (token_logprobs(model, sample.span), teacher))
+    middle = ((p.exp() + q.exp()) / 2).log()
+    values = ((q.exp() * (q - middle)).sum(-1) + (p.exp() * (p - middle)).sum(-1)) / 2
+    assert sample.divergence_weights_R is not None
+    return (torch.from_numpy(sample.divergence_weights_R) * values).sum()
+
+
+def answered(rows: Tensor, ids_RK: Int32Array) -> TokenScores:
+    """What `read` should say about the last rows: entropy, and log-probabilities when cooled."""
+    tail = rows[len(rows) - len(ids_RK) :]
+    cooled = (tail / TEMPERATURE).log_softmax(-1)
+    return TokenScores(
+        logprobs_R=np.zeros(len(ids_RK), dtype=np.float32),
+        entropy_R=-(tail.exp() * tail).sum(-1).numpy(),
+        at_ids_RK=cooled.gather(1, torch.from_numpy(ids_RK.astype(np.int64))).numpy(),
+    )
 
 
 def scored(rows: Tensor, span: TokenSpan) -> Tensor:

@@ -25,7 +25,12 @@ from megadistill.config.schema import (
     RunConfig,
 )
 from megadistill.head import VocabularyHead, weighted_nll
-from megadistill.losses import answer_conditioned, policy_gradient
+from megadistill.losses import (
+    answer_conditioned,
+    full_vocabulary,
+    policy_gradient,
+    policy_gradient_and,
+)
 from megadistill.megatron import export
 from megadistill.megatron.engine import STUDENT, Engine
 from megadistill.types import (
@@ -37,7 +42,14 @@ from megadistill.types import (
     ScoreRequest,
     TokenSpan,
 )
-from tests.megatron.reference import TEMPERATURE, TOP_K, Reference, reversed_top_k
+from tests.megatron.reference import (
+    TEMPERATURE,
+    TOP_K,
+    Reference,
+    asked_ids,
+    reversed_top_k,
+    teacher_of,
+)
 from tests.megatron.worlds import renew_world
 
 Layout = dict[str, Any]
@@ -92,8 +104,14 @@ def compare(
     for layout_name, layout, model_name in cases:
         model_dir = directory / model_name
         reference = read_reference(directory, model_name)
-        engine = Engine(run_config(model_dir, layout))
-        gaps = {**_scoring(engine, reference), **_training(engine, reference, model_dir)}
+        names = {"same": model_name, "shallow": "shallow", "wide": "wide"}
+        teachers = {key: ModelConfig(path=str(directory / name)) for key, name in names.items()}
+        engine = Engine(run_config(model_dir, layout, teachers=teachers))
+        gaps = {
+            **_scoring(engine, reference),
+            **_distilling(engine, reference),
+            **_training(engine, reference, model_dir),
+        }
         found[layout_name, model_name] = worst(gaps)
         engine.close()
         renew_world()
@@ -156,7 +174,7 @@ def _scoring(engine: Engine, reference: Reference) -> dict[str, float]:
     found = engine.read("same", reference.spans, ScoreRequest(top_k=TOP_K, temperature=TEMPERATURE))
     tops = [one.top_k for one in found if one.top_k]
     taught = [
-        replace(sample, top_k=reversed_top_k(top))
+        replace(sample, divergence_weights_R=sample.weights_R, top_k=reversed_top_k(top))
         for sample, top in zip(reference.samples, tops, strict=True)
     ]
     loss = partial(answer_conditioned, balance=1.0, temperature=TEMPERATURE)
@@ -164,11 +182,39 @@ def _scoring(engine: Engine, reference: Reference) -> dict[str, float]:
         "top k": _largest_of(
             (a.logprobs_RK, b.logprobs_RK) for a, b in zip(tops, reference.tops, strict=True)
         ),
-        "top-k kl": abs(engine.measure(taught, loss)["raft/kl"] - reference.kl),
+        "top-k kl": abs(engine.measure(taught, loss)["divergence/loss"] - reference.kl),
         "logprob": _largest_of(zip(scores, reference.logprobs, strict=True)),
         "entropy": abs(entropy - reference.entropy) / reference.entropy,
         "gap to itself": _largest_of(zip(scores, same, strict=True)),
         "kl to itself": float(max(np.abs(forward_kl).max(), np.abs(reverse_kl).max())),
+    }
+
+
+def _distilling(engine: Engine, reference: Reference) -> dict[str, float]:
+    """Teachers of other depth and width, two in a micro-batch, over all ids."""
+    request = ScoreRequest(entropy=True, temperature=TEMPERATURE, hidden=True)
+    ids = asked_ids(reference.spans)
+    found = {name: engine.read(name, reference.spans, request, ids) for name in ("shallow", "wide")}
+    samples = [
+        replace(
+            sample,
+            teacher=teacher_of(index),
+            hidden_RD=found[teacher_of(index)][index].hidden_RD,
+        )
+        for index, sample in enumerate(reference.samples)
+    ]
+    loss = partial(
+        policy_gradient_and, divergence=partial(full_vocabulary, divergence="jsd", beta=0.5)
+    )
+    measured = engine.measure(samples, loss)["divergence/loss"]
+    heads = engine._with_heads(loss, samples, training=True)
+    engine._student.gradient(engine._batches(samples), heads)
+    pairs = list(zip(found["shallow"], reference.teacher, strict=True))
+    return {
+        "teacher entropy": _largest_of((a.entropy_R, b.entropy_R) for a, b in pairs),
+        "teacher at ids": _largest_of((a.at_ids_RK, b.at_ids_RK) for a, b in pairs),
+        "jsd": abs(measured - reference.distilled),
+        "jsd gradient": _relative(dict(gradients_of(engine)), reference.distilled_gradients),
     }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from megadistill.types import FloatArray, Sample, TokenSpan, TopK
+from megadistill.types import FloatArray, Int32Array, Sample, TokenScores, TokenSpan, TopK
 
 VOCAB_SIZE = 259
 """Odd, so that tensor parallelism must pad it."""
@@ -29,6 +29,12 @@ class Reference:
     """Summed over all scored tokens."""
     tops: list[TopK]
     """At TEMPERATURE."""
+    teacher: list[TokenScores]
+    """Of the shallow teacher, about the ids of `asked_ids`."""
+    distilled: float
+    """What the divergence of the test adds to the loss, each sample from its own teacher."""
+    distilled_gradients: dict[str, Tensor]
+    """Of policy gradient and divergence, not clipped."""
     kl: float
     """RAFT's L_KL of all samples, where their teacher is `tops` in reverse order of likelihood."""
     samples: list[Sample]
@@ -41,6 +47,17 @@ class Reference:
     """After the last step."""
     last_loss: float
     """Of the first sample alone, after the last step."""
+
+
+def teacher_of(index: int) -> str:
+    """Whose divergence a sample takes."""
+    return ("shallow", "wide")[index % 2]
+
+
+def asked_ids(spans: Sequence[TokenSpan]) -> list[Int32Array]:
+    """Three ids for each scored token."""
+    rng = np.random.default_rng(5)
+    return [rng.integers(0, VOCAB_SIZE, (span.num_scored, 3), dtype=np.int32) for span in spans]
 
 
 def reversed_top_k(top: TopK) -> TopK:
@@ -64,5 +81,12 @@ def random_samples(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
     for span in random_spans(lengths, seed):
         weights = rng.normal(0.3, 1.0, span.num_scored) / len(lengths) / span.num_scored
         weights[rng.random(span.num_scored) < 0.2] = 0.0
-        samples.append(Sample(span=span, weights_R=weights.astype(np.float32)))
+        divergence_weights = np.roll(np.abs(weights), 1)
+        samples.append(
+            Sample(
+                span=span,
+                weights_R=weights.astype(np.float32),
+                divergence_weights_R=divergence_weights.astype(np.float32),
+            )
+        )
     return samples

@@ -143,18 +143,21 @@ def test_measuring_a_loss_gives_what_the_step_will_report(engine: Engine) -> Non
         Sample(
             span=span,
             weights_R=np.full(span.num_scored, 0.1, dtype=np.float32),
+            divergence_weights_R=np.full(span.num_scored, 0.1 * (index % 2), dtype=np.float32),
             top_k=shaken[index] if index % 2 else None,
         )
         for index, span in enumerate(spans)
     ]
     loss = partial(answer_conditioned, balance=2.0, temperature=1.5)
     measured = engine.measure(samples, loss)
-    assert measured["raft/kl"] > 0
+    assert measured["divergence/loss"] > 0
     before = dict(engine.hf_tensors())
     assert measured == engine.measure(samples, loss)
     result = engine.step(samples, loss, learning_rate=1e-3)
     assert result.metrics == pytest.approx(measured, rel=1e-6)
-    assert result.loss == pytest.approx(measured["raft/sft"] + 2 * measured["raft/kl"], rel=1e-6)
+    assert result.loss == pytest.approx(
+        measured["raft/sft"] + 2 * measured["divergence/loss"], rel=1e-6
+    )
     assert set(before) == set(dict(engine.hf_tensors()))
 
 
