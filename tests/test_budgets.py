@@ -22,7 +22,7 @@ BUDGETS = {
     "algorithms": 500,
     "cli": 460,
     "config": 1050,
-    "convert": 1070,
+    "convert": 1160,
     "data": 1060,
     "evaluate": 3080,
     "head": 1260,

@@ -20,7 +20,7 @@ FAMILIES = {
     "eval": ["run", "compare"],
     "config": ["show", "check", "schema"],
     "recipes": ["list", "copy"],
-    "convert": ["megatron", "hf", "fapm"],
+    "convert": ["megatron", "hf", "fapm", "merge"],
 }
 VERBS = [
     *("train", "node", "submit", "status", "report", "probe", "doctor", "shard"),

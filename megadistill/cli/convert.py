@@ -8,7 +8,7 @@ from megadistill.cli.verbs import family, verb
 
 convert = family(
     "convert",
-    "Hugging Face to Megatron and back; FAPM's pruning.",
+    "Hugging Face to Megatron and back; merging; FAPM's pruning.",
     example="convert megatron Qwen/Qwen3-8B ckpt/",
 )
 
@@ -54,3 +54,27 @@ def fapm(
     from megadistill.convert.pruning import prune_change
 
     print(prune_change(source, model, target, keep))
+
+
+@verb(convert, example="convert merge runs/a/export runs/b/export merged/ --model BASE")
+def merge(
+    sources: Annotated[list[str], Argument(help="the models, at least two")],
+    target: Target,
+    weight: Annotated[
+        list[float] | None, Option(help="Of each model in turn; without it all count alike.")
+    ] = None,
+    model: Annotated[
+        str | None, Option(help="What all were tuned from: TIES instead of the weighted mean.")
+    ] = None,
+    keep: Annotated[float, Option(help="TIES: share of each model's changes that stays.")] = 0.2,
+    scale: Annotated[float, Option(help="TIES: lambda, which multiplies the merged change.")] = 1,
+) -> None:
+    """One model out of several of one shape: the weighted mean, or TIES against a base."""
+    from megadistill.convert.merging import merge_linear, merge_ties
+
+    if model is None:
+        print(merge_linear(sources, target, weight))
+    elif weight:
+        raise ValueError("--weight: found it beside --model, expected one of them: TIES has none")
+    else:
+        print(merge_ties(sources, model, target, keep=keep, scale=scale))

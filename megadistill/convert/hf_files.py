@@ -59,6 +59,10 @@ class SafetensorsReader:
 
     __call__ = read
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, without reading its data."""
+        return tuple(self._file_of(name).get_slice(name).get_shape())
+
     def dtype(self, name: str) -> torch.dtype:
         """Its dtype, without reading its data."""
         piece = self._file_of(name).get_slice(name)
