@@ -131,7 +131,7 @@ def evaluation(run: RunDir, export: Path) -> Path:
 
 def read_evaluations(run: RunDir) -> list[str]:
     """How far the work is that exports have started, a line each, in the order of their steps."""
-    work = run.load_config().checkpoint.on_export
+    work = run.look_at_config().checkpoint.on_export
     every = (run.path / "evaluations").glob("*")
     found = []
     for root in sorted(every, key=lambda path: (path.name == "final", path.name)):

@@ -9,7 +9,7 @@ from megadistill.atomic import write_atomic
 from megadistill.launch.attempts import run_state
 from megadistill.metrics import read_metrics
 from megadistill.report.curves import compared_curves
-from megadistill.report.effect import Effect, effects
+from megadistill.report.effect import effects
 from megadistill.report.groups import grouped, unique_names
 from megadistill.report.page import render, shown
 from megadistill.report.tradeoff import forgetting_curves, trade_curves, trade_table
@@ -42,13 +42,9 @@ def outcomes(runs: Sequence[RunDir]) -> pd.DataFrame:
     """Every held-out quantity of every group of runs that differ in their seeds only."""
     rows = []
     for group, members in grouped(runs).items():
-        measured: dict[tuple[str, str], list[Effect]] = {}
-        for run in members:
-            for effect in effects(run):
-                measured.setdefault((effect.name, effect.direction), []).append(effect)
-        for names, same in measured.items():
-            before, after = [one.before for one in same], [one.after for one in same]
-            change = [one.after - one.before for one in same]
-            shown = (mean_with_ci(values).text for values in (before, after, change))
+        measured = pd.concat([effects(run) for run in members])
+        measured["change"] = measured["after"] - measured["before"]
+        for names, same in measured.groupby(["name", "direction"], sort=False):
+            shown = (mean_with_ci(list(same[key])).text for key in ("before", "after", "change"))
             rows.append((group, *names, str(len(same)), *shown))
     return pd.DataFrame(rows, columns=HEADS)

@@ -1,7 +1,5 @@
 """The effect of a run: held-out quantities before its first step and after its last, and its curves."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -17,61 +15,36 @@ QUANTITIES = {
     "nll": "reference answers",
 }
 """Divergences to a teacher, and the negative log-likelihood of reference answers."""
+PARTS = ("", "_stderr")
 IN_PICTURE = ("heldout", "gap_absolute", "selected_fraction")
 """Of the curves."""
 HEADS = ("held out", "nats per token", "before", "after", "change")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effect:
-    """One held-out quantity before the first step and after the last, in nats per token."""
-
-    name: str
-    direction: str
-    before: float
-    before_error: float
-    after: float
-    after_error: float
-
-    @property
-    def change(self) -> str:
-        """Relative, or absolute where it began at zero."""
-        difference = self.after - self.before
-        return f"{difference / self.before:+.0%}" if self.before > 1e-6 else f"{difference:+.4f}"
-
-
-def effects(run: RunDir) -> list[Effect]:
-    """Every held-out quantity that was measured at the first and at the last measurement."""
+def effects(run: RunDir) -> pd.DataFrame:
+    """Every held-out quantity, in nats per token, that the first and the last measurement have."""
     rows = measured_rows(read_metrics(run.metrics_file))
-    if not rows:
-        return []
-    first, last = rows[0], rows[-1]
-    return [
-        Effect(
-            name=name,
-            direction=label,
-            before=first[key],
-            before_error=first[f"{key}_stderr"],
-            after=last[key],
-            after_error=last[f"{key}_stderr"],
-        )
+    columns = ["name", "direction", "before", "before_error", "after", "after_error"]
+    found = [
+        (name, label, *(row[f"{key}{part}"] for row in (rows[0], rows[-1]) for part in PARTS))
         for name in heldout_names(rows)
         for quantity, label in QUANTITIES.items()
-        if (key := f"heldout/{name}/{quantity}") in first and key in last
+        if (key := f"heldout/{name}/{quantity}") in rows[0] and key in rows[-1]
     ]
+    return pd.DataFrame(found, columns=columns)
 
 
-def effect_table(found: Sequence[Effect]) -> pd.DataFrame:
+def effect_table(found: pd.DataFrame) -> pd.DataFrame:
     """Before against after, with standard errors."""
     rows = [
         (
-            effect.name,
-            effect.direction,
-            f"{effect.before:.4f} ± {effect.before_error:.4f}",
-            f"{effect.after:.4f} ± {effect.after_error:.4f}",
-            effect.change,
+            one.name,
+            one.direction,
+            f"{one.before:.4f} ± {one.before_error:.4f}",
+            f"{one.after:.4f} ± {one.after_error:.4f}",
+            _change(one.before, one.after),
         )
-        for effect in found
+        for one in found.itertuples(index=False)
     ]
     return pd.DataFrame(rows, columns=HEADS)
 
@@ -80,3 +53,8 @@ def effect_picture(run: RunDir, file: Path) -> Path:
     """Draw held-out curves, training gap, and selection by step; returns `file` (PNG)."""
     curves = run_curves(read_metrics(run.metrics_file))
     return save_png(file, [curves[name] for name in IN_PICTURE], run.path.name)
+
+
+def _change(before: float, after: float) -> str:
+    """Relative, or absolute where it began at zero."""
+    return f"{(after - before) / before:+.0%}" if before > 1e-6 else f"{after - before:+.4f}"

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import yaml
-
+from megadistill.config import dump
 from megadistill.rundir import RunDir
 
-UNLIKE = ("name", "runs_dir", "seed")
-"""Settings in which runs of one group may differ."""
+UNLIKE = {"name": "", "runs_dir": "", "seed": 0}
+"""Settings in which runs of one group may differ, made the same."""
 
 
 def grouped(runs: Sequence[RunDir]) -> dict[str, list[RunDir]]:
@@ -23,7 +22,7 @@ def grouped(runs: Sequence[RunDir]) -> dict[str, list[RunDir]]:
 
 def seed_of(run: RunDir) -> int:
     """The run's seed."""
-    return int(yaml.safe_load(run.config_file.read_text(encoding="utf-8")).get("seed", 0))
+    return run.look_at_config().seed
 
 
 def unique_names(runs: Sequence[RunDir]) -> list[str]:
@@ -37,5 +36,4 @@ def unique_names(runs: Sequence[RunDir]) -> list[str]:
 
 def _settings(run: RunDir) -> str:
     """What makes two runs repetitions of one experiment."""
-    tree = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
-    return yaml.safe_dump({key: value for key, value in tree.items() if key not in UNLIKE})
+    return dump(run.look_at_config().model_copy(update=UNLIKE))

@@ -29,7 +29,7 @@ MOST_DETAIL = 4000
 
 def write_page(run: RunDir, file: Path) -> Path:
     """Write the page of a run in whatever state it is; returns `file`."""
-    config = run.load_config()
+    config = run.look_at_config()
     rows = read_metrics(run.metrics_file)
     state, why = run_state(run)
     progress = run.read_progress()

@@ -1,6 +1,6 @@
 """A few rollouts of a run, token by token: where the teacher agrees with the student and where not."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,8 @@ class Example:
     num_hidden: int
     """Tokens that are left out."""
     mean_gap: float
-    score: float
-    selected: bool
-    finish_reason: str
-    policy_version: int
+    row: Mapping[str, Any]
+    """What else is stored of it (any: a column each)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,10 +174,7 @@ def _example(row: dict[str, Any], gap_R: Any, why: str, decode: Decode) -> Examp
         tokens=tokens,
         num_hidden=len(row["response_ids"]) - count,
         mean_gap=float(gap_R.mean()) if len(gap_R) else 0.0,
-        score=float(row["score"]),
-        selected=bool(row["selected"]),
-        finish_reason=str(row["finish_reason"]),
-        policy_version=int(row["policy_version"]),
+        row=row,
     )
 
 
