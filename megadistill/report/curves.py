@@ -1,7 +1,6 @@
 """Selects and draws curves of the metrics, of one run or of several over each other."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megadistill.plots import Columns, Curves, Point, Series
@@ -37,14 +36,19 @@ def run_curves(rows: Sequence[Row]) -> dict[str, Curves]:
         "heldout": Curves(
             title="held-out KL(student ‖ teacher), nats per token",
             series=[
-                Series(f"to {name} teacher", heldout_points(rows, name), colours[name])
+                Series(
+                    f"to {name} teacher",
+                    points_of(rows, f"heldout/{name}/reverse_kl"),
+                    colours[name],
+                )
                 for name in names
             ],
         ),
         "likelihood": Curves(
             title=LIKELIHOOD,
             series=[
-                Series(name, heldout_points(rows, name, "nll"), colours[name]) for name in names
+                Series(name, points_of(rows, f"heldout/{name}/nll"), colours[name])
+                for name in names
             ],
         ),
         **{
@@ -58,17 +62,20 @@ def compared_curves(runs: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[Curve
     """The curves of several runs over each other, coloured by run."""
     every = [row for _, rows in runs for row in rows]
     names = heldout_names(every)
-    for name in names:
-        title = f"held-out {name}: KL(student ‖ teacher), nats per token"
-        yield _over_each_other(title, runs, partial(heldout_points, name=name))
-    for name in names:
-        points = partial(heldout_points, name=name, quantity="nll")
-        yield _over_each_other(f"{name}: {LIKELIHOOD}", runs, points)
+    titles = {
+        f"heldout/{name}/reverse_kl": f"held-out {name}: KL(student ‖ teacher), nats per token"
+        for name in names
+    }
+    titles |= {f"heldout/{name}/nll": f"{name}: {LIKELIHOOD}" for name in names}
     for key, title in METRICS.items():
         plain = any(key in row for row in every)
         for branch in [""] if plain else [f"{branch}/" for branch in _branches(every)]:
-            label = f"{branch.replace('/', ': ')}{title}"
-            yield _over_each_other(label, runs, partial(metric_points, key=f"{branch}{key}"))
+            titles[f"{branch}{key}"] = f"{branch.replace('/', ': ')}{title}"
+    for key, title in titles.items():
+        series = [
+            Series(name, points_of(rows, key), index) for index, (name, rows) in enumerate(runs)
+        ]
+        yield Curves(title=title, series=series)
 
 
 def phase_timeline(rows: Sequence[Row]) -> Columns:
@@ -91,38 +98,23 @@ def heldout_names(rows: Sequence[Row]) -> list[str]:
     return sorted({key.split("/")[1] for row in rows for key in row if key.startswith("heldout/")})
 
 
-def heldout_points(rows: Sequence[Row], name: str, quantity: str = "reverse_kl") -> list[Point]:
-    """A held-out quantity by step, with its standard error."""
-    key = f"heldout/{name}/{quantity}"
+def points_of(rows: Sequence[Row], key: str) -> list[Point]:
+    """A metric by step, with its standard error where there is one."""
     return [
         Point(row["step"], row[key], row.get(f"{key}_stderr", 0.0)) for row in rows if key in row
     ]
 
 
-def metric_points(rows: Sequence[Row], key: str) -> list[Point]:
-    """A metric by step."""
-    return [Point(row["step"], row[key]) for row in rows if key in row]
-
-
 def _by_branch(rows: Sequence[Row], key: str, colours: Mapping[str, int]) -> Iterable[Series]:
     """A curve for each branch: its own metric, or the step's where it was the only branch."""
     for branch in _branches(rows):
-        points = metric_points(rows, f"{branch}/{key}")
+        points = points_of(rows, f"{branch}/{key}")
         if not points:
-            points = metric_points([row for row in rows if row.get("branch") == branch], key)
+            points = points_of([row for row in rows if row.get("branch") == branch], key)
         yield Series(branch, points, colours[branch])
     joint = [row for row in rows if "+" in str(row.get("branch", ""))]
-    if points := metric_points(joint, key):
+    if points := points_of(joint, key):
         yield Series("together", points, colours["together"])
-
-
-def _over_each_other(
-    title: str,
-    runs: Sequence[tuple[str, Sequence[Row]]],
-    points: Callable[[Sequence[Row]], list[Point]],
-) -> Curves:
-    series = [Series(name, points(rows), index) for index, (name, rows) in enumerate(runs)]
-    return Curves(title=title, series=series)
 
 
 def _branches(rows: Iterable[Row]) -> list[str]:

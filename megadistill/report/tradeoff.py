@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -59,14 +58,10 @@ def forgetting_curves(runs: Sequence[RunDir]) -> list[ForgettingCurve]:
         }
         every = [path for members in paths.values() for path in members.values()]
         level = min(max(gain for gain, _ in path) for path in every)
-        level_or_none = level if level > 0 else None
         first: Mapping[int, float] | None = None
         for name, members in paths.items():
-            at = {
-                seed: cost_at(path, level)
-                for seed, path in members.items()
-                if level_or_none is not None
-            }
+            gained = members.items() if level > 0 else ()
+            at = {seed: cost_at(path, level) for seed, path in gained}
             found.append(
                 ForgettingCurve(
                     group=name,
@@ -75,7 +70,7 @@ def forgetting_curves(runs: Sequence[RunDir]) -> list[ForgettingCurve]:
                     divergence=divergence,
                     gain=mean_with_ci([path[-1][0] for path in members.values()]),
                     cost=mean_with_ci([path[-1][1] for path in members.values()]),
-                    level=level_or_none,
+                    level=level if level > 0 else None,
                     cost_at_level=mean_with_ci(list(at.values())) if at else None,
                     difference=_difference(at, first) if first else None,
                 )
@@ -154,19 +149,11 @@ def _difference(at: Mapping[int, float], first: Mapping[int, float]) -> MeanWith
 
 def _pairs(runs: Sequence[RunDir]) -> Iterable[tuple[str, str]]:
     """(answers, texts) that every run has measured."""
-    measured = [_measured(run) for run in runs]
-    answers, texts = (set.intersection(*kind) for kind in zip(*measured, strict=True))
-    return product(sorted(answers), sorted(texts))
-
-
-def _measured(run: RunDir) -> tuple[set[str], set[str]]:
-    """Names of the answers and of the texts in a run's first measurement."""
-    rows: Sequence[Mapping[str, Any]] = measured_rows(
-        read_metrics(run.metrics_file)
-    )  # metrics: any JSON
-    keys = [key.split("/") for key in (rows[0] if rows else {}) if key.startswith("heldout/")]
-    found = {
-        quantity: {parts[1] for parts in keys if parts[2] == quantity}
-        for quantity in ("nll", "forward_kl")
-    }
-    return found["nll"], found["forward_kl"]
+    rows = [measured_rows(read_metrics(run.metrics_file))[:1] for run in runs]
+    keys = set.intersection(*({key for row in first for key in row} for first in rows))
+    found = [key.split("/") for key in sorted(keys) if key.startswith("heldout/")]
+    answers, texts = (
+        [name for _, name, quantity in found if quantity == wanted]
+        for wanted in ("nll", "forward_kl")
+    )
+    return product(answers, texts)
