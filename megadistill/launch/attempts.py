@@ -7,6 +7,7 @@ import re
 import subprocess
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -20,11 +21,16 @@ from megadistill.launch.heartbeats import (
 from megadistill.launch.node_context import ask_slurm
 from megadistill.launch.roles import Launch
 from megadistill.launch.shared_files import read_as, read_json
+from megadistill.metrics import read_metrics
 from megadistill.rundir import RunDir
 
 SILENT_S = 120.0
 """Without a sign of life for as long, a node is shown as silent."""
+STEP_PATIENCE_S, START_PATIENCE_S = 600.0, 1800.0
+"""Without a word of its trainers for as long, a run is shown as silent, though its nodes live."""
+LAST_STEPS = 5
 SQUEUE_TIMEOUT_S = 5
+QUEUE_EVERY_S = 10.0
 LOST = "it was requeued, or its job was lost"
 
 State = Literal[
@@ -115,9 +121,27 @@ def run_state(run: RunDir) -> tuple[State, str]:
     if run.stop_file.exists():
         return "stopping", run.stop_file.read_text()
     began = _modified(launch_file(run)) or 0.0
-    if run.read_progress().get("updated", 0.0) < began:
-        return "starting", f"attempt {attempt}"
-    return "running", f"attempt {attempt}"
+    has_begun = run.read_progress().get("updated", 0.0) >= began
+    quiet = time.time() - max(last_sign(run), began)
+    if quiet > _patience_s(run, has_begun):
+        return "silent", f"its nodes are alive, but its trainers wrote nothing for {quiet:.0f} s"
+    return ("running" if has_begun else "starting"), f"attempt {attempt}"
+
+
+def last_sign(run: RunDir) -> float:
+    """When a trainer last wrote, to its log, the metrics or the progress; 0 before that."""
+    logs = (run.path / "logs").glob("trainer-*.log")
+    files = [run.progress_file, run.metrics_file, *logs]
+    return max(_modified(file) or 0.0 for file in files)
+
+
+def _patience_s(run: RunDir, has_begun: bool) -> float:
+    """So long may trainers write nothing: some steps, of which none is short."""
+    if not has_begun:
+        return START_PATIENCE_S
+    last = read_metrics(run.metrics_file)[-LAST_STEPS:]
+    times = [row.get("time/step", 0.0) + row.get("time/evaluate", 0.0) for row in last]
+    return max(STEP_PATIENCE_S, LAST_STEPS * max(times, default=0.0))
 
 
 def read_nodes(run: RunDir) -> list[NodeSign]:
@@ -143,7 +167,8 @@ def last_error(run: RunDir) -> str | None:
         return None
     newest = failed[-1]
     at = "" if newest.step is None else f" at step {newest.step}"
-    return f"attempt {newest.number}{at}: {newest.reason}"
+    last = [line for line in newest.detail.splitlines() if line.strip()][-1:]
+    return ": ".join([f"attempt {newest.number}{at}", newest.reason, *last])
 
 
 def failure_since(run: RunDir, since: float) -> AttemptOutcome | None:
@@ -161,6 +186,12 @@ def queue_state(run: RunDir) -> str:
     job = _job_id(run)
     if job is None:
         return ""
+    return _ask_queue(job, int(time.monotonic() / QUEUE_EVERY_S))
+
+
+@lru_cache(maxsize=1)
+def _ask_queue(job: str, moment: int) -> str:
+    """What Slurm says of a job; `moment` is another when it is time to ask again."""
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T (%r)"]
     try:
         answer = ask_slurm(command, check=False, timeout_s=SQUEUE_TIMEOUT_S)

@@ -131,8 +131,8 @@ def evaluation(run: RunDir, export: Path) -> Path:
 
 def read_evaluations(run: RunDir) -> list[str]:
     """How far the work is that exports have started, a line each, in the order of their steps."""
-    work = run.look_at_config().checkpoint.on_export
-    every = (run.path / "evaluations").glob("*")
+    every = list((run.path / "evaluations").glob("*"))
+    work = run.look_at_config().checkpoint.on_export if every else None
     found = []
     for root in sorted(every, key=lambda path: (path.name == "final", path.name)):
         keys = tuple(path.name for path in (root / "shards").glob("*"))

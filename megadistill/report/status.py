@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -13,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from megadistill.launch.attempts import (
+    NodeSign,
     failure_since,
     last_error,
+    last_sign,
     read_attempts,
     read_nodes,
     run_state,
@@ -39,6 +42,15 @@ COLUMNS = (
 LAST_ROWS = 8
 LAST_ATTEMPTS = 3
 
+WAITS_FOR = {
+    "not there yet": "`megadistill train` or `megadistill submit train` to make {run}",
+    "not started": "its first process",
+    "queued": "Slurm",
+    "failed": "another attempt (`megadistill train {run}`, or submit it again)",
+    "stopped": "another attempt (`megadistill train {run}`, or submit it again)",
+    "silent": "a sign of life, see {run}/logs",
+}
+"""State -> what makes it another."""
 STATE_STYLES = {"done": "bold green", "running": "green", "failed": "bold red", "silent": "red"}
 
 
@@ -55,42 +67,51 @@ def watch(
     Raises `ValueError` when its attempt failed, or when nothing moved for `give_up_s` seconds.
     """
     begun = time.time()
-    seen = -1
     with _screen(run, console or Console()) as update:
         while not _is_done(run):
-            seen = update(seen)
+            update()
             _raise_failure(run, begun)
-            if time.time() - max(_last_sign(run), begun) > give_up_s:
+            if time.time() - max(last_sign(run), begun) > give_up_s:
                 raise ValueError(
                     f"{run.path}: nothing was written for {give_up_s:.0f} s; see its logs/"
                 )
             time.sleep(interval_s)
-        update(seen)
+        update()
 
 
 @contextmanager
-def _screen(run: RunDir, console: Console) -> Iterator[Callable[[int], int]]:
-    """A function that shows what is new: a live view on a terminal, a plain line a step elsewhere."""
+def _screen(run: RunDir, console: Console) -> Iterator[Callable[[], None]]:
+    """A function that shows what is new: a live view on a terminal, plain lines elsewhere."""
     if console.is_terminal:
         with Live(_view(run), console=console, refresh_per_second=2) as live:
+            yield lambda: live.update(_view(run))
+    else:
+        yield _PlainLines(run, console).update
 
-            def redraw(seen: int) -> int:
-                live.update(_view(run))
-                return seen
 
-            yield redraw
-        return
+@dataclass(slots=True)
+class _PlainLines:
+    """A line for each step, and for what the run waits for."""
 
-    def print_new(seen: int) -> int:
-        for row in read_metrics(run.metrics_file):
-            if row["step"] > seen:
-                seen = row["step"]
+    run: RunDir
+    console: Console
+    _step: int = -1
+    _state: str = ""
+
+    def update(self) -> None:
+        state, line = _standing(self.run)
+        if state != self._state and state in WAITS_FOR:
+            self.say(f"{self.run.path.name}: {line.plain}")
+        self._state = state
+        for row in read_metrics(self.run.metrics_file):
+            if row["step"] > self._step:
+                self._step = row["step"]
                 cells = zip(COLUMNS, _cells(row), strict=True)
-                line = "  ".join(f"{heading} {cell}" for (_, heading, _), cell in cells if cell)
-                console.print(f"{line}  {_eta(run)}", highlight=False, soft_wrap=True)
-        return seen
+                named = "  ".join(f"{heading} {cell}" for (_, heading, _), cell in cells if cell)
+                self.say(f"{named}  {_eta(self.run)}")
 
-    yield print_new
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _raise_failure(run: RunDir, since: float) -> None:
@@ -103,14 +124,14 @@ def _raise_failure(run: RunDir, since: float) -> None:
 def _view(run: RunDir) -> RenderableType:
     progress = run.read_progress()
     rows = read_metrics(run.metrics_file)
-    done, total = progress.get("step", 0), progress.get("steps")
-    parts: list[RenderableType] = [
-        Text(f"{run.path.name}: step {done} of {total or '?'}  {_eta(run)}  "),
-        _bar(done, total or 1),
-        *_standing(run, rows),
+    steps = run.look_at_config().steps if run.config_file.exists() else "?"
+    done, total = progress.get("step", 0), progress.get("steps", steps)
+    return Group(
+        Text(f"{run.path.name}: step {done} of {total}  {_eta(run)}".rstrip()),
+        _bar(done, total if isinstance(total, int) else 1),
+        *_troubles(run, rows),
         _last_steps(rows),
-    ]
-    return Group(*parts)
+    )
 
 
 def _bar(done: int, total: int) -> Table:
@@ -120,10 +141,18 @@ def _bar(done: int, total: int) -> Table:
     return line
 
 
-def _standing(run: RunDir, rows: Sequence[dict[str, Any]]) -> list[RenderableType]:
-    """State, attempts, last error, and the nodes with their roles."""
-    state, why = run_state(run)
+def _standing(run: RunDir) -> tuple[str, Text]:
+    """The run's state, and a line on it that says what it waits for."""
+    state, why = run_state(run) if run.config_file.exists() else ("not there yet", "")
     line = Text.assemble((state, STATE_STYLES.get(state, "bold")), f"  {why}" if why else "")
+    if state in WAITS_FOR:
+        line.append(f"; waits for {WAITS_FOR[state].format(run=run.path)}")
+    return state, line
+
+
+def _troubles(run: RunDir, rows: Sequence[dict[str, Any]]) -> list[RenderableType]:
+    """State, attempts, last error, and the nodes with their roles."""
+    state, line = _standing(run)
     attempts = read_attempts(run)
     if attempts:
         ended = Counter(attempt.outcome for attempt in attempts)
@@ -140,16 +169,16 @@ def _standing(run: RunDir, rows: Sequence[dict[str, Any]]) -> list[RenderableTyp
         found.append(Text(f"memory of the fullest trainer: {memory:.1f} GiB"))
     if evaluations := read_evaluations(run):
         found.append(Text("; ".join(evaluations)))
-    if run.config_file.exists() and state not in ("done", "not started"):
-        found.append(_node_table(run))
+    if state != "done" and (nodes := read_nodes(run)):
+        found.append(_node_table(nodes))
     return found
 
 
-def _node_table(run: RunDir) -> Table:
+def _node_table(nodes: Sequence[NodeSign]) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in ("node", "host", "roles", "state", "last sign"):
         table.add_column(heading)
-    for sign in read_nodes(run):
+    for sign in nodes:
         age = "" if sign.age_s is None else f"{sign.age_s:.0f} s ago"
         state = Text(sign.state, style=STATE_STYLES.get(sign.state, ""))
         table.add_row(str(sign.node), Text(sign.host), Text(sign.roles), state, age)
@@ -169,7 +198,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     """Formatted values of one step; empty where a step has no such metric."""
     cells = []
     for key, _, pattern in COLUMNS:
-        value = row.get(key, row.get(f"{row['branch'].split('+')[0]}/{key}"))
+        branch, _, _ = str(row.get("branch", "")).partition("+")
+        value = row.get(key, row.get(f"{branch}/{key}"))
         cells.append("" if value is None else pattern.format(value))
     return cells
 
@@ -177,17 +207,15 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _eta(run: RunDir) -> str:
     """Time left by the mean of the last steps, or what the run is doing before its first."""
     progress = run.read_progress()
-    if not progress:
-        return "starting"
-    if progress["done"]:
+    if progress.get("done"):
         return "done"
     times = [
         row["time/step"] + row.get("time/evaluate", 0)
         for row in read_metrics(run.metrics_file)
         if "time/step" in row
     ]
-    if not times:
-        return str(progress["phase"])
+    if not times or "steps" not in progress:
+        return str(progress.get("phase", ""))
     recent = times[-LAST_ROWS:]
     seconds = (progress["steps"] - progress["step"]) * sum(recent) / len(recent)
     return f"ETA {int(seconds // 60)}:{int(seconds % 60):02d}"
@@ -195,9 +223,3 @@ def _eta(run: RunDir) -> str:
 
 def _is_done(run: RunDir) -> bool:
     return bool(run.read_progress().get("done"))
-
-
-def _last_sign(run: RunDir) -> float:
-    """When something last wrote to the run's logs, metrics or progress; 0 before that."""
-    files = [run.progress_file, run.metrics_file, *(run.path / "logs").glob("*")]
-    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)

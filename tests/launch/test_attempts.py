@@ -98,6 +98,28 @@ def test_nodes_that_have_gone_quiet_are_silent(run: RunDir) -> None:
     assert node.roles == "trainer 0, engine 0"
 
 
+@pytest.mark.parametrize(
+    ("step_s", "quiet_s", "state"),
+    [(2.0, 500, "running"), (2.0, 700, "silent"), (300.0, 700, "running"), (300.0, 1600, "silent")],
+)
+def test_a_trainer_that_hangs_is_seen_though_its_node_lives(
+    run: RunDir, step_s: float, quiet_s: float, state: str
+) -> None:
+    begin(run)
+    launched = time.time() - 3 * quiet_s
+    os.utime(run.path / "control" / "launch.json", (launched,) * 2)
+    run.write_progress({"step": 3, "steps": 9, "phase": "general", "done": False})
+    row = {"step": 3, "time/step": step_s}
+    run.metrics_file.write_text(json.dumps(row) + "\n")
+    (run.path / "logs" / "trainer-0.0.log").touch()
+    (run.path / "logs" / "engine-0.0.log").touch()
+    for file in (run.progress_file, run.metrics_file, run.path / "logs" / "trainer-0.0.log"):
+        os.utime(file, (time.time() - quiet_s,) * 2)
+    found, why = run_state(run)
+    assert found == state
+    assert ("its trainers wrote nothing for" in why) == (state == "silent")
+
+
 def test_what_earlier_attempts_ended_by_is_kept_when_the_next_begins(run: RunDir) -> None:
     context, plan = local_context(), layout(run.load_config(), 1, 0)
     begin_launch(run, context, plan)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from datasets import load_dataset
 from matplotlib import image
 from rich.console import Console
@@ -17,6 +19,7 @@ from megadistill.algorithms import Camopd
 from megadistill.collect import Batch
 from megadistill.report.curves import heldout_names
 from megadistill.report.effect import effect_picture, effect_table, effects
+from megadistill.report.page import write_page
 from megadistill.report.rollouts import store_rollouts
 from megadistill.report.status import show, watch
 from megadistill.rundir import RunDir
@@ -156,8 +159,9 @@ def progress(run: RunDir, step: int, *, done: bool = False, phase: str = "genera
     run.write_progress({"step": step, "steps": 8, "phase": phase, "done": done})
 
 
-def test_a_run_that_has_not_begun_is_starting(run: RunDir) -> None:
-    assert "tiny: step 0 of ?  starting" in shown(run)
+def test_a_run_that_has_not_begun_says_what_it_waits_for(run: RunDir) -> None:
+    assert shown(run).startswith(f"tiny: step 0 of {run.load_config().steps}\n")
+    assert "not started; waits for its first process" in shown(run)
 
 
 def test_the_status_shows_the_last_steps_with_their_branch(run: RunDir) -> None:
@@ -212,7 +216,8 @@ def test_watching_prints_each_step_once_until_the_run_is_done(run: RunDir) -> No
     trainer.start()
     watch(run, console, interval_s=0.01, give_up_s=20)
     trainer.join()
-    lines = stream.getvalue().splitlines()
+    first, *lines = stream.getvalue().splitlines()
+    assert first == "tiny: not started; waits for its first process"
     assert [line.split()[1] for line in lines] == ["0", "1", "2", "3", "4"]
     assert "phase domain" in lines[3]
 
@@ -245,6 +250,65 @@ def test_watching_a_run_that_fails_ends_with_the_cause(run: RunDir) -> None:
     with pytest.raises(ValueError, match="engine 0 on node-1 ended\nout of memory"):
         watch(run, console, interval_s=0.01, give_up_s=20)
     launcher.join()
+
+
+def watched(run: RunDir) -> list[str]:
+    """What is said in the moment in which one begins to watch."""
+    console, stream = text_console()
+    with pytest.raises(ValueError, match="nothing was written"):
+        watch(run, console, interval_s=0.01, give_up_s=0.05)
+    return stream.getvalue().splitlines()
+
+
+def test_watching_says_at_once_what_a_run_waits_for(run: RunDir, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    make = f"`megadistill train` or `megadistill submit train` to make {nowhere}"
+    assert watched(RunDir(nowhere)) == [f"nowhere: not there yet; waits for {make}"]
+    again = f"another attempt (`megadistill train {run.path}`, or submit it again)"
+    for status in ("failed", "stopped"):
+        write_end(run, 0, {"status": status, "message": "so it was", "failure": None})
+        end = run.path / "control" / "attempt-0" / "ended.json"
+        os.utime(end, (time.time() - 500,) * 2)  # before one began to watch
+        assert watched(run) == [f"tiny: {status}  so it was; waits for {again}"]
+
+
+def test_a_live_terminal_says_that_a_run_is_not_there(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=160, force_terminal=True)
+    with pytest.raises(ValueError, match="nothing was written"):
+        watch(RunDir(tmp_path / "nowhere"), console, interval_s=0.01, give_up_s=0.05)
+    assert "not there yet" in stream.getvalue()
+
+
+def test_the_status_of_a_failed_run_shows_the_last_line_of_its_role(run: RunDir) -> None:
+    detail = "Traceback\nRuntimeError: CUDA out of memory\n"
+    failure = {"node": 0, "what": "trainer-0 ended", "when": 0.0, "detail": detail}
+    write_end(run, 0, {"status": "failed", "message": "trainer-0 ended", "failure": failure})
+    text = shown(run)
+    assert "last error: attempt 0: trainer-0 ended: RuntimeError: CUDA out of memory" in text
+    assert f"tiny: step 0 of {run.load_config().steps}\n" in text
+
+
+def test_what_another_version_wrote_hides_nothing(run: RunDir) -> None:
+    write_rows(run, [*ROWS, {"step": 5, "loss": 0.25, "later": 1}])
+    run.write_progress({"step": 5, "steps": 8, "later": 1})
+    settings = yaml.safe_load(run.config_file.read_text())
+    settings |= {"later": 1, "data": settings["data"] | {"later": 2}}
+    run.config_file.write_text(yaml.safe_dump(settings))
+    launch = {"launch_id": "x", "attempt": 1, "master_port": 1, "later": 1}
+    launch |= {"hosts": ["alpha"], "roles": ["trainer 0"]}
+    (run.path / "control" / "launch.json").write_text(json.dumps(launch))
+    beat = {"beat": 1, "state": "running", "stop": None, "failure": None, "later": 1}
+    failure = {"node": 0, "what": "it broke", "when": 0.0, "later": 1}
+    write_end(run, 0, {"status": "failed", "message": "it broke", "failure": failure, "later": 1})
+    (run.path / "control" / "attempt-1").mkdir()
+    (run.path / "control" / "attempt-1" / "node-0.json").write_text(json.dumps(beat))
+    past = {"attempt": 0, "status": "failed", "message": "it broke", "step": 3, "later": 1}
+    (run.path / "state" / "attempts.jsonl").write_text(json.dumps(past) + "\n")
+    text = shown(run)
+    for found in ("step 5 of 8", "+0.2500", "alpha", "last error: attempt 0 at step 3: it broke"):
+        assert found in text
+    assert "it broke" in write_page(run, run.report / "report.html").read_text()
 
 
 def test_a_live_terminal_shows_the_run_until_it_is_done(run: RunDir) -> None:
