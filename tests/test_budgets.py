@@ -24,7 +24,7 @@ BUDGETS = {
     "config": 1050,
     "convert": 1160,
     "data": 1060,
-    "evaluate": 3080,
+    "evaluate": 3180,
     "head": 1260,
     "inference": 570,
     "launch": 3030,
@@ -33,7 +33,7 @@ BUDGETS = {
     "prepare": 490,
     "publish": 140,
     "recipes": 120,
-    "refine": 1520,
+    "refine": 1590,
     "report": 910,
     "rollout": 1050,
 }

@@ -23,7 +23,7 @@ from megadistill.data.tokenizer import load_tokenizer
 from megadistill.inference.engine import start_batch_engine
 from megadistill.inference.requests import SamplingParams
 from megadistill.inference.templates import load_template
-from megadistill.refine.blocks import Blocks
+from megadistill.refine.blocks import KEY, Blocks
 from megadistill.refine.records import read_records
 from megadistill.refine.rewriting import COLUMNS, FIELDS, Rewriter, rewrite_all
 from megadistill.resolve import resolve
@@ -83,10 +83,11 @@ def make_sides(
         temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_tokens
     )
     everything = range(len(records))
+    labels = [{KEY: record.id} for record in records]
 
     def rewriting() -> int:
         with tempfile.TemporaryDirectory() as folder:
-            blocks = Blocks(Path(folder), COLUMNS, total=len(records), size=config.shards.block)
+            blocks = Blocks(Path(folder), COLUMNS, labels, size=config.shards.block)
             figures = rewrite_all(
                 rewriter, records, everything, blocks, engine=engine, sampling=sampling
             )
@@ -106,7 +107,8 @@ def make_direct(
     arguments = {**vllm_arguments(batch), **IN_PROCESS, "skip_tokenizer_init": False}
     direct = vllm.LLM(str(batch.model), **arguments)
     with tempfile.TemporaryDirectory() as folder:
-        spare = Blocks(Path(folder), COLUMNS, total=len(records), size=len(records))
+        labels = [{KEY: record.id} for record in records]
+        spare = Blocks(Path(folder), COLUMNS, labels, size=len(records))
         requests = list(rewriter.prompts(records, range(len(records)), spare))
     params = [
         vllm.SamplingParams(

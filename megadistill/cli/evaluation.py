@@ -35,8 +35,11 @@ def compare(
     ],
     output: Annotated[str, Option(metavar="DIR", help="Where tables go.")] = "report",
     confidence: Annotated[float, Option(metavar="C", help="Of the intervals.")] = 0.95,
+    most_holes: Annotated[
+        float, Option(metavar="SHARE", help="Of answers without a score, at which there is one.")
+    ] = 0.05,
 ) -> None:
     """Tables of systems that have results, from one run of `eval` or several."""
     from megadistill.evaluate.compare import parse_systems, write_tables
 
-    print(write_tables(parse_systems(systems), Path(output), confidence))
+    print(write_tables(parse_systems(systems), Path(output), confidence, most_holes))

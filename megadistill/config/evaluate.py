@@ -143,6 +143,9 @@ class EvaluateConfig(Config):
     """Where programs that models wrote run; `none`: with your rights, which is dangerous."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Of the intervals; significance is marked at 1 - confidence."""
+    most_holes: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Largest share of answers without a score (refused, failed, or with a verdict that cannot be read)
+    at which a benchmark has a score; above, the table says why it has none."""
     baseline: str | None = None
     """System that the others are tested against; absent: the first."""
     cluster: ClusterConfig | None = None

@@ -125,6 +125,9 @@ class EndpointConfig(Config):
     """How often a request that fails is sent before its record is given up."""
     give_up_after: PositiveInt = 20
     """Requests in a row that fail every try, after which the shard ends and may be run again."""
+    give_up_alike: PositiveInt = 8
+    """Requests in a row that are refused with the same status, or replies of a judge in a row that
+    cannot be read, after which the shard ends with the last one's words."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Sent along with every request (any JSON), e.g. `{reasoning_effort: low}`."""
     price_prompt: Annotated[float, Field(ge=0)] = 0.0
@@ -147,6 +150,7 @@ class ServedConfig(Config):
     timeout_s: PositiveFloat = 600.0
     tries: PositiveInt = 3
     give_up_after: PositiveInt = 5
+    give_up_alike: PositiveInt = 8
     start_timeout_s: PositiveFloat = 900.0
     """Seconds it may take to load."""
     options: list[str] = Field(default_factory=list)

@@ -21,6 +21,8 @@ from megadistill.evaluate.tables import RENDERERS, Table, draw, mark
 from megadistill.refine.blocks import read_rows_of
 
 SEED = 0
+NO_INTERVAL = stats.Interval(value=math.nan, low=math.nan, high=math.nan)
+"""Stands in a frame where there is no score."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +70,18 @@ def parse_systems(words: Sequence[str]) -> dict[str, list[Path]]:
     return systems
 
 
-def make_table(systems: Mapping[str, Sequence[Path]], confidence: float) -> Table:
-    """The table of these systems, the first of which is the baseline."""
+def make_table(
+    systems: Mapping[str, Sequence[Path]],
+    confidence: float,
+    most_holes: float = results.MOST_HOLES,
+) -> Table:
+    """The table of these systems, the first of which is the baseline.
+
+    A score of which more than `most_holes` of the answers have none is no number.
+    """
     loaded = [SystemResults.load(name, places) for name, places in systems.items()]
     names = list(dict.fromkeys(name for system in loaded for name in system.summaries[0]))
-    rows = [row for name in names for row in _rows(name, loaded, confidence)]
+    rows = [row for name in names for row in _rows(name, loaded, confidence, most_holes)]
     if not rows:
         raise ValueError(f"{', '.join(systems)}: found no results, expected some of a benchmark")
     return Table(
@@ -84,19 +93,29 @@ def make_table(systems: Mapping[str, Sequence[Path]], confidence: float) -> Tabl
 
 
 def _rows(
-    name: str, loaded: Sequence[SystemResults], confidence: float
+    name: str, loaded: Sequence[SystemResults], confidence: float, most_holes: float
 ) -> Iterator[dict[str, Any]]:  # of the table's frame
     """A benchmark's score of each system that has one, and the p-value of its difference."""
     found = next(system.summaries[0][name] for system in loaded if name in system.summaries[0])
     benchmark = get_benchmark(found["benchmark"])
-    baseline = loaded[0].scores(name)
+    baseline = None
     for system in loaded:
         scores = system.scores(name)
         if scores is None:
             continue
-        interval = stats.interval(
-            *_stacked(scores), seed=SEED, confidence=confidence, shares=benchmark.is_share
+        estimated = results.estimate(
+            scores,
+            is_share=benchmark.is_share,
+            confidence=confidence,
+            most_holes=most_holes,
+            seed=SEED,
         )
+        interval = estimated.interval or NO_INTERVAL
+        p_value = math.nan
+        if baseline is not None and estimated.interval is not None:
+            p_value = _p_value(name, scores, baseline)
+        if system is loaded[0] and estimated.interval is not None:
+            baseline = scores
         yield {
             "system": system.name,
             "block": benchmark.block,
@@ -108,7 +127,10 @@ def _rows(
             "score": interval.value,
             "low": interval.low,
             "high": interval.high,
-            "p_adjusted": _p_value(name, scores, None if system is loaded[0] else baseline),
+            "answers": estimated.answers,
+            "holes": estimated.holes,
+            "remark": estimated.remark,
+            "p_adjusted": p_value,
         }
 
 
@@ -130,10 +152,13 @@ def _remark(name: str, loaded: Sequence[SystemResults], confidence: float) -> st
 
 
 def write_tables(
-    systems: Mapping[str, Sequence[Path]], folder: Path, confidence: float = 0.95
+    systems: Mapping[str, Sequence[Path]],
+    folder: Path,
+    confidence: float = 0.95,
+    most_holes: float = results.MOST_HOLES,
 ) -> str:
     """Write the table in every format, with its picture; returns the Markdown."""
-    table = make_table(systems, confidence)
+    table = make_table(systems, confidence, most_holes)
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, render in RENDERERS.items():
         write_atomic(folder / f"table.{suffix}", render(table))
@@ -142,21 +167,16 @@ def write_tables(
 
 
 def _p_value(
-    name: str, scores: Sequence[results.Scores], baseline: Sequence[results.Scores] | None
+    name: str, scores: Sequence[results.Scores], baseline: Sequence[results.Scores]
 ) -> float:
-    """Of the difference to the baseline's; NaN without any."""
-    if baseline is None:
-        return math.nan
+    """Of the difference to the baseline's."""
     if scores[0].items != baseline[0].items:
         raise ValueError(f"{name}: the systems have results on different items, expected the same")
-    values_SI, weights_I = _stacked(scores)
-    reference_SI, reference_I = _stacked(baseline)
-    # Weights differ where they depend on the answers (Arena-Hard's decided games): paired by item.
-    return stats.compare(values_SI, reference_SI, (weights_I + reference_I) / 2, seed=SEED)
-
-
-def _stacked(scores: Sequence[results.Scores]) -> tuple[stats.Array, stats.Array]:
-    if any(found.items != scores[0].items for found in scores):
-        raise ValueError("found seeds with results on different items, expected the same")
-    weights_I = np.stack([found.weights_I for found in scores]).mean(0)
-    return np.stack([found.values_I for found in scores]), weights_I
+    values_SI, weights_I = results.stacked(scores)
+    reference_SI, reference_I = results.stacked(baseline)
+    # Weights differ where they depend on the answers (Arena-Hard's decided games): paired by item,
+    # of which those count that count for both.
+    both_I = np.where((weights_I > 0) & (reference_I > 0), (weights_I + reference_I) / 2, 0.0)
+    if not both_I.any():
+        return math.nan
+    return stats.compare(values_SI, reference_SI, both_I, seed=SEED)

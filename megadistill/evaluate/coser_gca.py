@@ -87,8 +87,9 @@ def next_speaker(
 def severities(reply: str) -> list[int] | None:
     """Severities of a judge's flaws; None when the reply has no JSON list of flaws.
 
-    A flaw without a severity counts 1; severities that are no whole numbers are ignored. Those that
-    are, but written as text or with a point, are read here and ignored by the official code.
+    A flaw without a severity counts 1; severities that are no whole numbers are ignored, unless all
+    are. Those that are, but written as text or with a point, are read here and ignored by the official
+    code.
     """
     found = _JSON.search(reply)
     if found is None:
@@ -100,13 +101,15 @@ def severities(reply: str) -> list[int] | None:
     if (flaws := _flaws(values)) is None:
         return None
     levels = (re.fullmatch(r"(\d+)(?:\.0*)?", str(flaw.get("severity", 1))) for flaw in flaws)
-    return [int(level[1]) for level in levels if level]
+    read = [int(level[1]) for level in levels if level]
+    return None if flaws and not read else read
 
 
 def _flaws(values: Any) -> list[Mapping[str, Any]] | None:  # a judge's JSON
     """The list of flaws, at the top or under any key below it; None where there is none."""
     if isinstance(values, list):
-        return [flaw for flaw in values if isinstance(flaw, dict)]
+        listed: list[Mapping[str, Any]] = [flaw for flaw in values if isinstance(flaw, dict)]
+        return listed if listed or not values else None
     if isinstance(values.get("flaws"), list):
         return _flaws(values["flaws"])
     inner = [_flaws(part) for part in values.values() if isinstance(part, dict)]

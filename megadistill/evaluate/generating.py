@@ -15,14 +15,14 @@ from megadistill.data.tokenizer import (
 )
 from megadistill.evaluate.benchmarks import get_benchmark, read_items
 from megadistill.evaluate.protocol import Item, MultiTurn
-from megadistill.evaluate.sample_grid import COLUMNS, SampleGrid
+from megadistill.evaluate.sample_grid import COLUMNS, SampleGrid, answer_row
 from megadistill.inference.chat import ChatError, ChatModel, Usage, open_endpoint, run_each
 from megadistill.inference.engine import start_batch_engine
 from megadistill.inference.model_argument import ModelArgument
 from megadistill.inference.requests import BatchRequest, ChatRequest, SamplingParams, open_thought
 from megadistill.inference.serving import open_models
 from megadistill.launch.shards import KnownFile, Runtime, ShardArguments
-from megadistill.refine.blocks import Blocks, part_of
+from megadistill.refine.blocks import Blocks, RowNamer, part_of
 from megadistill.resolve import resolve
 from megadistill.rollout.vllm_arguments import EngineSettings
 
@@ -67,7 +67,7 @@ def generate(directory: Path, arguments: GenerateArguments) -> None:
     multi_turn = get_benchmark(arguments.kind).multi_turn
     items = part_of(arguments.read(), arguments.part, arguments.of)
     grid = SampleGrid(items, arguments.sampling, arguments.seed)
-    blocks = Blocks(directory, COLUMNS, total=len(grid), size=arguments.block)
+    blocks = Blocks(directory, COLUMNS, grid.labels(RowNamer(arguments)), size=arguments.block)
     if not blocks.missing():
         return
     model = arguments.model.config
@@ -99,7 +99,7 @@ def write_all(model: ServedConfig, grid: SampleGrid, blocks: Blocks, *, gpu: boo
                 blocks.add(position, grid.row(position, "", str(error), 0))
                 continue
             if len(token_ids) >= model.max_model_len:
-                blocks.add(position, grid.row(position, "", "prompt_too_long", 0))
+                blocks.add(position, answer_row("", "prompt_too_long", 0))
                 continue
             yield BatchRequest(key=position, token_ids=token_ids, seed=grid.seed_at(position))
 
@@ -108,7 +108,7 @@ def write_all(model: ServedConfig, grid: SampleGrid, blocks: Blocks, *, gpu: boo
     for response in engine.generate(requests(), sampling):
         text = str(tokenizer.decode(list(response.token_ids), skip_special_tokens=True))
         text = open_thought(opening, text)
-        row = grid.row(response.key, text, response.finish_reason, len(response.token_ids))
+        row = answer_row(text, response.finish_reason, len(response.token_ids))
         if blocks.add(response.key, row):
             log.info("generating: a block of answers is saved")
     engine.close()
@@ -125,10 +125,11 @@ def ask_all(chat: ChatModel, grid: SampleGrid, blocks: Blocks) -> None:
         )
         try:
             response = await chat.ask(request, usage)
-            written, reason = response.text, "length" if response.cut else "stop"
         except ChatError as error:
-            written, reason = "", str(error)
-        blocks.add(position, grid.row(position, written, reason))
+            blocks.add(position, answer_row("", str(error)), failed=True)
+        else:
+            reason = "length" if response.cut else "stop"
+            blocks.add(position, answer_row(response.text, reason))
 
     run_each(ask, blocks.missing(), [chat])
     log.info("generating: %s", usage)
@@ -140,17 +141,18 @@ def run_scenes(
     """Answers that take several turns between the system and the judge's model."""
     usage = Usage()
     actor, director = (
-        partial(model.ask_until_parsed, parse=lambda text: text or None, usage=usage)
+        partial(model.ask_until_parsed, parse=lambda text: text or None, usage=usage, give_up=False)
         for model in models
     )
 
     async def run_scene(position: int) -> None:
         item, _ = grid.at(position)
         try:
-            written, reason = await multi_turn(item, actor, director), "stop"
+            written = await multi_turn(item, actor, director)
         except ChatError as error:  # without an answer when it broke off
-            written, reason = "", str(error)
-        blocks.add(position, grid.row(position, written, reason))
+            blocks.add(position, answer_row("", str(error)), failed=True)
+        else:
+            blocks.add(position, answer_row(written, "stop"))
 
     run_each(run_scene, blocks.missing(), models, SCENES)
     log.info("scenes: %s", usage)

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megadistill import stats
 from megadistill.atomic import link_or_copy, write_atomic
 from megadistill.config import EvaluateConfig, dump, resolve_path
 from megadistill.evaluate import (
@@ -30,10 +29,8 @@ from megadistill.inference.requests import SamplingParams
 from megadistill.launch.shards import Arguments, KnownFile, Shard, Upstream
 from megadistill.launch.staged_work import StagedWork
 from megadistill.launch.stages import Limits
-from megadistill.refine.blocks import Row, read_rows_of, write_rows
+from megadistill.refine.blocks import FORMAT, Row, read_rows_of, write_rows
 
-FORMAT = 1
-"""Changes when a shard computes something else from the same settings."""
 Pair = tuple[str, str]
 """A system, and a benchmark or a signal."""
 
@@ -233,7 +230,9 @@ class Evaluation:
         baseline = self.config.baseline or next(iter(self.config.systems))
         order = sorted(directories, key=lambda name: name != baseline)
         chosen = {name: [directories[name]] for name in order}
-        return compare.write_tables(chosen, self.root / "report", self.config.confidence)
+        return compare.write_tables(
+            chosen, self.root / "report", self.config.confidence, self.config.most_holes
+        )
 
     def write_results(
         self, made: Mapping[Pair, Path], judged: Mapping[Pair, Path]
@@ -266,12 +265,12 @@ class Evaluation:
         """What is kept of a benchmark beside its transcripts (any: JSON)."""
         benchmark = get_benchmark(kind)
         found = results.summarise(rows, benchmark.groups)
-        interval = stats.interval(
-            found.values_I[None],
-            found.weights_I,
-            seed=self.config.seed,
+        estimated = results.estimate(
+            [found],
+            is_share=benchmark.is_share,
             confidence=self.config.confidence,
-            shares=benchmark.is_share,
+            most_holes=self.config.most_holes,
+            seed=self.config.seed,
         )
         return {
             "benchmark": kind,
@@ -280,8 +279,10 @@ class Evaluation:
             "whole_set": benchmark.size in (None, len(found.items)),
             "items": len(found.items),
             "answers": found.num_answers,
-            "cut": found.num_cut,
-            "score": asdict(interval),
+            "holes": dict(found.holes),
+            "cut": found.faults.get("cut", 0),
+            "score": asdict(estimated.interval) if estimated.interval else None,
+            "remark": estimated.remark,
             "details": dict(found.details),
         }
 

@@ -55,6 +55,8 @@ class Score:
     """Its share in the mean of all."""
     details: Mapping[str, float] = field(default_factory=dict)
     """Further measures, averaged the same way."""
+    hole: str | None = None
+    """Why there is no score; `value` and `weight` are what the protocol makes of that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

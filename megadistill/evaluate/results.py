@@ -2,9 +2,13 @@
 
 RUN/results/SYSTEM/BENCHMARK.parquet   every answer with its score
 RUN/results/SYSTEM/summary.json        benchmark -> protocol, score with interval, details
+
+No answer is not an answer of zero: an answer that never came, or whose verdict cannot be read, is a
+hole. Holes are counted and shown beside the score, and with too many of them there is none.
 """
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
+from megadistill import stats
 from megadistill.refine.blocks import Row, read_rows_of
-from megadistill.stats import Array
+from megadistill.stats import Array, Interval
 
 SUMMARY = "summary.json"
+MOST_HOLES = 0.05
+"""Largest share of holes at which there is a score, where nothing else is said."""
+NOT_A_NUMBER = "not_a_number"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +33,14 @@ class Scores:
     items: tuple[str, ...]
     values_I: Array
     weights_I: Array
+    """0: nothing of the item counts."""
     details: Mapping[str, float]
-    """Means of further measures over all answers."""
+    """Means of further measures over the answers with a score."""
     num_answers: int
-    num_cut: int
-    """Answers that ran into their cap."""
+    holes: Mapping[str, int]
+    """Reason -> answers without a score."""
+    faults: Mapping[str, int]
+    """What else is to be said of answers, which are scored: cut, or without a final answer."""
 
 
 def summarise(rows: Sequence[Row], groups: str) -> Scores:
@@ -37,23 +48,81 @@ def summarise(rows: Sequence[Row], groups: str) -> Scores:
     values: dict[str, list[tuple[float, float]]] = defaultdict(list)
     group_of: dict[str, str] = {}
     details: Counter[str] = Counter()
+    holes: Counter[str] = Counter()
+    faults: Counter[str] = Counter()
     for row in rows:
-        values[row["item"]].append((row["value"], row["weight"]))
+        value, weight, hole = row["value"], row["weight"], row.get("hole")
+        if not math.isfinite(value):
+            value, weight, hole = 0.0, 0.0, hole or NOT_A_NUMBER
+        values[row["item"]].append((value, weight))
         group_of[row["item"]] = row["group"]
-        details.update(json.loads(row["details"]))
+        if hole:
+            holes[hole] += 1
+            continue
+        found = json.loads(row["details"])
+        details.update(found)
+        faults["cut"] += row["finish_reason"] == "length"
+        faults["no_answer"] += found.get("no_answer", 0.0) > 0
     items = tuple(sorted(values))
-    means = np.array([_mean(values[item]) for item in items])
     weights = np.array([sum(weight for _, weight in values[item]) for item in items])
     if groups == "mean_of_means":
-        weights = group_weights([group_of[item] for item in items])
+        counts = weights > 0
+        weights[counts] = group_weights(
+            [group_of[i] for i, c in zip(items, counts, strict=True) if c]
+        )
     return Scores(
         items=items,
-        values_I=means,
+        values_I=np.array([_mean(values[item]) for item in items]),
         weights_I=weights,
-        details={name: total / len(rows) for name, total in details.items()},
+        details={name: total / (len(rows) - holes.total()) for name, total in details.items()},
         num_answers=len(rows),
-        num_cut=sum(row["finish_reason"] == "length" for row in rows),
+        holes=holes,
+        faults=+faults,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A system's score on a benchmark, and what is to be said beside it."""
+
+    interval: Interval | None
+    """None: there is no score, for the reason that the remark says."""
+    remark: str
+    answers: int
+    holes: int
+
+
+def estimate(
+    seeds: Sequence[Scores], *, is_share: bool, confidence: float, most_holes: float, seed: int
+) -> Estimate:
+    """The score of a system's seeds together."""
+    answers = sum(found.num_answers for found in seeds)
+    holes: Counter[str] = Counter()
+    faults: Counter[str] = Counter()
+    for found in seeds:
+        holes.update(found.holes)
+        faults.update(found.faults)
+    remark = ", ".join(
+        f"{count} {reason.replace('_', ' ')}" for reason, count in (holes + faults).most_common()
+    )
+    values_SI, weights_I = stacked(seeds)
+    interval = None
+    if holes.total() <= most_holes * answers and weights_I.any():
+        interval = stats.interval(
+            values_SI, weights_I, seed=seed, confidence=confidence, shares=is_share
+        )
+    else:
+        remark = f"no score, {holes.total()} of {answers} answers have none: {remark}"
+    return Estimate(interval=interval, remark=remark, answers=answers, holes=holes.total())
+
+
+def stacked(seeds: Sequence[Scores]) -> tuple[Array, Array]:
+    """Values [S, I] and weights [I] of a system's seeds: an item counts that counts in all of them."""
+    if any(found.items != seeds[0].items for found in seeds):
+        raise ValueError("found seeds with results on different items, expected the same")
+    weights_SI = np.stack([found.weights_I for found in seeds])
+    weights_I = np.where((weights_SI > 0).all(0), weights_SI.mean(0), 0.0)
+    return np.stack([found.values_I for found in seeds]), weights_I
 
 
 def group_weights(groups: Sequence[str]) -> Array:

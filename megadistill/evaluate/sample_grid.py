@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megadistill.evaluate.protocol import Item
 from megadistill.inference.requests import SamplingParams
-from megadistill.refine.blocks import Row
+from megadistill.refine.blocks import KEY, Row, RowNamer
 from megadistill.rollout.seeds import seed_for
 
 COLUMNS = {
@@ -36,14 +36,15 @@ class SampleGrid:
         item, sample = self.at(position)
         return seed_for(self.seed, sample, item.id)
 
-    def row(
-        self, position: int, written: str, finish_reason: str, num_tokens: int | None = None
-    ) -> Row:
-        item, sample = self.at(position)
-        return {
-            "item": item.id,
-            "sample": sample,
-            "written": written,
-            "num_tokens": num_tokens,
-            "finish_reason": finish_reason,
-        }
+    def labels(self, key_of: RowNamer) -> list[Row]:
+        """Of every row, see `Blocks`."""
+        found = map(self.at, range(len(self)))
+        return [
+            {"item": item.id, "sample": sample, KEY: key_of(item.id, item.messages, sample)}
+            for item, sample in found
+        ]
+
+
+def answer_row(written: str, finish_reason: str, num_tokens: int | None = None) -> Row:
+    """An answer, but for what its label says."""
+    return {"written": written, "num_tokens": num_tokens, "finish_reason": finish_reason}

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megadistill.evaluate.benchmarks import get_benchmark
@@ -18,8 +18,8 @@ from megadistill.inference.chat import ChatError, ChatModel, Usage, run_each
 from megadistill.inference.model_argument import ModelArgument
 from megadistill.inference.requests import ChatRequest, without_thinking
 from megadistill.inference.serving import open_models
-from megadistill.launch.shards import Runtime, Upstream
-from megadistill.refine.blocks import Blocks, Row, read_blocks
+from megadistill.launch.shards import FAILED, Runtime, Upstream
+from megadistill.refine.blocks import KEY, Blocks, Row, RowNamer, read_blocks
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ COLUMNS = {
     "item": "string",
     "sample": "int64",
     "group": "string",
+    "hole": "string",
     "value": "float64",
     "weight": "float64",
     "extracted": "string",
@@ -37,7 +38,10 @@ COLUMNS = {
     "num_tokens": "int64",
     "finish_reason": "string",
 }
-"""A transcript with its score: `details` and the judge's `replies` as JSON."""
+"""A transcript with its score: `details` and the judge's `replies` as JSON. `hole` says why there is
+no score: the answer's `finish_reason` where there is no answer, or what is wrong with the verdict."""
+ANSWERED = ("stop", "length")
+UNREADABLE = "verdict_unreadable"
 SCORES = "scores.parquet"
 """All rows of a finished shard."""
 
@@ -55,12 +59,20 @@ class ScoreArguments(ItemsArguments):
 
 def score(directory: Path, arguments: ScoreArguments) -> None:
     """The shard: scores what its directory lacks, then joins its blocks to one file."""
-    if (directory / SCORES).exists():
+    if (directory / SCORES).exists() and not (directory / FAILED).exists():
         return
     benchmark = get_benchmark(arguments.kind)
     items = {item.id: item for item in arguments.read()}
     answers = read_blocks(arguments.answers.outputs)
-    blocks = Blocks(directory, COLUMNS, total=len(answers), size=arguments.block)
+    key_of = RowNamer(arguments)
+    labels = [{KEY: key_of(asdict(items[row["item"]]), row)} for row in answers]
+    blocks = Blocks(directory, COLUMNS, labels, size=arguments.block)
+    for position in blocks.missing():
+        answer = answers[position]
+        if (reason := answer["finish_reason"]) not in ANSWERED:
+            found = Score(value=0.0, weight=0.0, hole=reason)
+            row = to_row(items[answer["item"]], answer, found)
+            blocks.add(position, row, failed=answer[KEY] is None)
     if arguments.judges and benchmark.judged is not None:
         by_judges(benchmark, benchmark.judged, arguments, items, answers, blocks)
     else:
@@ -87,9 +99,10 @@ def by_judges(
             answer = answers[position]
             item, text = items[answer["item"]], visible(benchmark, answer["written"])
             given = await asyncio.gather(*(one.replies(item, text) for one in judges))
-            scores = [judged.score_replies(item, text, replies) for replies in given]
+            scores = [judged_score(judged, item, text, replies) for replies in given]
             replies = [reply for some in given for reply in some]
-            blocks.add(position, to_row(item, answer, majority(scores), replies))
+            row = to_row(item, answer, majority(scores), [reply.text for reply in replies])
+            blocks.add(position, row, failed=any(reply.failure for reply in replies))
 
         run_each(judge, blocks.missing(), chats.values())
     for name, one in zip(models, judges, strict=True):
@@ -121,16 +134,38 @@ def by_rules(
             blocks.add(position, row)
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a judge said."""
+
+    text: str
+    failure: str | None = None
+    """Why it is no verdict."""
+
+
+def judged_score(judged: Judged, item: Item, text: str, replies: Sequence[Reply]) -> Score:
+    """By one judge's replies; a hole where one of them is no verdict."""
+    found = judged.score_replies(item, text, [reply.text for reply in replies])
+    failures = [reply.failure for reply in replies if reply.failure]
+    return replace(found, hole=failures[0]) if failures else found
+
+
 def majority(scores: Sequence[Score]) -> Score:
-    """One judge's score; of several, whether more than half say right."""
+    """One judge's score; of several, whether more than half say right.
+
+    Who gives no verdict says no, and leaves a hole where a yes would turn the majority.
+    """
     if len(scores) == 1:
         return scores[0]
     details: Counter[str] = Counter()
     for score in scores:
         details.update(score.details)
     share = sum(score.value for score in scores) / len(scores)
+    holes = [score.hole for score in scores if score.hole]
+    turns = share <= 0.5 < share + len(holes) / len(scores)
     return Score(
         value=float(share > 0.5),
+        hole=holes[0] if turns else None,
         extracted=scores[0].extracted,
         details={**details, "share_of_judges": share, "unanimous": float(share in (0.0, 1.0))},
     )
@@ -143,27 +178,28 @@ class Judge:
         self.usage = Usage()
         self._judged = judged
         self._judge = model
-        self._replies: dict[str, asyncio.Future[str]] = {}
+        self._replies: dict[str, asyncio.Future[Reply]] = {}
 
-    async def replies(self, item: Item, text: str) -> Sequence[str]:
+    async def replies(self, item: Item, text: str) -> Sequence[Reply]:
         """To every question that an answer raises."""
         requests = self._judged.requests(item, text)
         return await asyncio.gather(*(self._reply(request) for request in requests))
 
-    async def _reply(self, request: ChatRequest) -> str:
+    async def _reply(self, request: ChatRequest) -> Reply:
         key = json.dumps(asdict(request))
         if key not in self._replies:
             self._replies[key] = asyncio.ensure_future(self._ask(request))
         return await self._replies[key]
 
-    async def _ask(self, request: ChatRequest) -> str:
+    async def _ask(self, request: ChatRequest) -> Reply:
         """A reply that can be read, or the second of two that cannot; empty when there is none."""
         tries = [replace(request, seed=number) for number in range(2)]
         try:
-            return await self._judge.ask_until_parsed(tries, self._judged.parse, self.usage)
+            text = await self._judge.ask_until_parsed(tries, self._judged.parse, self.usage)
         except ChatError as error:
             log.warning("scoring: %s", error)
-            return ""
+            return Reply("", f"judge_{error}")
+        return Reply(text, UNREADABLE if self._judged.parse(text) is None else None)
 
 
 def visible(benchmark: Benchmark, written: str) -> str:
@@ -177,6 +213,7 @@ def to_row(item: Item, answer: Row, found: Score, replies: Sequence[str] = ()) -
         **answer,
         "messages": json.dumps(item.messages, ensure_ascii=False),
         "group": item.group,
+        "hole": found.hole,
         "value": found.value,
         "weight": found.weight,
         "extracted": found.extracted,

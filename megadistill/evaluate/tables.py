@@ -24,8 +24,10 @@ RADAR_FROM = 3
 """Fewer axes make no shape."""
 COLUMNS = (
     *("system", "block", "benchmark", "title", "items", "is_share", "higher_is_better"),
-    *("score", "low", "high", "p_adjusted"),
+    *("score", "low", "high", "p_adjusted", "answers", "holes", "remark"),
 )
+"""`score` is NaN where there is none, for the reason that `remark` says; beside a score that says what
+became of some answers, `holes` being those that have none."""
 STYLE = (
     "table{border-collapse:collapse;font-family:sans-serif}td,th{padding:.3em .8em;"
     "border-bottom:1px solid #ccc}"
@@ -65,9 +67,11 @@ def mark(rows: Sequence[Mapping[str, Any]], confidence: float) -> pd.DataFrame:
     frame.loc[tested, "p_adjusted"] = stats.holm(frame.p_adjusted[tested].tolist())
     frame["rank"] = np.where(frame.higher_is_better, 1, -1) * frame.score
     found = frame.groupby("benchmark")["rank"]
-    signs = np.where(frame["rank"] > found.transform("first"), "+", "-")
+    signs = np.where(
+        frame["rank"] > found.transform("first"), "+", "-"
+    )  # those tested have a first
     frame["mark"] = np.where(frame.p_adjusted < 1 - confidence, signs, "")
-    frame["is_best"] = (frame["rank"] == found.transform("max")) & (found.transform("size") > 1)
+    frame["is_best"] = (frame["rank"] == found.transform("max")) & (found.transform("count") > 1)
     blocks = frame.block.map(list(BLOCKS).index)
     return frame.loc[blocks.sort_values(kind="stable").index]
 
@@ -83,10 +87,11 @@ def markdown(table: Table) -> str:
 def comma_separated(table: Table) -> str:
     """One row a score, for programs."""
     systems = pd.Categorical(table.frame.system, table.systems)
-    shown = _shown(table.frame).map("{:.4f}".format)
+    shown = _shown(table.frame).map("{:.4f}".format, na_action="ignore")
     frame = table.frame.assign(system=systems, **shown).sort_values("system", kind="stable")
     frame["p_adjusted"] = frame.p_adjusted.map("{:.6g}".format, na_action="ignore")
     names = ["system", "block", "benchmark", "items", "score", "low", "high", "p_adjusted", "mark"]
+    names += ["answers", "holes", "remark"]
     return str(frame[names].to_csv(index=False))
 
 
@@ -120,10 +125,9 @@ RENDERERS: Mapping[str, Callable[[Table], str]] = {
 
 def draw(table: Table, file: Path) -> Path:
     """Bars with intervals, those in points and those in nats apart; and a radar of several in points."""
-    shown = _shown(table.frame).itertuples(index=False, name=None)
-    cells = dict(
-        zip(zip(table.frame.system, table.frame.benchmark, strict=True), shown, strict=True)
-    )
+    scored = table.frame.dropna(subset="score")
+    shown = _shown(scored).itertuples(index=False, name=None)
+    cells = dict(zip(zip(scored.system, scored.benchmark, strict=True), shown, strict=True))
     panels: list[plots.Panel] = []
     radar: list[plots.Panel] = []
     for unit, is_share in UNITS.items():
@@ -161,7 +165,7 @@ def _texts(
         found.columns = [head.format(title=title, items=items) for title, items in titles]
         if rows.is_share.all():
             average = 100 * wide["score"][heads.benchmark].sum(axis=1, skipna=False) / len(heads)
-            found[AVERAGE] = average.map("{:.1f}".format, na_action="ignore").fillna(ABSENT)
+            found[AVERAGE] = [ABSENT if np.isnan(mean) else f"{mean:.1f}" for mean in average]
         blocks[BLOCKS[block]] = found
     return (
         pd.concat(blocks, axis=1)
@@ -177,7 +181,9 @@ def _cells(frame: pd.DataFrame, cell: str, best: str) -> list[str]:
         pattern = "{:.1f}" if row.is_share else "{:.3f}"
         numbers = {name: pattern.format(value) for name, value in shown.items()}
         text = cell.format(mark=row.mark, **numbers).strip()
-        texts.append(best.format(text) if row.is_best else text)
+        text = best.format(text) if row.is_best else text
+        beside = f" ({row.remark})" if row.remark else ""
+        texts.append(row.remark if np.isnan(row.score) else text + beside)
     return texts
 
 

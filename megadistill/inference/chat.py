@@ -28,6 +28,8 @@ RETRIED = (408, 409, 429)
 """As every status from 500 on; other ones mean that no request can be answered."""
 MOST_ALIVE = 1024
 """Coroutines alive at a time; far fewer have a request under way."""
+MOST_WORDS = 200
+"""Characters of what a model said that an error repeats."""
 NO_KEY = "none"
 """The client wants some key, also where the endpoint wants none."""
 
@@ -62,6 +64,29 @@ _COMPLETION: TypeAdapter[_Completion] = TypeAdapter(_Completion)
 
 class ChatError(ValueError):
     """This request has failed for good; others may do well. Its message is the reason."""
+
+
+@dataclass(slots=True)
+class Streak:
+    """Failures of one sort in a row; too many of them end the work with the model's own words."""
+
+    name: str
+    length: int = 0
+    sort: str = ""
+
+    def end(self) -> None:
+        """Something went well."""
+        self.length = 0
+
+    def go_on(self, sort: str, words: str, most: int) -> None:
+        """One more of a sort ("requests in a row ..."). Raises `ValueError` when it is the last one."""
+        self.length = self.length + 1 if sort == self.sort else 1
+        self.sort = sort
+        if self.length >= most:
+            raise ValueError(
+                f"models.{self.name}: {self.length} {sort}; the last: {words}. What is finished is "
+                "kept: mend the endpoint or the request's settings and run this again"
+            )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,9 +145,11 @@ class ChatModel:
     config: EndpointConfig | ServedConfig
     _client: openai.AsyncOpenAI = field(init=False)
     _slots: asyncio.Semaphore = field(init=False)
-    _failed_in_row: int = 0
+    _unanswered: Streak = field(init=False)
+    _unread: Streak = field(init=False)
 
     def __post_init__(self) -> None:
+        self._unanswered, self._unread = Streak(self.name), Streak(self.name)
         self._slots = asyncio.Semaphore(self.config.concurrency)
         self._client = openai.AsyncOpenAI(
             base_url=self.base_url,
@@ -153,7 +180,7 @@ class ChatModel:
         if failure is not None:
             usage.failed += 1
             self._give_up(failure)
-        self._failed_in_row = 0
+        self._unanswered.end()
         completion = _COMPLETION.validate_json(response.content)
         if completion.usage is not None:
             usage.prompt_tokens += completion.usage.prompt_tokens
@@ -162,15 +189,27 @@ class ChatModel:
         return ChatResponse(text=choice.message.content, cut=choice.finish_reason == "length")
 
     async def ask_until_parsed(
-        self, requests: Iterable[ChatRequest], parse: Callable[[str], object], usage: Usage
+        self,
+        requests: Iterable[ChatRequest],
+        parse: Callable[[str], object],
+        usage: Usage,
+        *,
+        give_up: bool = True,
     ) -> str:
-        """The first answer, its thinking left out, of which `parse` makes something; else the last."""
+        """The first answer, its thinking left out, of which `parse` makes something; else the last.
+
+        `give_up`: whether many in a row of which it makes nothing end the work.
+        """
         text = ""
         for request in requests:
             text = without_thinking((await self.ask(request, usage)).text)
             if parse(text) is not None:
-                break
+                self._unread.end()
+                return text
             usage.unparsable += 1
+        if give_up:
+            sort = "replies in a row could not be read"
+            self._unread.go_on(sort, repr(text[-MOST_WORDS:]), self.config.give_up_alike)
         return text
 
     def _body(self, request: ChatRequest) -> dict[str, Any]:
@@ -195,24 +234,21 @@ class ChatModel:
     def _give_up(self, error: openai.APIError) -> NoReturn:
         problem = str(error.__cause__ or error)
         if isinstance(error, openai.APIStatusError):
-            status, said = error.status_code, error.response.text[:200]
+            status, said = error.status_code, error.response.text[:MOST_WORDS]
             problem = f"status {status}: {said}"
             if status in REFUSED:
                 log.warning("%s: refused: %s", self.name, said)
+                sort = f"requests in a row were refused with status {status}"
+                self._unanswered.go_on(sort, said, self.config.give_up_alike)
                 raise ChatError("endpoint_refused") from error
             if status not in RETRIED and status < 500:
                 raise ValueError(
                     f"models.{self.name}: the endpoint answered {status} ({said}); check "
                     "base_url, model and api_key_env"
                 ) from error
-        self._failed_in_row += 1
-        if self._failed_in_row < self.config.give_up_after:
-            raise ChatError("endpoint_failed") from error
-        raise ValueError(
-            f"models.{self.name}: {self._failed_in_row} requests in a row failed every one of "
-            f"{self.config.tries} tries; the last: {problem}. What is finished is kept: mend the "
-            "endpoint and run this again"
-        ) from error
+        sort = f"requests in a row failed every one of {self.config.tries} tries"
+        self._unanswered.go_on(sort, problem, self.config.give_up_after)
+        raise ChatError("endpoint_failed") from error
 
     async def close(self) -> None:
         """Close its connections; it belongs to the event loop that has used it."""

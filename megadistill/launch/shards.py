@@ -53,6 +53,11 @@ OUTPUT = "MEGADISTILL_SHARD_OUTPUT"
 MAY_WAIT = "MEGADISTILL_SHARD_MAY_WAIT"
 """Another: not empty, it may end with `STOPPED` to be run again after the jobs it says."""
 
+FAILED = "failed"
+"""File in a shard's output: some of it has failed for reasons that may pass. The shard is done, but
+whoever asks for its stage again has it run again, for that part."""
+EARLIER = "earlier.json"
+"""File of a stage: the shards that lie there and are none of its any more, whose rows may be used."""
 FOR_KEY = "key"
 """Context in which arguments are dumped to be hashed."""
 T = TypeVar("T")

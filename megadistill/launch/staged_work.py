@@ -166,10 +166,13 @@ class StagedWork:
             own = ShardFolder(Path(output).parent)
         makes_result = own is not None and own in self.result.folders.values()
         write_plan(self.root, [*self.stages, self.result] if makes_result else self.stages)
+        rounds = own.waits()[1] if own else 0
+        if not rounds:
+            for stage in self.stages:
+                stage.reopen()
         if self.cluster is None:
             run_stages(self.stages)
             return finish()
-        rounds = own.waits()[1] if own else 0
         while rounds < self.limits.tries and (jobs := self.submit(afresh=not rounds)):
             rounds += 1
             if own is not None:

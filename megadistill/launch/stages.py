@@ -37,7 +37,15 @@ from megadistill.config.cluster import ClusterConfig
 from megadistill.launch.attempts import last_error, read_attempts
 from megadistill.launch.node_context import own_job, requeue
 from megadistill.launch.processes import say
-from megadistill.launch.shards import Shard, ShardFolder, ShardState, Upstream, Worker
+from megadistill.launch.shards import (
+    EARLIER,
+    FAILED,
+    Shard,
+    ShardFolder,
+    ShardState,
+    Upstream,
+    Worker,
+)
 from megadistill.launch.shared_files import read_json
 from megadistill.launch.slurm import JOBS, GangExecutor, batch_executor, submission
 from megadistill.launch.stopping import DONE, STOPPED, stop_requests
@@ -199,11 +207,19 @@ class ShardedStage:
         if not self.is_done:
             raise ValueError(self.describe())
 
+    def reopen(self) -> None:
+        """Have the shards run again of which some part has failed, for that part."""
+        for folder in self.folders.values():
+            if (folder.output / FAILED).exists():
+                folder.done_file.unlink(missing_ok=True)
+
     def prepare(
         self, *, afresh: bool, apart_from: Sequence[str] = ()
     ) -> dict[int | None, list[ShardFolder]]:
         """Make the directories of what is not done, and return those with work, by GPUs of a shard."""
         found: dict[int | None, list[ShardFolder]] = defaultdict(list)
+        if earlier := {f.name for f in self.root.glob("shards/*")} - self.folders.keys():
+            write_atomic(self.root / EARLIER, json.dumps(sorted(earlier)), sync=False)
         shards = {shard.key: shard for shard in self.shards}
         for key, folder in self.folders.items():
             if key in apart_from or folder.done_file.exists():

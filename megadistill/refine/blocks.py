@@ -1,4 +1,9 @@
-"""Finished rows of a shard: Parquet files of a fixed number of rows, each whole or absent."""
+"""Finished rows of a shard: Parquet files of a fixed number of rows, each whole or absent.
+
+A row is named by a hash of what it depends on, its key. A shard takes the rows that are there already:
+its own, and those of shards that an earlier call of its stage had, so that other sizes, another number
+of shards or one more row of input repeat nothing. A row that failed has no key, and is made again.
+"""
 
 import json
 from collections import Counter
@@ -10,55 +15,125 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megadistill.atomic import atomic_file, remove_torn, write_atomic
+from megadistill.launch.shards import (
+    EARLIER,
+    FAILED,
+    FOR_KEY,
+    ShardArguments,
+    ShardFolder,
+    content_hash,
+)
 
+FORMAT = 2
+"""Changes when a shard computes something else from the same settings."""
 Item = TypeVar("Item")
 Row = dict[str, Any]  # values of several types, as its columns say
 Columns = Mapping[str, Any]
 """Column name -> pyarrow's name of a simple type, or a pyarrow type."""
 FIGURES = "figures.json"
+KEY = "key"
+EXTENT = {
+    *("records", "rewrites", "similarities", "items", "answers"),
+    *("part", "of", "block", "limit", "tau", "benchmark"),
+}
+"""Arguments that say which rows a shard makes, and not how."""
+
+
+class RowNamer:
+    """Makes a row's key of a shard's arguments and of what the row is made from."""
+
+    def __init__(self, arguments: ShardArguments) -> None:
+        settings = arguments.model_dump(mode="json", context=FOR_KEY, exclude=EXTENT)
+        self._settings = content_hash([FORMAT, type(arguments).__name__, settings])
+
+    def __call__(self, *content: Any) -> str:  # plain JSON values
+        return content_hash([self._settings, *content])
 
 
 class Blocks:
-    """The rows of one shard by position, 0 to `total`, saved `size` at a time.
+    """The rows of one shard by position, saved `size` at a time.
 
     A block is written when its last row has come, so what a killed shard loses is at most the
     blocks in work; what it finds again it does not repeat.
     """
 
-    def __init__(self, directory: Path, columns: Columns, *, total: int, size: int) -> None:
+    def __init__(
+        self, directory: Path, columns: Columns, labels: Sequence[Row], *, size: int
+    ) -> None:
+        """`labels`: what is known of each row beforehand, its `key` among it."""
         self.directory = directory
-        self.total = total
         self.size = size
-        self._columns = columns
+        self._labels = labels
+        self._columns = {**columns, KEY: "string"}
         self._pending: dict[int, dict[int, Row]] = {}
+        self._saved: set[int] = set()
         remove_torn(directory)
+        (directory / FAILED).unlink(missing_ok=True)
+        self._take_what_is_there()
 
     def missing(self) -> list[int]:
-        """Positions whose block is not there, in order."""
-        return [p for p in range(self.total) if not self._file(p // self.size).exists()]
+        """Positions whose row is not there, in order."""
+        taken = {position for rows in self._pending.values() for position in rows}
+        positions = range(len(self._labels))
+        return [p for p in positions if p // self.size not in self._saved and p not in taken]
 
-    def add(self, position: int, row: Row) -> bool:
+    def add(self, position: int, row: Row, *, failed: bool = False) -> bool:
         """Take the row of a position; returns whether that completed a block."""
         number = position // self.size
         pending = self._pending.setdefault(number, {})
         assert position not in pending, f"position {position} came twice"
-        pending[position] = row
-        if len(pending) < min(self.size, self.total - number * self.size):
+        pending[position] = {**row, **self._labels[position], **({KEY: None} if failed else {})}
+        if len(pending) < min(self.size, len(self._labels) - number * self.size):
             return False
-        write_rows(self._file(number), [pending[p] for p in sorted(pending)], self._columns)
+        rows = [pending[p] for p in sorted(pending)]
+        if any(row[KEY] is None for row in rows):
+            (self.directory / FAILED).touch()
+        write_rows(self._file(number), rows, self._columns)
         del self._pending[number]
+        self._saved.add(number)
         return True
 
     def join(self, name: str) -> None:
-        """Make one file of all blocks, in their place."""
+        """Make one file of all blocks, in their place unless some rows are to be made again."""
         rows = read_blocks([self.directory])
-        assert len(rows) == self.total, f"found {len(rows)} of {self.total} rows"
+        assert len(rows) == len(self._labels), f"found {len(rows)} of {len(self._labels)} rows"
         write_rows(self.directory / name, rows, self._columns)
-        for file in self.directory.glob("block-*.parquet"):
-            file.unlink()
+        if not (self.directory / FAILED).exists():
+            for file in self.directory.glob("block-*.parquet"):
+                file.unlink()
 
     def _file(self, number: int) -> Path:
         return self.directory / f"block-{number:06d}.parquet"
+
+    def _take_what_is_there(self) -> None:
+        wanted: dict[str, list[int]] = {}
+        for position, label in enumerate(self._labels):
+            number = position // self.size
+            if position % self.size == 0 and None not in _keys_in(self._file(number)):
+                self._saved.add(number)
+            if number not in self._saved:
+                wanted.setdefault(label[KEY], []).append(position)
+        for file in self._sources() if wanted else []:
+            if wanted.keys() & set(_keys_in(file)):
+                for row in read_rows_of(file):
+                    for position in wanted.pop(row[KEY], ()):
+                        self.add(position, row)
+
+    def _sources(self) -> list[Path]:
+        """Files of this shard, and of those that its stage has no more."""
+        folders = [self.directory]
+        shards = self.directory.parents[1]
+        if (file := shards.parent / EARLIER).exists():
+            folders += [ShardFolder(shards / key).output for key in json.loads(file.read_text())]
+        return [file for folder in folders for file in sorted(folder.glob("*.parquet"))]
+
+
+def _keys_in(file: Path) -> list[str | None]:
+    """The keys of a file's rows; of none that is there, or has no keys, one that is missing."""
+    if not file.exists() or KEY not in pq.read_schema(file).names:
+        return [None]
+    keys: list[str | None] = pq.read_table(file, columns=[KEY])[KEY].to_pylist()
+    return keys
 
 
 def part_of(items: Sequence[Item], part: int, of: int) -> Sequence[Item]:

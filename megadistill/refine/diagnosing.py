@@ -19,10 +19,11 @@ from megadistill.data.records import Record
 from megadistill.data.tokenizer import chat_ids, load_tokenizer, text_ids
 from megadistill.inference.engine import BatchEngine, start_batch_engine
 from megadistill.inference.requests import BatchRequest, SamplingParams, without_thinking
-from megadistill.launch.shards import Runtime
+from megadistill.launch.shards import FAILED, Runtime
 from megadistill.refine import answer_measures
 from megadistill.refine.assembly import RefinedArguments, assemble, write_json
 from megadistill.refine.blocks import Row, read_rows_of, write_rows
+from megadistill.refine.fusing import PASSING
 from megadistill.refine.records import load_records
 from megadistill.refine.report import write_report
 from megadistill.refine.similarity import Encoder, SentenceEncoder, Vectors, embed
@@ -64,9 +65,15 @@ class DiagnoseArguments(RefinedArguments):
 def diagnose(directory: Path, arguments: DiagnoseArguments) -> None:
     """The shard: measures a sample and writes the report."""
     settings = arguments.settings
-    rows = sample(assemble(arguments).provenance, settings.sample, arguments.seed)
-    records = {record.id: record for record in load_records(arguments.records.path)}
     file = directory / "model.parquet"
+    if (directory / FAILED).exists():  # another refined set was measured
+        file.unlink(missing_ok=True)
+    provenance = assemble(arguments).provenance
+    (directory / FAILED).unlink(missing_ok=True)
+    if any(row["reason"] in PASSING for row in provenance):
+        (directory / FAILED).touch()
+    rows = sample(provenance, settings.sample, arguments.seed)
+    records = {record.id: record for record in load_records(arguments.records.path)}
     if not file.exists():
         found = ask_model(rows, [records[row["id"]] for row in rows], arguments)
         write_rows(file, found, MODEL_COLUMNS)

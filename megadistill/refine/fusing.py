@@ -21,7 +21,7 @@ from megadistill.inference.requests import ChatRequest, SamplingParams, without_
 from megadistill.inference.serving import open_models
 from megadistill.inference.templates import Template, load_template
 from megadistill.launch.shards import KnownFile, Runtime, ShardArguments, Upstream
-from megadistill.refine.blocks import Blocks, Row, read_blocks
+from megadistill.refine.blocks import KEY, Blocks, Row, RowNamer, read_blocks
 from megadistill.refine.checking import Rules, rejection_reason
 from megadistill.refine.records import load_records
 from megadistill.refine.similarity import passes
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 FUSE_FIELDS = ("question", "answer", "rewrite")
 JUDGE_FIELDS = ("question", "answer", "candidate")
+PASSING = ("endpoint_failed", "endpoint_refused", "no_score")
+"""Reasons that may pass: a record that has one is asked about again by the next call."""
 ROUNDING = 1e-9
 """A mean of scores this little below the bar is at the bar."""
 _SCORE = re.compile(
@@ -122,7 +124,6 @@ class Fuser:
         if chosen is None:
             reason = reason or ("all_faulty" if all(c.fault for c in candidates) else "no_score")
         return {
-            "index": record.index,
             "fused": None if chosen is None else candidates[chosen].text,
             "round": None if chosen is None else chosen + 1,
             "reason": reason if chosen is None else None,
@@ -206,7 +207,12 @@ def _candidate_row(candidate: Candidate) -> Row:
 def fuse(directory: Path, arguments: FuseArguments) -> None:
     """The shard: fuses what passed the filter."""
     work = chosen_work(arguments)
-    blocks = Blocks(directory, COLUMNS, total=len(work), size=arguments.block)
+    key_of = RowNamer(arguments)
+    labels = [
+        {"index": r.index, KEY: key_of(r.id, r.messages, r.raw_answer, rewrite)}
+        for r, rewrite in work
+    ]
+    blocks = Blocks(directory, COLUMNS, labels, size=arguments.block)
     positions = blocks.missing()
     if not positions:
         return
@@ -223,7 +229,8 @@ def fuse(directory: Path, arguments: FuseArguments) -> None:
         )
 
         async def fuse_one(position: int) -> None:
-            if blocks.add(position, await fuser.fuse_record(*work[position])):
+            row = await fuser.fuse_record(*work[position])
+            if blocks.add(position, row, failed=row["reason"] in PASSING):
                 log.info("fusion: a block of %d records is saved", blocks.size)
 
         # As many at a time as keep the models busy.

@@ -32,13 +32,10 @@ from megadistill.launch.staged_work import StagedWork
 from megadistill.launch.stages import Limits, ShardedStage
 from megadistill.refine import assembly, diagnosing, fusing, rewriting, similarity
 from megadistill.refine.assembly import RefinedArguments
-from megadistill.refine.blocks import part_of
+from megadistill.refine.blocks import FORMAT, part_of
 from megadistill.refine.records import input_files, read_records, read_settings, write_records
 from megadistill.resolve import resolve
 from megadistill.rollout.vllm_arguments import vllm_environment
-
-FORMAT = 1
-"""Changes when a stage computes something else from the same settings."""
 
 
 @dataclass(frozen=True, slots=True)

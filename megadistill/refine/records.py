@@ -64,8 +64,11 @@ def read_records(config: InputConfig) -> tuple[list[Record], list[Rejection]]:
             excerpt = repr(row.content)[:EXCERPT].encode("utf-8", "replace").decode()
             rejected.append(Rejection(row=row.number, reason=error.reason, excerpt=excerpt))
     if not records:
-        reasons = Counter(row.reason for row in rejected)
-        found = "".join(f"; {count} {reason}" for reason, count in reasons.most_common())
+        examples = {row.reason: row for row in reversed(rejected)}  # the first of each
+        found = "".join(
+            f"; {count} {reason}, such as row {examples[reason].row}: {examples[reason].excerpt}"
+            for reason, count in Counter(row.reason for row in rejected).most_common()
+        )
         raise ValueError(
             f"input.path: {config.path} has no usable record among {len(rejected)} rows{found}"
         )

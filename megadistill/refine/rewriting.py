@@ -22,7 +22,7 @@ from megadistill.inference.requests import (
 )
 from megadistill.inference.templates import Template, load_template
 from megadistill.launch.shards import KnownFile, Runtime, ShardArguments
-from megadistill.refine.blocks import Blocks, Row, add_figures, part_of
+from megadistill.refine.blocks import KEY, Blocks, Row, RowNamer, add_figures, part_of
 from megadistill.refine.checking import Rules, rejection_reason
 from megadistill.refine.records import load_records
 from megadistill.resolve import resolve
@@ -88,7 +88,7 @@ class Rewriter:
                 seed = seed_for(self.seed, 0, record.id)
                 yield BatchRequest(key=position, token_ids=token_ids, seed=seed)
             else:
-                blocks.add(position, row(record, reason=reason))
+                blocks.add(position, row(reason=reason))
 
     def finish(self, record: Record, token_ids: Sequence[int], finish_reason: str) -> Row:
         """The row of a record that was rewritten."""
@@ -103,7 +103,7 @@ class Rewriter:
             else rejection_reason(text, record.raw_answer, self.rules)
         )
         values = {"written": written, "num_tokens": len(token_ids)}
-        return row(record, reason=fault, rewrite=None if fault else text, **values)
+        return row(reason=fault, rewrite=None if fault else text, **values)
 
     @property
     def rules(self) -> Rules:
@@ -125,10 +125,9 @@ def rewrite_chat(record: Record, template: Template) -> list[Message]:
     return [*record.messages[:-1], *template.fill(values)]
 
 
-def row(record: Record, *, reason: str | None, **values: Any) -> Row:
-    """A row of this stage."""
-    empty = {"rewrite": None, "written": None, "num_tokens": 0}
-    return {"index": record.index, "id": record.id, "reason": reason} | empty | values
+def row(*, reason: str | None, **values: Any) -> Row:
+    """A row of this stage, but for what its label says."""
+    return {"rewrite": None, "written": None, "num_tokens": 0, "reason": reason} | values
 
 
 def _special(record: Record, specials: Sequence[str]) -> str | None:
@@ -142,7 +141,12 @@ def rewrite(directory: Path, arguments: RewriteArguments) -> None:
     """The shard: rewrites what its directory lacks."""
     settings = arguments.settings
     records = part_of(load_records(arguments.records.path), arguments.part, arguments.of)
-    blocks = Blocks(directory, COLUMNS, total=len(records), size=arguments.block)
+    key_of = RowNamer(arguments)
+    labels = [
+        {"index": r.index, "id": r.id, KEY: key_of(r.id, r.messages, r.raw_answer, r.problem)}
+        for r in records
+    ]
+    blocks = Blocks(directory, COLUMNS, labels, size=arguments.block)
     positions = blocks.missing()
     if not positions:
         return

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from megadistill.config.refine import FilterConfig
 from megadistill.launch.shards import KnownFile, Runtime, ShardArguments, Upstream
-from megadistill.refine.blocks import Blocks, part_of, read_blocks
+from megadistill.refine.blocks import KEY, Blocks, RowNamer, part_of, read_blocks
 from megadistill.refine.records import load_records
 from megadistill.resolve import resolve
 
@@ -148,7 +148,12 @@ def measure(directory: Path, arguments: MeasureArguments) -> None:
     records = part_of(load_records(arguments.records.path), arguments.part, arguments.of)
     rewrites = read_blocks(arguments.rewrites.outputs)
     assert [row["index"] for row in rewrites] == [record.index for record in records]
-    blocks = Blocks(directory, COLUMNS, total=len(records), size=arguments.block)
+    key_of = RowNamer(arguments)
+    labels = [
+        {"index": record.index, KEY: key_of(record.raw_answer, row["rewrite"])}
+        for record, row in zip(records, rewrites, strict=True)
+    ]
+    blocks = Blocks(directory, COLUMNS, labels, size=arguments.block)
     missing = blocks.missing()
     if not missing:
         return
@@ -164,5 +169,4 @@ def measure(directory: Path, arguments: MeasureArguments) -> None:
         )
         by_position = dict(zip(usable, found, strict=True))
         for position in positions:
-            values = {"index": records[position].index, "similarity": by_position.get(position)}
-            blocks.add(position, values)
+            blocks.add(position, {"similarity": by_position.get(position)})

@@ -123,7 +123,7 @@ def test_scenes_are_played_judged_and_stored(
     assert world.runs == []
 
 
-def test_another_director_plays_the_scenes_again_and_an_actor_that_fails_scores_nothing(
+def test_another_director_plays_the_scenes_again_and_a_scene_that_breaks_off_has_no_score(
     tmp_path: Path, file: Path, endpoints: dict[str, Endpoint]
 ) -> None:
     world = evaluate(tmp_path, file, endpoints)
@@ -132,10 +132,12 @@ def test_another_director_plays_the_scenes_again_and_an_actor_that_fails_scores_
     world.run(models={"critic": critic | {"model": "other"}})
     assert world.runs == ["generate actor coser", "score actor coser"]
     endpoints["actor"].script = lambda number, body: (400, "too long")
-    world.run(benchmarks={"coser": world.tree["benchmarks"]["coser"] | {"limit": 1}})
+    system = {"actor": world.tree["systems"]["actor"] | {"model": "another"}}
+    chosen = world.tree["benchmarks"]["coser"] | {"limit": 1}
+    table = world.run(systems=system, benchmarks={"coser": chosen})
     (row,) = world.results("actor", "coser")
-    assert (row["value"], row["finish_reason"]) == (0.0, "endpoint_refused")
-    assert json.loads(row["details"]) == {"no_scene": 1.0}
+    assert (row["weight"], row["finish_reason"]) == (0.0, "endpoint_refused")
+    assert "| actor | no score, 1 of 1 answers have none: 1 endpoint refused |" in table
 
 
 def test_a_verdict_that_cannot_be_read_takes_the_scene_out(file: Path) -> None:

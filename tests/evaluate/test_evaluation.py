@@ -152,9 +152,12 @@ def test_several_samples_are_averaged_by_item(world: World) -> None:
     assert len(world.engines["base"].prompts) == 3 * QUESTIONS
 
 
-def test_an_answer_without_room_is_wrong_and_not_an_error(world: World) -> None:
+def test_answers_without_room_are_no_score_and_not_an_error(world: World) -> None:
     systems = {"base": world.tree["systems"]["base"] | {"max_model_len": 8}}
-    assert "| base | **0.0" in world.run(systems=systems).replace("| base | 0.0", "| base | **0.0")
+    expected = "| base | no score, 12 of 12 answers have none: 12 prompt too long |"
+    assert expected in world.run(systems=systems)
+    world.run(systems=systems)
+    assert world.runs == []
     assert {row["finish_reason"] for row in world.results("base")} == {"prompt_too_long"}
 
 
@@ -224,20 +227,18 @@ def test_a_verifier_is_asked_again_and_decides(world: World, judge: Endpoint) ->
     assert sampled == {(20, 1.05)}  # as GPQA's protocol says
 
 
-def test_a_judge_that_fails_makes_answers_wrong_and_is_counted(
-    world: World, judge: Endpoint
-) -> None:
+def test_a_judge_that_fails_leaves_no_score_and_is_counted(world: World, judge: Endpoint) -> None:
     judge.script = lambda *_: (400, "too long")
     row = {"problem_idx": 1, "problem": "question 1 ?", "answer": "7"}
     (world.path / "hmmt.jsonl").write_text(json.dumps(row))
     benchmark = {"path": str(world.path / "hmmt.jsonl"), "judge": "v", "samples": 1}
     systems = {"base": world.tree["systems"]["base"]}
-    world.run(
+    table = world.run(
         systems=systems, benchmarks={"hmmt25": benchmark}, models={"v": endpoint_tree(judge.url)}
     )
     (found,) = world.results("base", "hmmt25")
-    assert found["value"] == 0.0
-    assert json.loads(found["details"]) == {"no_decision": 1.0}
+    assert (found["value"], found["hole"]) == (0.0, "judge_endpoint_refused")
+    assert "no score, 1 of 1 answers have none: 1 judge endpoint refused" in table
 
 
 def test_what_an_official_evaluator_judged_stands_in_the_same_table(world: World) -> None:

@@ -13,7 +13,7 @@ import pytest
 from megadistill.evaluate.benchmarks import get_benchmark
 from megadistill.evaluate.benchmarks.recorded import Recorded, read_recorded
 from megadistill.evaluate.compare import make_table
-from megadistill.evaluate.results import SUMMARY
+from megadistill.evaluate.results import SUMMARY, summarise
 from megadistill.evaluate.scoring import COLUMNS
 from megadistill.refine.blocks import write_rows
 
@@ -102,7 +102,7 @@ def test_every_format_of_inspect_gives_the_same_scores(tmp_path: Path) -> None:
         assert found.facts == {"title": "sums", "whole_set": True, "higher_is_better": True}
 
 
-def test_a_scorer_is_chosen_and_what_it_could_not_score_is_left_out(tmp_path: Path) -> None:
+def test_a_scorer_is_chosen_and_what_it_could_not_score_is_counted(tmp_path: Path) -> None:
     samples = [
         sample(0, 1, match="C", grader=0.75),
         sample(1, 1, match=False, grader=float("nan")),
@@ -114,9 +114,17 @@ def test_a_scorer_is_chosen_and_what_it_could_not_score_is_left_out(tmp_path: Pa
     with pytest.raises(ValueError, match=r"found scorer '', expected .* \['grader', 'match'\]"):
         read_recorded("sums", file)
     grader = read_recorded("sums", file.with_name("two.json#grader"))
-    assert scores(grader) == {("sums/q0", 0): 0.75, ("sums/q2", 0): 0.25}
+    assert {row["item"]: row["hole"] for row in grader.rows} == {
+        "sums/q0": None,
+        "sums/q1": "not_scored",
+        "sums/q2": None,
+        "sums/q3": "not_scored",
+    }
+    found = summarise(grader.rows, "none")
+    assert found.weights_I.tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert (found.values_I[[0, 2]].tolist(), dict(found.holes)) == ([0.75, 0.25], {"not_scored": 2})
     match = read_recorded("sums", file.with_name("two.json#match"))
-    assert list(scores(match).values()) == [1.0, 0.0, 0.0]
+    assert list(scores(match).values())[:3] == [1.0, 0.0, 0.0]
 
 
 def reduced(reducer: str, mean: float) -> Values:

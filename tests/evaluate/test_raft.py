@@ -88,7 +88,11 @@ def test_the_majority_of_three_judges_decides(
     unanimous: int,
 ) -> None:
     world = evaluation(tmp_path, serve, *judges)
-    assert "D-Acc (n=6)" in world.run()
+    table = world.run()
+    assert "D-Acc (n=6)" in table
+    # Where the two others differ, the third one's yes would decide.
+    is_open = mute in judges
+    assert ("no score, 3 of 6 answers have none: 3 verdict unreadable" in table) == is_open
     rows = world.results("student", "d_acc")
     assert sum(row["value"] for row in rows) == right
     details = [json.loads(row["details"]) for row in rows]

@@ -243,6 +243,8 @@ def test_gcas_worked_example() -> None:
         ),
         ('{"Character Fidelity": {"flaws": [{"severity": 4}]}}', [4]),
         ('[{"severity": "3"}, {"severity": 3.0}, {"severity": true}]', [3, 3]),
+        ('[{"severity": "high"}, {"severity": null}]', None),
+        ('["none"]', None),
         ("[]", []),
         ('{"flaws": []}', []),
         ("{}", None),

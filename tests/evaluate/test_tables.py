@@ -32,6 +32,9 @@ def table() -> Table:
             "is_share": is_share,
             "higher_is_better": is_share,
             "score": score,
+            "answers": 40,
+            "holes": 0,
+            "remark": "",
             "low": score / 2,
             "high": score * 1.1,
             "p_adjusted": math.nan if system == "base" else 0.001,
@@ -65,8 +68,8 @@ def test_markdown_has_blocks_averages_marks_and_the_best(table: Table) -> None:
 
 def test_p_values_are_adjusted_for_their_number(table: Table) -> None:
     rows = comma_separated(table).splitlines()
-    assert rows[1] == "base,general,essay,40,40.0000,20.0000,44.0000,,"
-    assert rows[4] == "a_b & <c>,general,essay,40,30.0000,15.0000,33.0000,0.005,-"
+    assert rows[1] == "base,general,essay,40,40.0000,20.0000,44.0000,,,40,0,"
+    assert rows[4] == "a_b & <c>,general,essay,40,30.0000,15.0000,33.0000,0.005,-,40,0,"
     assert len(rows) == 1 + 8
 
 

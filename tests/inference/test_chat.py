@@ -153,6 +153,21 @@ def test_a_refused_request_is_given_up_at_once(serve: Serve, status: int) -> Non
     assert (len(server.bodies), usage) == (1, Usage(requests=1, failed=1))
 
 
+def test_refusals_alike_in_a_row_end_the_work_with_the_endpoints_words(serve: Serve) -> None:
+    server = serve(lambda *_: (400, "unknown parameter: top_k"))
+    expected = (
+        "models.strong: 8 requests in a row were refused with status 400; the last: unknown "
+        "parameter: top_k. What is finished is kept"
+    )
+    with pytest.raises(ValueError, match=expected):
+        ask(server, Usage(), count=20)
+    server = serve(lambda number, body: "A fig" if number % 8 == 7 else (400, "too long"))
+    found = ask(server, Usage(), count=32, concurrency=1)
+    assert found.count("endpoint_refused") == 28
+    with pytest.raises(ValueError, match="3 requests in a row were refused"):
+        ask(server, Usage(), count=32, concurrency=1, give_up_alike=3)
+
+
 @pytest.mark.parametrize("status", [401, 402, 403, 404])
 def test_an_endpoint_that_cannot_be_used_ends_the_work_at_once(serve: Serve, status: int) -> None:
     server = serve(lambda *_: (status, '{"error": {"message": "no such model"}}'))

@@ -171,6 +171,48 @@ def test_scores_are_read_strictly(text: str, score: float | None) -> None:
     assert parse_score(text) == score
 
 
+def test_judges_that_say_nothing_readable_end_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    server = serve(lambda n, body: "I like it" if is_judged(body) else good_model(n, body))
+    world = make_world(tmp_path, monkeypatch, **fusion_changes(server))
+    expected = r"models.strong: 8 replies in a row could not be read; the last: 'I like it'"
+    with pytest.raises(ValueError, match=expected):
+        world.run()
+    server.script = good_model
+    assert world.run()["decisions"] == {"fused": 10}
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"), [((400, "too long"), "endpoint_refused"), ("I like it", "no_score")]
+)
+def test_a_record_that_failed_is_fused_by_the_next_call_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve, said: Any, reason: str
+) -> None:
+    """And what was measured on the set with its original answer is measured again."""
+
+    def moody(number: int, body: dict[str, Any]) -> Any:
+        is_fig = "fig is a plain thing" in body["messages"][-1]["content"]
+        return said if is_fig and is_judged(body) == (reason == "no_score") else good(number, body)
+
+    good = good_model
+    server = serve(moody)
+    diagnose = {"sample": 10, "base_max_tokens": 8}
+    world = make_world(tmp_path, monkeypatch, **fusion_changes(server), diagnose=diagnose)
+    summary = world.run()
+    assert summary["decisions"] == {"fused": 9, "original": 1}
+    assert summary["kept_original"] == {reason: 1}
+    server.script = good_model
+    sent = len(server.bodies)
+    summary = world.run()
+    assert summary["decisions"] == {"fused": 10}
+    assert len(server.bodies) == sent + 2
+    assert world.runs == ["fusion 0", "diagnose 0"]
+    report = json.loads((world.root / "report/refinement.json").read_text())
+    assert report["changed"] == 10
+    assert sorted(row["id"] for row in world.refined()) == sorted(f"q{n}" for n in range(10))
+
+
 def test_faulty_attempts_are_not_judged(serve: Serve) -> None:
     attempts = iter(["", "As the reference answer says", "A fig."])
     server = serve(lambda _, body: "<score>0.1</score>" if is_judged(body) else next(attempts))

@@ -147,6 +147,28 @@ def test_a_changed_stage_recomputes_only_from_there(
     whole(world)
 
 
+def test_other_sizes_and_one_more_row_repeat_nothing_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: Endpoint
+) -> None:
+    world = make_world(tmp_path, monkeypatch, **fusion_changes(endpoint))
+    world.run()
+    before = world.refined(), len(world.engine.prompts), len(endpoint.bodies)
+    for shards in ({"count": 2, "block": 3}, {"count": 3, "block": 2, "fusion": 2}):
+        world.run(shards=shards)
+        assert {label.split()[0] for label in world.runs} == {"rewrite", "filter", "fusion"}
+        assert (world.refined(), len(world.engine.prompts), len(endpoint.bodies)) == before
+    file = tmp_path / "input.jsonl"
+    new = {"id": "new", "question": "what is fig ?", "answer": "fig is a plain thing"}
+    file.write_text(json.dumps(new) + "\n" + file.read_text())
+    world.run()
+    assert [row["id"] for row in world.refined()] == ["new", *(pair["id"] for pair in PAIRS)]
+    assert world.refined()[1:] == before[0]
+    assert len(world.engine.prompts) == before[1] + 1
+    assert len(endpoint.bodies) == before[2] + 2
+    world.run(rewrite={**world.tree["rewrite"], "temperature": 0.1})
+    assert len(world.engine.prompts) == before[1] + 1 + 11
+
+
 def test_changed_templates_and_inputs_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: Endpoint
 ) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_bad_chats_are_rejected(tmp_path: Path, messages: Any, reason: str) -> N
 
 def test_an_input_without_records_is_an_error(tmp_path: Path) -> None:
     config = write(tmp_path / "rows.jsonl", [{"a": 1}])
-    with pytest.raises(ValueError, match="no usable record among 1 rows"):
+    with pytest.raises(ValueError, match="no usable record among 1 rows; 1 "):
         read_records(config)
     (tmp_path / "rows.txt").write_text("x")
     with pytest.raises(ValueError, match=r"expected one of \.jsonl, \.json, \.parquet, \.csv"):
@@ -135,3 +136,21 @@ def test_packaged_sets_are_read() -> None:
     assert len(records) >= 50
     assert not rejected
     assert all(record.problem is None for record in records)
+
+
+def test_an_input_without_a_usable_row_says_why_with_an_example_of_each_reason(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        "not json",
+        '{"question": "a", "answer": " "}',
+        "[1]",
+        '{"question": "b", "answer": ""}',
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    expected = (
+        "has no usable record among 4 rows; 2 empty_answer, such as row 2: {'question': 'a', "
+        "'answer': ' '}; 1 not_json, such as row 1: 'not json'; 1 not_an_object, such as row 3: "
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        read_records(InputConfig(path=str(tmp_path / "in.jsonl")))

@@ -145,16 +145,12 @@ async def _line(model: Chat, chat: tuple[Message, ...]) -> str:
 
 
 def requests(item: Item, answer: str) -> Sequence[ChatRequest]:
-    """One question a dimension; none where no scene was played."""
-    if not answer:
-        return []
+    """One question a dimension."""
     return [_question(item, dimension, lines_of(answer)) for dimension in DIMENSIONS]
 
 
 def score_replies(item: Item, answer: str, replies: Sequence[str]) -> Score:
     """The mean of the four dimensions; a scene with an unreadable verdict weighs nothing."""
-    if not answer:
-        return Score(value=0.0, details={"no_scene": 1.0})
     lines = lines_of(answer)
     scores = coser_gca.scene_scores(lines, dict(zip(DIMENSIONS, replies, strict=True)))
     found = {name: score for name, score in scores.items() if score is not None}

@@ -42,7 +42,7 @@ class Log:
     """One task's scores."""
 
     scores: Sequence[tuple[str, int, float]]
-    """(item, sample, score)."""
+    """(item, sample, score); NaN: it could not be scored."""
     mean: float | None
     """By the log itself; None where it does not say."""
     whole_set: bool = True
@@ -69,7 +69,8 @@ def read_logs(file: Path) -> list[Log]:
 def _check(file: Path, log: Log) -> None:
     """Only means of shares can stand in a table of points."""
     frame = pd.DataFrame(log.scores, columns=["item", "sample", "score"])
-    if frame.empty or not frame.score.between(0, 1).all():
+    given = frame.score.dropna()
+    if given.empty or not given.between(0, 1).all():
         found = f"{len(frame)} scores from {frame.score.min():g} to {frame.score.max():g}"
         raise ValueError(f"{file}: found {found}, expected some from 0 to 1")
     mean = frame.groupby("item").score.mean().mean()
@@ -103,9 +104,8 @@ def _inspect(file: Path, chosen: str) -> Log:
     scorer = _choose(file, "scorer", sorted({n for s in scored for n in s["scores"]}), chosen)
     task = header["eval"]["task"]
     found = [
-        (f"{task}/{sample['id']}", sample["epoch"] - 1, _number(sample["scores"][scorer]["value"]))
-        for sample in scored
-        if scorer in sample["scores"]
+        (f"{task}/{sample['id']}", sample["epoch"] - 1, _score(sample, scorer))
+        for sample in samples
     ]
     results = [result for result in header["results"]["scores"] if result["name"] == scorer]
     results.sort(key=lambda result: result.get("reducer") not in (None, "mean"))  # those first
@@ -116,10 +116,16 @@ def _inspect(file: Path, chosen: str) -> Log:
         if name in MEANS
     ]
     return Log(
-        scores=[score for score in found if not math.isnan(score[-1])],  # NaN: could not be scored
+        scores=found,
         mean=means[0] if means else None,
         whole_set=len({item for item, _, _ in found}) == header["eval"]["dataset"]["samples"],
     )
+
+
+def _score(sample: Mapping[str, Any], scorer: str) -> float:
+    """NaN where it failed, or the scorer did."""
+    scores = sample.get("scores") or {}
+    return _number(scores[scorer]["value"]) if scorer in scores else math.nan
 
 
 def _number(value: Any) -> float:

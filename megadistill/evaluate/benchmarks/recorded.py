@@ -5,6 +5,7 @@ tests.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -56,6 +57,7 @@ def scored(item: str, value: float, group: str, sample: int = 0) -> Row:
         "item": item,
         "sample": sample,
         "group": group,
+        "hole": "not_scored" if math.isnan(value) else None,
         "value": value,
         "weight": 1.0,
         "details": "{}",
