@@ -61,7 +61,9 @@ def read_records(config: InputConfig) -> tuple[list[Record], list[Rejection]]:
             seen[record.id] = content
             records.append(record)
         except BadRowError as error:
-            excerpt = repr(row.content)[:EXCERPT].encode("utf-8", "replace").decode()
+            found = row.content
+            shown = str(found) if isinstance(found, BadRowError) else repr(found)
+            excerpt = shown[:EXCERPT].encode("utf-8", "replace").decode()
             rejected.append(Rejection(row=row.number, reason=error.reason, excerpt=excerpt))
     if not records:
         examples = {row.reason: row for row in reversed(rejected)}  # the first of each

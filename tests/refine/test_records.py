@@ -150,7 +150,8 @@ def test_an_input_without_a_usable_row_says_why_with_an_example_of_each_reason(
     (tmp_path / "in.jsonl").write_text("\n".join(rows))
     expected = (
         "has no usable record among 4 rows; 2 empty_answer, such as row 2: {'question': 'a', "
-        "'answer': ' '}; 1 not_json, such as row 1: 'not json'; 1 not_an_object, such as row 3: "
+        "'answer': ' '}; 1 not_json, such as row 1: the row is not JSON: "
+        "Expecting value: line 1 column 1 (char 0); 1 not_an_object, such as row 3: "
     )
     with pytest.raises(ValueError, match=re.escape(expected)):
         read_records(InputConfig(path=str(tmp_path / "in.jsonl")))
