@@ -96,7 +96,7 @@ def write_all(model: ServedConfig, grid: SampleGrid, blocks: Blocks, *, gpu: boo
             try:
                 token_ids = chat_ids(item.messages, tokenizer, thinking)
             except UnreadableTextError as error:
-                blocks.add(position, grid.row(position, "", str(error), 0))
+                blocks.add(position, answer_row("", str(error), 0))
                 continue
             if len(token_ids) >= model.max_model_len:
                 blocks.add(position, answer_row("", "prompt_too_long", 0))
