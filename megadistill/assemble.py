@@ -12,6 +12,7 @@ from megadistill.algorithms.raft import TEACHER_WORDS
 from megadistill.collect import AnswerCollector, Collector, OnPolicyCollector, Sampler
 from megadistill.config import ConfigError, RunConfig, resolve_path
 from megadistill.convert.families import read_spec
+from megadistill.data.manifest import manifest
 from megadistill.data.pools import PromptPool, make_pools
 from megadistill.evaluate.heldout import Heldout, Texts, answer_texts, teacher_texts
 from megadistill.megatron.engine import Engine
@@ -56,6 +57,8 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
     pools = _read_pools(config, tokenizer)
     startup.check_pools(pools, config)
     engine = Engine(config)
+    marks = manifest(config.data, tokenizer, pools)
+    startup.check_data(run, config, marks, writes=engine.is_writer)
     state = restore(run, engine, config)
     parts = Parts(run=run, config=config, engine=engine)
     startup.check_vocabularies(config, pools, engine.read)

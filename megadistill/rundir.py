@@ -35,6 +35,7 @@ WHOLE = "WHOLE"
 """Written last into a checkpoint, with size and CRC-32 of every file: without it, it is torn."""
 
 MAY_CHANGE = (
+    "data.accept_changes",
     *("cluster.", "log.", "checks.", "checkpoint.", "parallel.", "batch.micro_batch_tokens"),
     *(f"rollout.{key}" for key in ("engines", "tp", "placement", "threads", "max_num_seqs")),
     *(f"rollout.{key}" for key in ("memory_fraction", "kv_cache_gib", "timeout_s", "start_")),
@@ -302,7 +303,11 @@ def damaged_files(directory: Path) -> list[str]:
 
 def changed_settings(old_text: str, new_text: str) -> dict[str, str]:
     """Key path -> `old -> new` of what differs between two dumped configurations."""
-    old, new = _leaves(yaml.safe_load(old_text)), _leaves(yaml.safe_load(new_text))
+    return changed_values(_leaves(yaml.safe_load(old_text)), _leaves(yaml.safe_load(new_text)))
+
+
+def changed_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Key -> `old -> new` of what differs, whatever the values are."""
     return {
         key: f"{old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in {**old, **new}

@@ -1,19 +1,22 @@
 """Start-up checks that fail closed: each says the number found and the number allowed."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megadistill.atomic import write_atomic
 from megadistill.config import ConfigError, RunConfig
 from megadistill.config.algorithm import BranchConfig
 from megadistill.config.schema import AnswersConfig, ChecksConfig, HeldoutConfig
 from megadistill.convert.families import read_spec
+from megadistill.data.manifest import FILE
 from megadistill.data.pools import PromptPool
 from megadistill.data.tokenizer import answer_end, load_tokenizer
 from megadistill.resolve import resolve
-from megadistill.rundir import RunDir
+from megadistill.rundir import RunDir, changed_values
 from megadistill.types import FloatArray, ScoreRequest, TokenScores, TokenSpan
 
 log = logging.getLogger(__name__)
@@ -171,6 +174,28 @@ def check_pools(pools: Mapping[str, PromptPool], config: RunConfig) -> None:
                 f"evaluate.{key}.prompts: found {heldout.prompts}, but pool "
                 f"{heldout.pool!r} holds out {found}; raise data.heldout_fraction or ask for fewer"
             )
+
+
+def check_data(run: RunDir, config: RunConfig, marks: Mapping[str, str], *, writes: bool) -> None:
+    """The prompts must be those with which the run began, or others be accepted.
+
+    `marks` are a manifest, which the rank that `writes` keeps. Raises `ConfigError` with what changed.
+    """
+    file = run.path / "state" / "data.json"
+    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    changed = changed_values(known, marks) if known else {}
+    if all(FILE in key for key in changed):  # or nothing: the prompts are the same
+        changed = {}
+    if changed and not config.data.accept_changes:
+        lines = [f"{key}: {change}" for key, change in changed.items()]
+        problem = "found other prompts than those with which the run began:"
+        advice = "restore them, or go on with the new ones by data.accept_changes=true"
+        raise ConfigError("\n  ".join([problem, *lines, advice]))
+    if writes and (changed or not known):
+        write_atomic(file, json.dumps(marks, indent=1))
+    if writes and changed:
+        log.warning("data.accept_changes: the run goes on with other prompts: %s", changed)
+        run.note_event("data changed", changed)
 
 
 def describe_run(run: RunDir, pools: Mapping[str, PromptPool]) -> list[str]:

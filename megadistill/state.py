@@ -1,12 +1,12 @@
 """The state of a run between two steps: one object, saved and restored with the weights."""
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from megadistill.config import RunConfig
+from megadistill.data.manifest import file_bytes, hash_of
 from megadistill.preflight import model_paths
 from megadistill.resolve import resolve
 from megadistill.rollout.store import read_rollouts, write_rollouts
@@ -35,9 +35,6 @@ class RunState:
         """The state once `step` (from 0) has been taken."""
         return replace(self, step=step + 1, cursors=dict(cursors), algorithm=dict(algorithm))
 
-
-NUM_BLOCKS, BLOCK_BYTES = 64, 2**16
-"""Of each file of a model so many blocks are read for its fingerprint, evenly spread."""
 
 AHEAD = "ahead.parquet"
 """In a checkpoint: rollouts of the next step, where they were sampled with older weights."""
@@ -99,16 +96,8 @@ def fingerprint(path: str) -> str:
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"{directory}: found no *.safetensors, expected a Hugging Face model")
-    digest = hashlib.sha256()
-    for file in [*weights, *directory.glob("config.json")]:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as stream:
-            spread = range(0, size, max(BLOCK_BYTES, size // NUM_BLOCKS))
-            for place in (*spread, max(0, size - BLOCK_BYTES)):
-                stream.seek(place)
-                digest.update(stream.read(BLOCK_BYTES))
-    return digest.hexdigest()[:16]
+    files = [*weights, *directory.glob("config.json")]
+    return hash_of(part for file in files for part in file_bytes(file))
 
 
 def _newest(run: RunDir) -> Path | None:

@@ -218,6 +218,8 @@ class DataConfig(Config):
     """Passed to the chat template where it knows the switch; absent: the template's default."""
     date: datetime.date | None = None
     """What chat templates take for today, `2026-11-29`; absent: the day on which the run began."""
+    accept_changes: bool = False
+    """Resume although files, tokenizer or chat template give other prompts than when the run began."""
     unusable: NaturalInt = 0
     """Records of a pool that may be left out, and are counted, because the chat template refuses them
     or the tokenizer can read a part of their text only as a control token; one more is an error."""
