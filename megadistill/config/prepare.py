@@ -85,16 +85,20 @@ RecipeConfig = Annotated[MixtureConfig | ConversationsConfig, Field(discriminato
 
 
 class DuplicatesConfig(Config):
-    """Removal of near duplicates: MinHash of word n-grams."""
+    """Removal of near duplicates: MinHash of word n-grams. It takes 6 kB of memory a record."""
 
     n: PositiveInt = 5
-    """Words of an n-gram; a shorter text is one n-gram."""
+    """Words of an n-gram; a shorter text is one n-gram. In scripts that put no blanks between words
+    (Chinese, Japanese, Thai) a character counts as a word."""
     threshold: Fraction = 0.8
     """Least estimated Jaccard similarity to an earlier record at which one is dropped."""
 
 
 class ContaminationConfig(Config):
-    """Removal of records that contain a benchmark's item, by the n-grams of words they share."""
+    """Removal of records that contain a benchmark's item, by the n-grams of words they share.
+
+    It takes 200 bytes of memory for each word of the benchmarks.
+    """
 
     benchmarks: dict[str, str]
     """Name of a benchmark -> its file, as in `benchmarks.NAME.path` of an evaluation."""
@@ -103,7 +107,7 @@ class ContaminationConfig(Config):
     share: Fraction = 0.2
     """Least share of an item's n-grams at which a record contains it."""
     least: PositiveInt = 8
-    """Items with fewer words than this are not looked for."""
+    """Items with fewer words than this are not looked for; the card counts them."""
 
 
 class PrepareConfig(Config):

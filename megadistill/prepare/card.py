@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from megadistill.config import PrepareConfig
-from megadistill.prepare.cleaning import PartCount
+from megadistill.prepare.cleaning import Cleaner
 from megadistill.prepare.files import files_of
 
 Card = Mapping[str, Any]  # plain JSON values
@@ -17,7 +17,7 @@ TEMPLATE = Path(__file__).with_name("templates") / "card.md"
 
 def make_card(
     config: PrepareConfig,
-    counts: Mapping[str, PartCount],
+    cleaner: Cleaner,
     outputs: Mapping[str, Path],
     settings: Mapping[str, Any],
 ) -> Card:
@@ -41,7 +41,7 @@ def make_card(
             "contaminated": dict(sorted(count.contaminated.items())),
             "prompt_length": count.quantiles(),
         }
-        for name, count in counts.items()
+        for name, count in cleaner.counts.items()
     }
     return {
         "name": config.name,
@@ -49,6 +49,7 @@ def make_card(
         "length_unit": f"tokens of {config.tokenizer}" if config.tokenizer else "words",
         "sources": sources,
         "parts": parts,
+        "benchmarks": cleaner.benchmarks.counts if cleaner.benchmarks else {},
         "settings": dict(settings),
     }
 

@@ -50,7 +50,7 @@ class Cleaner:
     ) -> None:
         self.counts: defaultdict[str, PartCount] = defaultdict(PartCount)
         self._config = config
-        self._benchmarks = benchmarks
+        self.benchmarks = benchmarks
         self._measure = measure
         self._ids: dict[str, str] = {}
         chosen = config.duplicates
@@ -80,7 +80,7 @@ class Cleaner:
         """Whether no earlier record is like it, and no benchmark has it; counted either way."""
         count = self.counts[record.part]
         text = record.bare_text
-        if self._benchmarks is not None and (name := self._benchmarks.found_in(text)):
+        if self.benchmarks is not None and (name := self.benchmarks.found_in(text)):
             count.contaminated[name] += 1
             return False
         if self._duplicates is not None and not self._duplicates.is_new(text):

@@ -66,11 +66,16 @@ class BenchmarkItems:
         """Benchmark, and number of distinct n-grams."""
         self._grams: dict[int, list[int]] = {}
         self._lengths: set[int] = set()
+        self.counts: dict[str, dict[str, int]] = {}
+        """Of each benchmark: items that are `looked_for`, and those `too_short` for it."""
 
     def add(self, benchmark: str, texts: Iterable[str]) -> None:
+        count = self.counts.setdefault(benchmark, {"looked_for": 0, "too_short": 0})
         for text in texts:
             words = words_of(text)
-            if len(words) < self._least:
+            is_short = len(words) < self._least
+            count["too_short" if is_short else "looked_for"] += 1
+            if is_short:
                 continue
             self._lengths.add(min(len(words), self._n))
             found = {gram_hash(gram) for gram in grams(words, self._n)}

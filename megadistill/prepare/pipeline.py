@@ -57,7 +57,7 @@ def _write(config: PrepareConfig, cleaner: Cleaner, folder: Path) -> str:
             row = json.dumps(to_row(record, config), ensure_ascii=False)
             streams[len(names) - 1 if record.part == conversations.SFT else 0].write(row + "\n")
     settings = yaml.safe_load(dump(config))
-    made = card.make_card(config, cleaner.counts, outputs, settings)
+    made = card.make_card(config, cleaner, outputs, settings)
     text = card.describe(made)
     side = {"json": json.dumps(made, indent=1, ensure_ascii=False), "md": text}
     for suffix, content in side.items():

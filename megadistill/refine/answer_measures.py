@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 Words = Sequence[str]
 
-_WORD = re.compile(r"\w+")
+_UNSPACED = "".join(
+    (
+        "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff",  # Thai, Lao, Burmese, Khmer
+        "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f",  # Japanese kana
+        "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",  # Chinese characters
+    )
+)
+"""Ranges of the scripts that put no blanks between words."""
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 STYLE = {
     "headings": re.compile(r"^#{1,6} ", re.MULTILINE),
     "list items": re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s", re.MULTILINE),
@@ -15,7 +23,7 @@ STYLE = {
 
 
 def words_of(text: str) -> list[str]:
-    """Words in lower case, without punctuation."""
+    """Words in lower case, without punctuation; a character is one where no blanks part words."""
     return _WORD.findall(text.lower())
 
 

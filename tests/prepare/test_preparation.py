@@ -123,11 +123,16 @@ def test_dropped_rows_are_replaced_by_others_that_were_not_drawn_at_first(tmp_pa
 
 def test_items_of_a_benchmark_are_left_out(tmp_path: Path) -> None:
     item = {"question": unlike(3), "options": {"A": "x", "B": "y"}, "answer_idx": "A"}
-    benchmark = write_jsonl(tmp_path / "medqa.jsonl", [item])
+    short = {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_idx": "A"}
+    benchmark = write_jsonl(tmp_path / "medqa.jsonl", [item, short, short])
     rows = [{"question": f"so: {unlike(n)} x y?", "answer": "x"} for n in range(8)]
     tree = tree_of(tmp_path, [write_jsonl(tmp_path / "in.jsonl", rows)], {"format": "pairs"})
     tree["contamination"] = {"benchmarks": {"medqa": str(benchmark)}}
-    assert "medqa 1" in run_preparation(parse(PrepareConfig, tree))
+    text = run_preparation(parse(PrepareConfig, tree))
+    assert "medqa 1" in text
+    assert text.endswith("\n| medqa | 1 | 2 |\n")
+    card = json.loads((tmp_path / "out.card.json").read_text())
+    assert card["benchmarks"] == {"medqa": {"looked_for": 1, "too_short": 2}}
     assert len(prepared(tmp_path)) == 7
 
 
