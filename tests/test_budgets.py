@@ -18,7 +18,7 @@ MOST_LINES = 400
 """Of a module, all counted."""
 MOST_FUNCTION_LINES = 60
 BUDGETS = {
-    "": 1870,
+    "": 1910,
     "algorithms": 500,
     "cli": 460,
     "config": 1050,
