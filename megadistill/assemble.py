@@ -76,8 +76,11 @@ def assemble(run: RunDir) -> tuple[Parts, RunState]:
         parts.collector = AnswerCollector(algorithm, pools[pool], tokenizer, state.cursors)
     else:
         if state.step == 0:
-            startup.check_equal_start(config, algorithm.branches["domain"], pools, engine.score)
-        parts.collector = OnPolicyCollector(algorithm, pools, engine, parts.sampler, state.cursors)
+            for branch in {own.teacher: own for own in algorithm.branches.values()}.values():
+                startup.check_equal_start(config, branch, pools, engine.score)
+        parts.collector = OnPolicyCollector(
+            algorithm, pools, engine, parts.sampler, state.cursors, config.batch.responses
+        )
     parts.heldout = _heldout(parts, pools, tokenizer)
     if parts.published != state.step:
         publish_student(parts, state.step)

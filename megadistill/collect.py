@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -20,13 +20,11 @@ from megadistill.publish.files import Published
 from megadistill.rollout.protocol import RolloutEngine
 from megadistill.rollout.seeds import seed_for
 from megadistill.types import (
-    FloatArray,
     Prompt,
     Rollout,
     Scored,
-    ScoreRequest,
+    TokenScores,
     TokenSpan,
-    TopK,
     TrainingEngine,
 )
 
@@ -85,8 +83,12 @@ class OnPolicyCollector:
         engine: TrainingEngine,
         sampler: "Sampler | None",
         cursors: Mapping[str, int],
+        responses: int = 1,
     ) -> None:
-        """`sampler` is rank 0's access to the engines; the other ranks pass None."""
+        """`sampler` is rank 0's access to the engines; the other ranks pass None.
+
+        `responses` are sampled of each prompt that is drawn, behind each other.
+        """
         self._branches = algorithm.branches
         drawn = sorted({branch.pool for branch in self._branches.values()})
         self.cursors = dict.fromkeys(drawn, 0) | dict(cursors)
@@ -94,12 +96,13 @@ class OnPolicyCollector:
         self._pools = pools
         self._engine = engine
         self._sampler = sampler
+        self._responses = responses
 
     def collect(self, step: int) -> Batch:
         times: dict[str, float] = {}
         drawn = self._draw(step, self.cursors)
         for branch, prompts in drawn.items():
-            self.cursors[self._branches[branch].pool] += len(prompts)
+            self.cursors[self._branches[branch].pool] += len(prompts) // self._responses
         branch_of = [branch for branch, prompts in drawn.items() for _ in prompts]
         with timed(times, "time/rollout"):
             rollouts = self._engine.broadcast(self._sample(step, drawn))
@@ -119,7 +122,8 @@ class OnPolicyCollector:
         drawn: dict[str, list[Prompt]] = {}
         for branch, count in self._algorithm.draws(step).items():
             pool = self._branches[branch].pool
-            drawn[branch] = self._pools[pool].draw(positions[pool], count)
+            prompts = self._pools[pool].draw(positions[pool], count)
+            drawn[branch] = [prompt for prompt in prompts for _ in range(self._responses)]
             positions[pool] += count
         return drawn
 
@@ -134,35 +138,56 @@ class OnPolicyCollector:
 
     def _score(self, rollouts: Sequence[Rollout], branch_of: Sequence[str]) -> list[Scored]:
         """Student and teacher log-probs from one engine; only mu came from elsewhere."""
-        student = self._engine.score("student", [response_span(rollout) for rollout in rollouts])
+        plan = self._algorithm.scoring
+        responses = [response_span(rollout) for rollout in rollouts]
+        student = self._engine.read("student", responses, plan.student)
         spans = self._algorithm.teacher_spans(rollouts)
-        teacher: dict[int, FloatArray] = {}
-        tops: dict[int, TopK] = {}
-        for branch in dict.fromkeys(branch_of):
-            members = [index for index, name in enumerate(branch_of) if name == branch]
-            name = self._branches[branch].teacher
-            scores, found = self._ask(name, [spans[index] for index in members])
-            teacher.update(zip(members, scores, strict=True))
-            tops.update(zip(members, found, strict=False))
-        return [
-            Scored(
-                rollout=rollout,
-                branch=branch_of[index],
-                student_logprobs_R=student[index],
-                teacher_logprobs_R=teacher[index],
-                top_k=tops.get(index),
+        found: dict[int, Scored] = {}
+        for teacher, members in self._members(branch_of).items():
+            taught = self._ask(
+                teacher, [spans[index] for index in members], [student[index] for index in members]
             )
-            for index, rollout in enumerate(rollouts)
-        ]
+            for index, scores in zip(members, taught, strict=True):
+                found[index] = Scored(
+                    rollout=rollouts[index],
+                    branch=branch_of[index],
+                    student=student[index],
+                    teacher=scores,
+                )
+        scored = [found[index] for index in range(len(rollouts))]
+        return self._measured(scored, responses)
 
-    def _ask(self, teacher: str, spans: Sequence[TokenSpan]) -> tuple[list[FloatArray], list[TopK]]:
-        """Log-probabilities of each span's scored tail, and the top-K where the algorithm wants it."""
-        request = self._algorithm.top_k
-        if request is None:
-            return self._engine.score(teacher, spans), []
-        asked = ScoreRequest(top_k=request.size, temperature=request.temperature)
-        found = self._engine.read(teacher, spans, asked)
-        return [one.logprobs_R for one in found], [one.top_k for one in found if one.top_k]
+    def _members(self, branch_of: Sequence[str]) -> dict[str, list[int]]:
+        """Teacher -> indices of the rollouts that it scores: each is loaded once."""
+        members: dict[str, list[int]] = {}
+        for name in dict.fromkeys(branch_of):
+            indices = [index for index, branch in enumerate(branch_of) if branch == name]
+            members.setdefault(self._branches[name].teacher, []).extend(indices)
+        return members
+
+    def _ask(
+        self, teacher: str, spans: Sequence[TokenSpan], student: Sequence[TokenScores]
+    ) -> list[TokenScores]:
+        """What the algorithm wants to know of a teacher, where it says so at the student's top K."""
+        plan = self._algorithm.scoring
+        ids = [own.top_k.ids_RK for own in student if own.top_k] if plan.at_student_ids else None
+        return self._engine.read(teacher, spans, plan.teacher, ids)
+
+    def _measured(self, scored: list[Scored], spans: Sequence[TokenSpan]) -> list[Scored]:
+        """With the reference's log-probabilities and the expected gaps, where they are wanted."""
+        plan = self._algorithm.scoring
+        if plan.reference is not None:
+            logprobs = self._engine.score(plan.reference, spans)
+            pairs = zip(scored, logprobs, strict=True)
+            scored = [replace(item, reference_logprobs_R=own_R) for item, own_R in pairs]
+        if plan.expected_gap:
+            for teacher, members in self._members([item.branch for item in scored]).items():
+                rows = self._engine.token_divergences(
+                    "student", teacher, [spans[index] for index in members]
+                )
+                for index, rows_R2 in zip(members, rows, strict=True):
+                    scored[index] = replace(scored[index], expected_gap_R=-rows_R2[:, 1])
+        return scored
 
 
 class Sampler:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megadistill.atomic import write_atomic
 from megadistill.config import ConfigError, RunConfig
-from megadistill.config.algorithm import BranchConfig
+from megadistill.config.distillation import BranchConfig
 from megadistill.config.schema import AnswersConfig, ChecksConfig, HeldoutConfig
 from megadistill.convert.families import read_spec
 from megadistill.data.manifest import FILE
@@ -22,7 +22,7 @@ from megadistill.types import FloatArray, ScoreRequest, TokenScores, TokenSpan
 log = logging.getLogger(__name__)
 
 NUM_PROBE_PROMPTS = 2
-"""Domain prompts scored by student and domain teacher before the first step."""
+"""Prompts of a branch, scored by the student and an equal teacher before the first step."""
 
 MAX_PROBE_TOKENS = 32
 """Scored tail of a probe prompt."""
@@ -107,7 +107,7 @@ def check_equal_start(
     pools: Mapping[str, PromptPool],
     score: Callable[[str, Sequence[TokenSpan]], list[FloatArray]],
 ) -> None:
-    """Where the student starts as the domain teacher, their scores must be equal to the bit.
+    """Where the student starts as the branch's teacher, their scores must be equal to the bit.
 
     Any difference between the two forward passes would become a positive domain score and be
     selected on (requirement 1 of CaMOPD's implementation). Collective: every rank calls it.

@@ -98,16 +98,27 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """A rollout with the training engine's log-probabilities of its response tokens."""
+    """A rollout with what the training engine says of its response tokens."""
 
     rollout: Rollout
     branch: str
-    student_logprobs_R: FloatArray
-    """log pi_theta, training engine."""
-    teacher_logprobs_R: FloatArray
-    """log pi_T, training engine; of what the teacher reads, which may differ in the prompt."""
-    top_k: TopK | None = None
-    """Of the teacher, for algorithms that ask for it."""
+    student: TokenScores
+    teacher: TokenScores
+    """Of what the teacher reads, which may differ in the prompt."""
+    reference_logprobs_R: FloatArray | None = None
+    """log pi_ref of a third model, for advantages that are measured from it."""
+    expected_gap_R: FloatArray | None = None
+    """-KL(student || teacher) of each token's distribution, for advantages with a baseline."""
+
+    @property
+    def student_logprobs_R(self) -> FloatArray:  # noqa: N802 - R is a shape
+        """log pi_theta."""
+        return self.student.logprobs_R
+
+    @property
+    def teacher_logprobs_R(self) -> FloatArray:  # noqa: N802 - R is a shape
+        """log pi_T."""
+        return self.teacher.logprobs_R
 
     @property
     def gap_R(self) -> FloatArray:  # noqa: N802 - R is a shape
@@ -218,6 +229,11 @@ class TrainingEngine(Scorer, Protocol):
     ) -> list[TokenScores]:
         """All that `request` asks for at each span's scored tail, and the log-probabilities of its
         `ids` `[R, K]`, on every rank."""
+
+    def token_divergences(
+        self, student: str, teacher: str, spans: Sequence[TokenSpan]
+    ) -> list[FloatArray]:
+        """As `divergences`, of each scored token: `[R, 2]` for each span."""
 
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
         """Weights, optimizer, random states, and rank 0's `extra` (JSON) into `directory`."""

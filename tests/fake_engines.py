@@ -140,6 +140,12 @@ class FakeTrainingEngine:
     ) -> tuple[FloatArray, FloatArray]:
         return float32([self.weights] * len(spans)), float32([2 * self.weights] * len(spans))
 
+    def token_divergences(
+        self, student: str, teacher: str, spans: Sequence[TokenSpan]
+    ) -> list[FloatArray]:
+        rows_12 = float32([[self.weights, 2 * self.weights]])
+        return [np.repeat(rows_12, span.num_scored, axis=0) for span in spans]
+
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
         (directory / f"rank-{self.rank}.txt").write_text(str(self.weights))
         if self.is_writer:

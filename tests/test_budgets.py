@@ -18,10 +18,10 @@ MOST_LINES = 400
 """Of a module, all counted."""
 MOST_FUNCTION_LINES = 60
 BUDGETS = {
-    "": 1910,
-    "algorithms": 500,
+    "": 1920,
+    "algorithms": 980,
     "cli": 460,
-    "config": 1050,
+    "config": 1240,
     "convert": 1160,
     "data": 1060,
     "evaluate": 3180,

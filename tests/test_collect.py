@@ -3,10 +3,11 @@
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
 
 import pytest
 
-from megadistill.algorithms import Camopd, Mopd, Sft
+from megadistill.algorithms import Mopd, Sft
 from megadistill.collect import AnswerCollector, Batch, OnPolicyCollector, Sampler, timed
 from megadistill.data.pools import PromptPool, answer_ids
 from megadistill.publish.files import Published
@@ -36,12 +37,13 @@ def make_collector(
     tree: Tree | None = None,
     cursors: Mapping[str, int] | None = None,
     sampler: Sampler | None = None,
+    responses: int = 1,
 ) -> OnPolicyCollector:
     algorithm = decisions(tree)
-    assert isinstance(algorithm, Camopd | Mopd)
+    assert isinstance(algorithm, Mopd)
     sampler = sampler or make_sampler(engines or FakeRolloutEngine())
     return OnPolicyCollector(
-        algorithm, POOLS, scorer or FakeTrainingEngine(), sampler, cursors or {}
+        algorithm, POOLS, scorer or FakeTrainingEngine(), sampler, cursors or {}, responses
     )
 
 
@@ -292,7 +294,7 @@ def test_every_rank_ends_with_the_same_batch() -> None:
     meeting = threading.Barrier(2)
     board: list[object] = [None]
     algorithm = decisions()
-    assert isinstance(algorithm, Camopd)
+    assert isinstance(algorithm, Mopd)
 
     def collect(rank: int) -> list[Batch]:
         scorer = FakeTrainingEngine({"general": 1.0}, rank=rank, meeting=meeting, board=board)
@@ -316,6 +318,95 @@ def test_metrics_of_a_batch_hold_times_and_speed() -> None:
     assert metrics["rollout/tokens_per_s"] == pytest.approx(expected)
     assert metrics["time/score"] >= 0
     assert "general/selected_fraction" in metrics
+
+
+def family(**settings: Any) -> Tree:
+    """Three branches, of which two share a teacher."""
+    branches = {
+        "general": {"pool": "general", "teacher": "general"},
+        "medical": {"pool": "medical", "teacher": "domain", "role": "preserve"},
+        "nursing": {"pool": "medical", "teacher": "domain", "role": "preserve"},
+    }
+    # The fake engines do not agree on the student, so nothing is corrected.
+    plain = {"importance": {"kind": "none"}}
+    algorithm = {"kind": "mopd", "branches": branches, **plain, **settings}
+    return camopd_tree(algorithm=algorithm, batch={"size": 6})
+
+
+def test_a_teacher_of_two_branches_is_asked_once() -> None:
+    scorer = FakeTrainingEngine({"domain": 0.25})
+    batch = make_collector(scorer=scorer, tree=family()).collect(0)
+    assert batch.branch == "general+medical+nursing"
+    assert [(model, len(spans)) for model, spans in scorer.asked] == [
+        ("student", 6),
+        ("general", 2),
+        ("domain", 4),
+    ]
+    assert [float(item.gap_R[0]) for item in batch.scored] == [0, 0, 0.25, 0.25, 0.25, 0.25]
+    assert len(set(prompt_ids(batch))) == 6
+
+
+def test_a_branch_without_prompts_at_a_step_costs_nothing() -> None:
+    scorer = FakeTrainingEngine()
+    cycle = {"kind": "cycle", "order": ["general", "medical", "nursing"]}
+    collector = make_collector(scorer=scorer, tree=family(schedule=cycle))
+    for step in range(3):
+        assert collector.collect(step).branch == cycle["order"][step]
+    assert [model for model, _ in scorer.asked[1::2]] == ["general", "domain", "domain"]
+
+
+def test_responses_to_one_prompt_stand_together_and_have_seeds_of_their_own() -> None:
+    engines = FakeRolloutEngine()
+    collector = make_collector(engines, responses=3)
+    batch = collector.collect(0)
+    drawn = [prompt.id for prompt in POOLS["general"].draw(0, 4)]
+    assert prompt_ids(batch) == [prompt for prompt in drawn for _ in range(3)]
+    assert collector.cursors == {"general": 4, "medical": 0}
+    ((_, seeds, _),) = engines.asked
+    assert len(set(seeds)) == 12
+    assert set(batch.selection.scores) == set(range(12))
+
+
+def test_a_reference_is_scored_and_enters_the_advantage() -> None:
+    """G-OPD: lambda times what the teacher has over the reference, less what the student has."""
+    scorer = FakeTrainingEngine({"general": 0.5, "domain": 0.25})
+    settings = {"advantage": {"reference": "domain", "scale": 2.0}}
+    batch = make_collector(scorer=scorer, tree=family(**settings)).collect(0)
+    assert [model for model, _ in scorer.asked][-1] == "domain"
+    assert all(item.reference_logprobs_R is not None for item in batch.scored)
+    general = batch.selection.samples[0]
+    # A = 2 (0.5 - 0.25) - (0 - 0.25) = 0.75; two samples of three tokens.
+    assert general.weights_R.tolist() == pytest.approx([0.75 / 6] * 3)
+
+
+def test_a_baseline_asks_for_the_expected_gap() -> None:
+    scorer = FakeTrainingEngine({"general": 0.5}, weights=0.125)
+    batch = make_collector(scorer=scorer, tree=family(advantage={"baseline": True})).collect(0)
+    assert batch.scored[0].expected_gap_R is not None
+    assert batch.scored[0].expected_gap_R.tolist() == [-0.25] * 3
+    assert batch.selection.samples[0].weights_R.tolist() == pytest.approx([0.75 / 6] * 3)
+
+
+def test_teachers_are_asked_about_the_students_ids_where_the_loss_is_on_them() -> None:
+    loss = {"kind": "top_k", "size": 2, "side": "student", "importance": False}
+    batch = make_collector(tree=family(loss=loss)).collect(0)
+    item, sample = batch.scored[0], batch.selection.samples[0]
+    assert item.student.top_k is not None
+    assert sample.top_k is not None
+    assert sample.top_k.ids_RK.tolist() == item.student.top_k.ids_RK.tolist()
+    assert sample.top_k.logprobs_RK.tolist() == (-item.student.top_k.ids_RK).tolist()
+    assert sample.divergence_weights_R is not None
+    assert sample.divergence_weights_R.tolist() == pytest.approx([1 / 6] * 3)
+    assert not sample.weights_R.any()
+
+
+def test_hidden_states_are_asked_for_by_losses_over_every_id() -> None:
+    scorer = FakeTrainingEngine({"general": 0.5})
+    batch = make_collector(scorer=scorer, tree=family(loss={"kind": "jsd"})).collect(0)
+    sample = batch.selection.samples[0]
+    assert sample.teacher == "general"
+    assert sample.hidden_RD is not None
+    assert sample.hidden_RD.tolist() == [[0.5, 0.5]] * 3
 
 
 def answer_collector(cursors: Mapping[str, int]) -> AnswerCollector:

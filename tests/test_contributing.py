@@ -1,4 +1,4 @@
-"""The walk-throughs of CONTRIBUTING.md, carried out in a copy of the project."""
+"""The walk-throughs of CONTRIBUTING.md and docs/methods.md, carried out in a copy of the project."""
 
 import os
 import re
@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 WALKS: dict[str, str] = {
     section.partition(":")[0]: section
-    for section in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n## ")
-    if section.startswith("Add ")
+    for page in ("CONTRIBUTING.md", "docs/methods.md")
+    for section in (ROOT / page).read_text(encoding="utf-8").split("\n## ")
+    if section.startswith("Add ") and "```" in section
 }
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 NUM_FILES = {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megadistill.config import ConfigError, RunConfig
-from megadistill.config.algorithm import BranchConfig
+from megadistill.config.distillation import BranchConfig
 from megadistill.config.schema import ChecksConfig
 from megadistill.convert.families import read_spec
 from megadistill.data.pools import PromptPool

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megadistill.algorithms import Camopd, make_algorithm
+from megadistill.algorithms import Mopd, make_algorithm
 from megadistill.assemble import Parts
 from megadistill.collect import OnPolicyCollector, Sampler
 from megadistill.config.schema import OptimizerConfig
@@ -148,7 +148,7 @@ def attempt(folder: Path, **changes: Any) -> Stage:
     if ahead := restore_ahead(run, state):
         sampler.restore_pending(state.step, ahead)
     algorithm = make_algorithm(config, make_tokenizer([]), state.algorithm)
-    assert isinstance(algorithm, Camopd)
+    assert isinstance(algorithm, Mopd)
     parts = Parts(run=run, config=config, engine=cast(Engine, trainer))
     parts.sampler = sampler
     parts.algorithm = algorithm
@@ -228,12 +228,36 @@ def test_a_stop_request_saves_and_leaves_the_rest_for_later(tmp_path: Path) -> N
     assert not stage.run.export.exists()
 
 
+FAMILY: Tree = {
+    "kind": "mopd",
+    "branches": {
+        "general": {"pool": "general", "teacher": "general"},
+        "medical": {"pool": "medical", "teacher": "domain", "role": "preserve", "mass": 0.9},
+    },
+}
+LEARNING: dict[str, Tree] = {
+    "camopd": {},
+    "velocity": {
+        "algorithm": FAMILY | {"schedule": {"kind": "velocity", "every": 1, "first": 1}},
+        "batch": {"size": 9},
+    },
+    "gap": {"algorithm": FAMILY | {"schedule": {"kind": "gap"}, "normalise": "share"}},
+    "relaxed": {
+        "algorithm": FAMILY
+        | {"advantage": {"floor": 0.3}, "tokens": {"kind": "entropy", "explore": 0.6}}
+    },
+    "selectkd": {"algorithm": FAMILY | {"tokens": {"kind": "accepted", "rule": "sampled"}}},
+}
+"""What an algorithm may remember from step to step."""
+
+
+@pytest.mark.parametrize("learns", LEARNING)
 @pytest.mark.parametrize("max_staleness", [0, 1])
 @pytest.mark.parametrize("stop_at", [1, 2, 4, 5])
 def test_a_stopped_run_ends_as_if_it_had_not_stopped(
-    tmp_path: Path, stop_at: int, max_staleness: int
+    tmp_path: Path, stop_at: int, max_staleness: int, learns: str
 ) -> None:
-    stale: Tree = {"rollout": {"max_staleness": max_staleness}}
+    stale: Tree = {"rollout": {"max_staleness": max_staleness}} | LEARNING[learns]
     whole = attempt(tmp_path / "whole", **stale).train()
     stopped = attempt(tmp_path / "stopped", **stale)
     stopped.engines.before_generate = lambda: (

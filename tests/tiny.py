@@ -17,9 +17,11 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from megadistill.algorithms import make_algorithm
+from megadistill.algorithms import Mopd, make_algorithm
+from megadistill.algorithms.schedules import Cycle
 from megadistill.config import RunConfig, parse
-from megadistill.types import FloatArray, Prompt, Rollout, Scored
+from megadistill.config.algorithm import CamopdConfig
+from megadistill.types import FloatArray, Prompt, Rollout, Scored, TokenScores
 
 Tree = dict[str, Any]  # a configuration before it is validated
 
@@ -76,8 +78,8 @@ def make_scored(
     return Scored(
         rollout=make_rollout(logprobs_R, prompt=make_prompt(prompt_id, pool=branch)),
         branch=branch,
-        student_logprobs_R=float32(student_R),
-        teacher_logprobs_R=float32(teacher_R),
+        student=TokenScores(logprobs_R=float32(student_R)),
+        teacher=TokenScores(logprobs_R=float32(teacher_R)),
     )
 
 
@@ -131,6 +133,11 @@ def raft_tree(**changes: Any) -> Tree:
 def decisions(tree: Tree | None = None, state: Mapping[str, float] | None = None) -> Any:
     """The algorithm of a configuration, whichever it is."""
     return make_algorithm(make_config(tree), make_tokenizer(["a b c"]), state or {})
+
+
+def camopd_of(config: CamopdConfig) -> Mopd:
+    """CaMOPD's decisions without the rest of a run."""
+    return Mopd(config=config, schedule=Cycle([{"general": 1}]), seed=0, num_steps=1)
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

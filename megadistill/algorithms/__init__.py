@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
 
-from megadistill.algorithms.mopd import Camopd, Mopd
+from megadistill.algorithms.mopd import Mopd
 from megadistill.algorithms.protocol import Algorithm, OnPolicy, Selection, Supervised
 from megadistill.algorithms.raft import Raft
 from megadistill.algorithms.sft import Sft
@@ -13,7 +13,6 @@ from megadistill.config.schema import RunConfig
 
 __all__ = [
     "Algorithm",
-    "Camopd",
     "Mopd",
     "OnPolicy",
     "Raft",

@@ -1,21 +1,21 @@
 """The decisions of an algorithm, and nothing of how they are carried out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
-from megadistill.config.algorithm import BranchConfig
+from megadistill.config.distillation import BranchConfig
 from megadistill.head import VocabularyHead
-from megadistill.losses import policy_gradient
 from megadistill.types import (
     MicroBatch,
     Prompt,
     Rollout,
     Sample,
     Scored,
+    ScoreRequest,
     StepResult,
     TokenSpan,
 )
@@ -40,11 +40,17 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TopKRequest:
-    """Asks for the K most probable ids of a teacher at every scored token."""
+class ScoringPlan:
+    """What is asked of the models about each token of a response, beside its log-probabilities."""
 
-    size: int
-    temperature: float
+    student: ScoreRequest = field(default_factory=ScoreRequest)
+    teacher: ScoreRequest = field(default_factory=ScoreRequest)
+    at_student_ids: bool = False
+    """Whether teachers are also asked about the student's most probable ids."""
+    reference: str | None = None
+    """A further model whose log-probabilities of the response are wanted."""
+    expected_gap: bool = False
+    """Whether KL(student || teacher) of every token's distribution is wanted."""
 
 
 class Algorithm(Protocol):
@@ -71,8 +77,8 @@ class OnPolicy(Algorithm, Protocol):
         """Pool and teacher of every branch."""
 
     @property
-    def top_k(self) -> TopKRequest | None:
-        """What is asked of the teachers beside the log-probabilities of the response."""
+    def scoring(self) -> ScoringPlan:
+        """What is asked of student and teachers about the responses."""
 
     def teacher_spans(self, rollouts: Sequence[Rollout]) -> list[TokenSpan]:
         """What the teacher reads in place of each prompt and response; scored is the response."""
@@ -89,19 +95,6 @@ class Supervised(Algorithm, Protocol):
         """(prompt, answer ids) pairs to weighted samples."""
 
 
-class Weighted:
-    """For algorithms whose every decision is in the weights: `-sum of weight x log pi`."""
-
-    def loss(self, measure: Measure) -> Loss:
-        return policy_gradient
-
-    def observe(self, result: StepResult) -> dict[str, float]:
-        return {"entropy": result.metrics["train/entropy_sum"] / result.metrics["train/rows"]}
-
-    def state(self) -> dict[str, float]:
-        return {}
-
-
 def response_span(rollout: Rollout) -> TokenSpan:
     """Prompt and response as the student wrote them; every model scores these same ids."""
     prompt_ids = np.asarray(rollout.prompt.token_ids, dtype=np.int32)
@@ -109,21 +102,3 @@ def response_span(rollout: Rollout) -> TokenSpan:
         token_ids_N=np.concatenate([prompt_ids, rollout.response_ids_R]),
         num_scored=len(rollout.response_ids_R),
     )
-
-
-def rollout_metrics(group: Sequence[Scored]) -> dict[str, float]:
-    """Diagnostics of a group of rollouts; token means unless the name says otherwise."""
-    gap = np.concatenate([item.gap_R for item in group]).astype(np.float64)
-    student = np.concatenate([item.student_logprobs_R for item in group])
-    rollout = np.concatenate([item.rollout.logprobs_R for item in group])
-    lengths = [len(item.gap_R) for item in group]
-    capped = [item.rollout.finish_reason == "length" for item in group]
-    return {
-        "gap": float(gap.mean()),
-        "gap_absolute": float(np.abs(gap).mean()),
-        "gap_positive": float(np.maximum(gap, 0).mean()),
-        "gap_exp": float(np.exp(gap).mean()),
-        "log_ratio_absolute": float(np.abs(student - rollout).mean()),
-        "response_tokens": float(np.mean(lengths)),
-        "capped_fraction": float(np.mean(capped)),
-    }

@@ -10,21 +10,22 @@ from functools import partial
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megadistill.algorithms.diagnostics import rollout_metrics, token_means
 from megadistill.algorithms.protocol import (
     Loss,
     Measure,
+    ScoringPlan,
     Selection,
-    TopKRequest,
     response_span,
-    rollout_metrics,
 )
 from megadistill.algorithms.sft import answer_sample
-from megadistill.config.algorithm import BranchConfig, RaftConfig
+from megadistill.config.algorithm import RaftConfig
+from megadistill.config.distillation import BranchConfig
 from megadistill.config.schema import DataConfig, RunConfig
 from megadistill.data.pools import answer_ids
 from megadistill.data.tokenizer import chat_ids, text_ids
 from megadistill.losses import answer_conditioned
-from megadistill.types import Prompt, Rollout, Sample, Scored, StepResult, TokenSpan
+from megadistill.types import Prompt, Rollout, Sample, Scored, ScoreRequest, StepResult, TokenSpan
 
 BRANCH = "domain"
 
@@ -71,12 +72,13 @@ class Raft:
 
     @property
     def branches(self) -> Mapping[str, BranchConfig]:
-        return self.config.branches
+        return self.config.all_branches()
 
     @property
-    def top_k(self) -> TopKRequest:
+    def scoring(self) -> ScoringPlan:
         """Eq. (9): the teacher's K most probable ids, at the temperature of Eq. (8)."""
-        return TopKRequest(size=self.config.top_k, temperature=self.config.temperature)
+        config = self.config
+        return ScoringPlan(teacher=ScoreRequest(top_k=config.top_k, temperature=config.temperature))
 
     def draws(self, step: int) -> Mapping[str, int]:
         """One branch, always."""
@@ -143,9 +145,9 @@ class Raft:
             "raft/student_mass": sums["divergence/student_mass_sum"] / rows,
             "raft/teacher_mass": sums["divergence/teacher_mass_sum"] / rows,
         }
-        if "train/rows" in sums:
-            logged["entropy"] = sums["train/entropy_sum"] / sums["train/rows"]
-        return logged
+        return logged | token_means(
+            {name: sums[name] for name in sums if name.startswith("train/")}
+        )
 
     def state(self) -> dict[str, float]:
         """The averages; `make` takes them back."""
@@ -157,7 +159,7 @@ class Raft:
             span=response_span(scored.rollout),
             weights_R=np.zeros(length, dtype=np.float32),
             divergence_weights_R=np.full(length, 1.0 / (num_samples * length), dtype=np.float32),
-            top_k=scored.top_k,
+            top_k=scored.teacher.top_k,
         )
 
     def _teacher_prompt(self, prompt: Prompt, giver: Prompt) -> Sequence[int]:

@@ -6,16 +6,29 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megadistill.algorithms.protocol import Selection, Weighted
+from megadistill.algorithms.diagnostics import token_means
+from megadistill.algorithms.protocol import Loss, Measure, Selection
 from megadistill.config.schema import RunConfig
-from megadistill.types import Prompt, Sample, TokenSpan
+from megadistill.losses import cross_entropy
+from megadistill.types import Prompt, Sample, StepResult, TokenSpan
 
 
 @dataclass(frozen=True)
-class Sft(Weighted):
+class Sft:
     """L = (1/N) sum_i (1/T_i) sum_t -log pi(y_t); answer tokens and the end token count."""
 
     batch_size: int
+
+    def loss(self, measure: Measure) -> Loss:
+        """Cross-entropy."""
+        return cross_entropy
+
+    def observe(self, result: StepResult) -> dict[str, float]:
+        """Nothing to learn."""
+        return token_means(result.metrics)
+
+    def state(self) -> dict[str, float]:
+        return {}
 
     def draws(self, step: int) -> Mapping[str, int]:
         """One branch, always."""

@@ -3,9 +3,21 @@
 from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from megadistill.config.fields import Config, Fraction, PositiveFloat, PositiveInt
+from megadistill.config.distillation import (
+    AdvantageConfig,
+    AllTokens,
+    BranchConfig,
+    EntropyTokens,
+    ImportanceConfig,
+    Loss,
+    MixedSchedule,
+    SampledLoss,
+    Schedule,
+    Tokens,
+)
+from megadistill.config.fields import Config, Fraction, Name, PositiveFloat, PositiveInt
 
 
 class ScheduleConfig(Config):
@@ -15,29 +27,17 @@ class ScheduleConfig(Config):
     domain: PositiveInt = 1
 
 
-class BranchConfig(Config):
-    """One branch of MOPD: where its prompts come from, and who scores the answers."""
+class SelectiveBranchConfig(Config):
+    """One of CaMOPD's two branches; its role is given by its name."""
 
     pool: str
     """Name of the prompt pool in `data.pools`."""
     teacher: str
     """Name of the teacher in `teachers`."""
-
-
-class SelectiveBranchConfig(BranchConfig):
-    """One branch of CaMOPD: also how much of its signal is used, and how strongly."""
-
     mass: Fraction = 0.8
-    """rho_b of Eq. (8): the share of gap mass that the kept samples must hold; 1 keeps all."""
+    """rho_b of Eq. (8): the share of gap mass that the kept samples must hold."""
     scale: PositiveFloat = 1.0
     """r_b of Eq. (9): factor on the advantage."""
-
-
-class ImportanceConfig(Config):
-    """Bounds of the training/rollout probability ratio outside which a token is masked."""
-
-    low: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    high: Annotated[float, Field(gt=1)] = 2.0
 
 
 class BaseAlgorithmConfig(Config):
@@ -47,21 +47,23 @@ class BaseAlgorithmConfig(Config):
     """Module of `megadistill.algorithms` whose `make` carries the configuration out."""
     needs_rollouts: ClassVar[bool] = True
     """Whether it trains on the student's own responses."""
+    branch_key: ClassVar[str] = "{}"
+    """Where a branch of this name stands below `algorithm`."""
 
-    @property
-    def branches(self) -> Mapping[str, BranchConfig]:
-        """Pool and teacher of each branch, by its name in metrics: its key, unless said otherwise."""
-        return {key: value for key, value in self if isinstance(value, BranchConfig)}
+    def all_branches(self) -> Mapping[str, BranchConfig]:
+        """Name in metrics -> pool, teacher and more of each branch."""
+        return {}
 
     @property
     def pools(self) -> dict[str, str]:
         """Key below `algorithm` -> the prompt pool it names."""
-        return {f"{name}.pool": branch.pool for name, branch in self.branches.items()}
+        return {self.branch_key.format(n) + ".pool": b.pool for n, b in self.all_branches().items()}
 
     @property
     def teachers(self) -> dict[str, str]:
         """Key below `algorithm` -> the teacher it names."""
-        return {f"{name}.teacher": branch.teacher for name, branch in self.branches.items()}
+        branches = self.all_branches().items()
+        return {self.branch_key.format(name) + ".teacher": b.teacher for name, b in branches}
 
     @property
     def longest_answered(self) -> int | None:
@@ -96,29 +98,100 @@ class SftConfig(BaseAlgorithmConfig):
         return self.max_tokens
 
 
-class MopdConfig(BaseAlgorithmConfig):
-    """Vanilla MOPD, Eq. (2)-(3): every step mixes both branches, nothing is selected or scaled."""
+class DistillationConfig(BaseAlgorithmConfig):
+    """What MOPD and CaMOPD decide beside branches and schedule."""
 
-    kind: Literal["mopd"] = "mopd"
-    general: BranchConfig
-    domain: BranchConfig
-    general_share: Fraction = 0.5
-    """Share of the batch drawn from the general branch."""
+    loss: Loss = Field(default_factory=SampledLoss)
+    tokens: Tokens = Field(default_factory=AllTokens)
+    """Which tokens of a response count, and how much."""
+    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
     importance: ImportanceConfig = Field(default_factory=ImportanceConfig)
+    normalise: Literal["sequence", "token", "share"] = "sequence"
+    """`sequence`: mean over a response's tokens, then over a branch's kept responses, branches summed
+    (CaMOPD Eq. 2 and 3); `token`: mean over all kept tokens of the step; `share`: that, with each
+    branch's part of the loss tokens brought to its part of the prompts (Open-MOPD)."""
 
     decisions = "mopd"
 
+    @property
+    def teachers(self) -> dict[str, str]:
+        reference = self.advantage.reference
+        named = {} if reference is None else {"advantage.reference": reference}
+        return super().teachers | named
 
-class CamopdConfig(BaseAlgorithmConfig):
-    """CaMOPD, Eq. (5)-(9): alternating branches, gap-mass selection, scaled recovery."""
+    def contradictions(self) -> Iterator[str]:
+        advantage = self.advantage
+        shaped = advantage.model_dump(exclude_defaults=True)
+        if shaped and self.loss.kind not in ("sampled", "entropy_aware"):
+            yield (
+                f"advantage: found {', '.join(shaped)} with loss.kind {self.loss.kind}, expected "
+                "nothing: a divergence of whole distributions has no advantage"
+            )
+        if isinstance(self.tokens, EntropyTokens) and self.tokens.explore and not advantage.floor:
+            yield "tokens.explore: needs advantage.floor, from which a token counts"
+
+
+class MopdConfig(DistillationConfig):
+    """Multi-teacher on-policy distillation: any number of branches, by any schedule and loss.
+
+    The defaults are vanilla MOPD, Eq. (2)-(3): every step mixes all branches, nothing is selected.
+    """
+
+    kind: Literal["mopd"] = "mopd"
+    branches: dict[Name, BranchConfig] = Field(min_length=1)
+    """Named branches: any number, and a teacher may serve several."""
+    schedule: Schedule = Field(default_factory=MixedSchedule)
+
+    branch_key = "branches.{}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _two_branches(cls, tree: object) -> object:
+        """The spelling of 0.1: `general`, `domain` and `general_share` instead of branches and shares."""
+        roles = {"general": "recover", "domain": "preserve"}
+        if not isinstance(tree, dict) or not tree.keys() & {*roles, "general_share"}:
+            return tree
+        tree = dict(tree)
+        for name in roles.keys() & tree.keys():
+            if not isinstance(tree[name], dict):
+                raise ValueError(f"{name}: found {tree[name]!r}, expected a mapping of settings")
+            if more := sorted(tree[name].keys() - {"pool", "teacher"}):
+                raise ValueError(
+                    f"{name}.{more[0]}: expected pool and teacher alone; a branch that selects or "
+                    f"scales stands in `branches.{name}`"
+                )
+        share = tree.pop("general_share", 0.5)
+        branches = {n: {"role": role, **tree.pop(n)} for n, role in roles.items() if n in tree}
+        if share == 1.0:
+            branches.pop("domain", None)
+        shares = {"general": share, "domain": 1 - share} if len(branches) > 1 else None
+        return {"branches": branches, "schedule": {"kind": "mixed", "shares": shares}} | tree
+
+    def all_branches(self) -> Mapping[str, BranchConfig]:
+        return self.branches
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        drawn = self.schedule.branches(list(self.branches))
+        if unknown := sorted(drawn - self.branches.keys()):
+            yield f"schedule: found {unknown}, expected names of branches, {sorted(self.branches)}"
+        if idle := sorted(self.branches.keys() - drawn):
+            yield f"schedule: no step draws {idle}; expected every branch in it, or no such branch"
+
+
+class CamopdConfig(DistillationConfig):
+    """CaMOPD, Eq. (5)-(9): two alternating branches, gap-mass selection, scaled recovery."""
 
     kind: Literal["camopd"] = "camopd"
     general: SelectiveBranchConfig
     domain: SelectiveBranchConfig
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    importance: ImportanceConfig = Field(default_factory=ImportanceConfig)
 
-    decisions = "mopd"
+    def all_branches(self) -> Mapping[str, BranchConfig]:
+        return {
+            "general": BranchConfig(role="recover", **dict(self.general)),
+            "domain": BranchConfig(role="preserve", **dict(self.domain)),
+        }
 
 
 class RaftConfig(BaseAlgorithmConfig):
@@ -156,8 +229,7 @@ class RaftConfig(BaseAlgorithmConfig):
 
     decisions = "raft"
 
-    @property
-    def branches(self) -> Mapping[str, BranchConfig]:
+    def all_branches(self) -> Mapping[str, BranchConfig]:
         return {"domain": BranchConfig(pool=self.pool, teacher=self.teacher)}
 
     @property

@@ -70,6 +70,8 @@ class BatchConfig(Config):
 
     size: PositiveInt = 512
     """Prompts (or SFT examples) in one optimizer step, over all data-parallel ranks."""
+    responses: PositiveInt = 1
+    """Responses to each prompt, all in one step; a step trains on so many times `size`. Not for SFT."""
     micro_batch_tokens: PositiveInt = 16384
     """Most tokens packed into one micro-batch; one longer sequence still fits alone."""
 
@@ -347,6 +349,11 @@ class RunConfig(Config):
             yield "evaluate.heldout: needs rollout engines to sample the teachers' answers"
         elif not algorithm.needs_rollouts and self.rollout and not self.evaluate.heldout:
             yield f"rollout: found one, expected none for {algorithm.kind} without evaluate.heldout"
+        if self.batch.responses > 1 and not algorithm.needs_rollouts:
+            yield (
+                f"batch.responses: found {self.batch.responses}, expected 1: {algorithm.kind} trains "
+                "on the answers that come with the prompts"
+            )
         if self.optimizer.warmup_steps >= self.steps:
             yield (
                 f"optimizer.warmup_steps: found {self.optimizer.warmup_steps}, expected less than "

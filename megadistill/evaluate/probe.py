@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -16,24 +17,24 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from megadistill.algorithms import Mopd, make_algorithm
 from megadistill.algorithms.coherence import (
     coherence,
     coherence_gain,
     interference,
     size_matched_gain,
 )
-from megadistill.algorithms.mopd import Camopd, make_camopd
 from megadistill.algorithms.protocol import response_span
 from megadistill.algorithms.sketch import sketch
 from megadistill.atomic import write_atomic
 from megadistill.config import RunConfig
-from megadistill.config.algorithm import CamopdConfig
 from megadistill.config.schema import ParallelConfig
 from megadistill.losses import policy_gradient
 from megadistill.megatron.engine import STUDENT, Engine
 from megadistill.rollout.store import read_rollouts
 from megadistill.rundir import RunDir
-from megadistill.types import Rollout, Scored
+from megadistill.startup import common_tokenizer
+from megadistill.types import Rollout, Scored, ScoreRequest
 
 Report = dict[str, Any]  # what goes into the JSON file
 
@@ -41,26 +42,27 @@ Report = dict[str, Any]  # what goes into the JSON file
 def probe(run: RunDir, num_samples: int) -> Report:
     """Coherence of each branch's samples, selected and all, and how the branches agree.
 
-    Raises `ValueError` for a run that is not CaMOPD's, or has no checkpoint or rollouts yet.
+    Raises `ValueError` for a run without branches of MOPD's, or without checkpoint or rollouts yet.
     """
     config = run.load_config()
-    if not isinstance(config.algorithm, CamopdConfig):
-        raise ValueError(f"algorithm.kind: found {config.algorithm.kind}, expected camopd")
+    algorithm = make_algorithm(config, common_tokenizer(config), {})
+    if not isinstance(algorithm, Mopd):
+        raise ValueError(f"algorithm.kind: found {config.algorithm.kind}, expected mopd or camopd")
     checkpoints = run.whole_checkpoints()
     if not checkpoints:
         raise ValueError(f"{run.path}: found no whole checkpoint, expected one")
     step, directory = checkpoints[-1]
     engine = Engine(_on_one_process(config))
     engine.load(directory)
-    algorithm = make_camopd(config.algorithm, num_samples)
-    report: Report = {"step": step, "branches": {}}
+    report: Report = {"step": step, "branches": {}, "pairs": []}
     sums: dict[str, Any] = {}
     for branch in algorithm.branches:
         rollouts = latest_rollouts(run, branch, step)[:num_samples]
         measured, sums[branch] = measure_branch(engine, algorithm, branch, rollouts)
         report["branches"][branch] = measured
-    dot, cosine = interference(sums["general"], sums["domain"])
-    report |= {"dot": dot, "cosine": _number(cosine)}
+    for first, second in combinations(sums, 2):
+        dot, cosine = interference(sums[first], sums[second])
+        report["pairs"].append({"branches": [first, second], "dot": dot, "cosine": _number(cosine)})
     engine.close()
     return report
 
@@ -78,21 +80,19 @@ def latest_rollouts(run: RunDir, branch: str, step: int) -> list[Rollout]:
 
 
 def measure_branch(
-    engine: Engine, algorithm: Camopd, branch: str, rollouts: Sequence[Rollout]
+    engine: Engine, algorithm: Mopd, branch: str, rollouts: Sequence[Rollout]
 ) -> tuple[Report, Any]:
     """One branch's numbers, and the mean of its samples' gradients (a sketch)."""
     spans = [response_span(rollout) for rollout in rollouts]
     teacher = algorithm.branches[branch].teacher
-    scores = zip(engine.score(STUDENT, spans), engine.score(teacher, spans), strict=True)
+    plain = ScoreRequest()
+    student, taught = (engine.read(name, spans, plain) for name in (STUDENT, teacher))
     scored = [
-        Scored(rollout=rollout, branch=branch, student_logprobs_R=own, teacher_logprobs_R=teachers)
-        for rollout, (own, teachers) in zip(rollouts, scores, strict=True)
+        Scored(rollout=rollout, branch=branch, student=own, teacher=others)
+        for rollout, own, others in zip(rollouts, student, taught, strict=True)
     ]
     selected = algorithm.select(scored).selected
-    everything = {
-        name: one.model_copy(update={"mass": 1.0}) for name, one in algorithm.branches.items()
-    }
-    samples = replace(algorithm, branches=everything).select(scored).samples
+    samples = replace(algorithm, selects=False).select(scored).samples
     gradients_NM = np.stack(
         [sketch(engine.gradient(sample, policy_gradient)) for sample in samples]
     )
@@ -122,8 +122,12 @@ def table(report: Mapping[str, Any]) -> Table:
             f"{row['coherence_selected']:.4f}",
             *("-" if gain is None else f"{gain:+.1f} %" for gain in gains),
         )
-    cosine = "-" if report["cosine"] is None else f"{report['cosine']:+.4f}"
-    shown.caption = f"general x domain: dot product {report['dot']:.4g}, cosine {cosine}"
+    lines = []
+    for pair in report["pairs"]:
+        cosine = "-" if pair["cosine"] is None else f"{pair['cosine']:+.4f}"
+        names = " x ".join(pair["branches"])
+        lines.append(f"{names}: dot product {pair['dot']:.4g}, cosine {cosine}")
+    shown.caption = "\n".join(lines)
     return shown
 
 

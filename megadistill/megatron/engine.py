@@ -26,6 +26,7 @@ from megadistill.megatron.scoring import (
     mean_divergences,
     own_batches,
     read_spans,
+    token_divergences,
 )
 from megadistill.megatron.training import Student
 from megadistill.megatron.world import connect, disconnect, most_memory_gib, pick_device
@@ -159,9 +160,16 @@ class Engine:
 
         fp32, one number per span, equal on every rank; NaN for a span without scored tokens.
         """
+        return mean_divergences(self.token_divergences(student, teacher, spans))
+
+    @_names_rank
+    def token_divergences(
+        self, student: str, teacher: str, spans: Sequence[TokenSpan]
+    ) -> list[FloatArray]:
+        """The same of each scored token, fp32 `[R, 2]` a span."""
         first, second = self._scorable(student), self._scorable(teacher)
         with self._offloader.on_device(first.model, second.model):
-            return mean_divergences(first, second, spans, self._rules)
+            return token_divergences(first, second, spans, self._rules)
 
     @_names_rank
     def step(self, samples: Sequence[Sample], loss: Loss, *, learning_rate: float) -> StepResult:

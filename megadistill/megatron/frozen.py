@@ -9,7 +9,7 @@ from megadistill.convert.families import read_spec
 from megadistill.data.packing import PackingRules, num_inputs
 from megadistill.megatron.model import build_model, load_hf
 from megadistill.megatron.offload import TeacherOffloader
-from megadistill.megatron.scoring import Scorable, mean_divergences, score_spans
+from megadistill.megatron.scoring import Scorable, mean_divergences, score_spans, token_divergences
 from megadistill.megatron.world import connect, disconnect, pick_device
 from megadistill.types import FloatArray, TokenSpan
 
@@ -46,7 +46,8 @@ class FrozenModels:
         """Per span the mean full-vocabulary KL(teacher || student) and KL(student || teacher)."""
         first, second = self._models[student], self._models[teacher]
         with self._offloader.on_device(first.model, second.model):
-            return mean_divergences(first, second, spans, self._rules(spans))
+            tables = token_divergences(first, second, spans, self._rules(spans))
+        return mean_divergences(tables)
 
     def close(self) -> None:
         """Undo what the constructor set up in this process."""

@@ -194,12 +194,12 @@ def _scores(table: Tensor, widths: Sequence[int], hidden_RD: Tensor | None) -> T
 
 
 @calls_megatron
-def mean_divergences(
+def token_divergences(
     student: Scorable, teacher: Scorable, spans: Sequence[TokenSpan], rules: PackingRules
-) -> tuple[FloatArray, FloatArray]:
-    """Per span the mean over its scored tokens of KL(teacher || student) and KL(student || teacher).
+) -> list[FloatArray]:
+    """Of each span's scored tokens KL(teacher || student) and KL(student || teacher).
 
-    fp32 `[number of spans]` each, over the full vocabulary; NaN for a span without scored tokens.
+    fp32 `[R, 2]` a span, over the full vocabulary.
     """
     world = student.world
     batches = own_batches([unweighted(span) for span in spans], rules, world)
@@ -215,9 +215,12 @@ def mean_divergences(
             columns[:, 0], columns[:, 1] = result.forward_kl_T, result.reverse_kl_T
         values.append(columns)
     tables = _everywhere(spans, batches, values, (2, torch.float32), world)
-    forward_kl, reverse_kl = (
-        [_mean(table[:, i].numpy().copy()) for table in tables] for i in (0, 1)
-    )
+    return [table.numpy() for table in tables]
+
+
+def mean_divergences(tables: Sequence[FloatArray]) -> tuple[FloatArray, FloatArray]:
+    """Means over each span's tokens, `[number of spans]` each; NaN for a span without any."""
+    forward_kl, reverse_kl = ([_mean(rows[:, i].copy()) for rows in tables] for i in (0, 1))
     return np.array(forward_kl, dtype=np.float32), np.array(reverse_kl, dtype=np.float32)
 
 

@@ -78,7 +78,7 @@ def spent(rows: Sequence[Row]) -> pd.DataFrame:
 
 def teachers_of(config: RunConfig, phase: str) -> str:
     """Names of the teachers that the branches of a phase ask."""
-    branches = config.algorithm.branches
+    branches = config.algorithm.all_branches()
     named = [branches[name].teacher for name in phase.split("+") if name in branches]
     return ", ".join(dict.fromkeys(named))
 

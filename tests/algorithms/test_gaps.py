@@ -3,6 +3,7 @@
 W1, W2, W9 are worked examples computed by hand from the papers' formulas.
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 from random import Random
 
@@ -12,11 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megadistill.algorithms.gaps import (
+    advantage,
     importance_weights,
     mean_absolute_gap,
     mean_positive_gap,
     select_by_mass,
 )
+from megadistill.config.distillation import AdvantageConfig, ImportanceConfig
+from megadistill.types import FloatArray
 from tests.tiny import float32
 
 W1_GAP = float32([0.2, -1.5, 0.0, -2.0])
@@ -132,37 +136,106 @@ def test_more_mass_never_keeps_less(scores: list[float], first: float, second: f
     assert set(select_by_mass(scores, less)) <= set(select_by_mass(scores, more))
 
 
-def test_importance_weights_mask_outside_the_bounds() -> None:
-    ratio = [0.1, 0.4, 0.9, 1, 1.7, 3, 9]
-    student_R = float32(np.log(ratio) - 2.0)
-    weights_R = importance_weights(student_R, float32([-2.0] * 7), 0.5, 2.0)
-    np.testing.assert_allclose(weights_R, [0, 0, 0.9, 1, 1.7, 0, 0], atol=1e-6)
+RATIOS = [0.1, 0.4, 0.9, 1, 1.7, 3, 9]
 
 
-def test_importance_weights_are_neither_clamped_nor_one_sided() -> None:
-    student_R = float32(np.log([0.1, 0.4, 0.9, 1, 1.7, 3, 9]))
-    ours = importance_weights(student_R, float32([0.0] * 7), 0.5, 2.0)
-    truncated = [0.1, 0.4, 0.9, 1, 1.7, 2, 2]
-    loosely_masked = [0, 0, 0.9, 1, 1.7, 3, 0]
-    assert np.abs(ours - truncated).max() > 0.05
-    assert np.abs(ours - loosely_masked).max() > 0.05
+def weights_of(
+    ratios: Sequence[float], kind: str = "mask", **settings: float
+) -> tuple[FloatArray, FloatArray]:
+    """Weights and counted tokens of a response with these ratios of trainer to rollout engine."""
+    config = ImportanceConfig.model_validate({"kind": kind, **settings})
+    student_R = float32(np.log(ratios) - 2.0)
+    return importance_weights(student_R, float32([-2.0] * len(ratios)), config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("mask", [0, 0, 0.9, 1, 1.7, 0, 0]),
+        ("icepop", [0, 0, 0.9, 1, 1.7, 3, 0]),
+        ("truncate", [0.1, 0.4, 0.9, 1, 1.7, 2, 2]),
+        ("mis", [0, 0, 0.9, 1, 1.7, 0, 0]),
+        ("sequence", [0] * 7),
+        ("none", [1] * 7),
+    ],
+)
+def test_importance_weights_are_those_of_the_table(kind: str, expected: list[float]) -> None:
+    """W9, and the other rows of ALGORITHMS section 4, at their default bounds."""
+    weights_R, _ = weights_of(RATIOS, kind)
+    np.testing.assert_allclose(weights_R, expected, atol=1e-6)
+    assert weights_R.dtype == np.float32
+
+
+def test_only_mis_takes_masked_tokens_out_of_the_average() -> None:
+    assert weights_of(RATIOS, "mis")[1].tolist() == [0, 0, 1, 1, 1, 0, 0]
+    for kind in ("mask", "icepop", "truncate", "sequence", "none"):
+        assert weights_of(RATIOS, kind)[1].tolist() == [1] * 7
+
+
+def test_mis_drops_a_response_with_one_hopeless_token() -> None:
+    for array in weights_of([1.0, 0.99e-4, 1.0], "mis"):
+        assert array.tolist() == [0, 0, 0]
+    assert weights_of([1.0, 1.01e-4, 1.0], "mis")[1].tolist() == [1, 0, 1]
+
+
+def test_a_response_is_judged_by_its_geometric_mean_and_keeps_its_ratios() -> None:
+    inside = [1.01, 0.99, 1.001]  # geometric mean 1.000298
+    np.testing.assert_allclose(weights_of(inside, "sequence")[0], inside, rtol=1e-6)
+    assert weights_of([1.01, 0.99, 1.02], "sequence")[0].tolist() == [0, 0, 0]  # 1.006583
 
 
 def test_the_bounds_themselves_are_inside() -> None:
     bounds_R = float32(np.log([0.5, 2.0]))
-    ratio = np.exp(bounds_R.astype(np.float64))
-    weights_R = importance_weights(bounds_R, float32([0, 0]), float(ratio[0]), float(ratio[1]))
+    low, high = np.exp(bounds_R.astype(np.float64))
+    config = ImportanceConfig(low=float(low), high=float(high))
+    weights_R, _ = importance_weights(bounds_R, float32([0, 0]), config)
     np.testing.assert_allclose(weights_R, [0.5, 2.0], atol=1e-6)
 
 
 def test_equal_policies_have_weight_one() -> None:
     logprobs_R = float32([-0.1, -30.0, 0.0])
-    assert importance_weights(logprobs_R, logprobs_R, 0.5, 2.0).tolist() == [1.0, 1.0, 1.0]
+    for kind in ("mask", "icepop", "truncate", "mis", "sequence", "none"):
+        config = ImportanceConfig.model_validate({"kind": kind})
+        assert importance_weights(logprobs_R, logprobs_R, config)[0].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_extreme_differences_are_masked_without_overflow() -> None:
     student_R = float32([0.0, -1e30, -1000.0, 0.0])
     rollout_R = float32([-1e30, 0.0, 0.0, -1000.0])
-    weights_R = importance_weights(student_R, rollout_R, 0.5, 2.0)
+    weights_R, _ = importance_weights(student_R, rollout_R, ImportanceConfig())
     assert weights_R.dtype == np.float32
     assert weights_R.tolist() == [0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_floor_bounds_the_advantage_as_the_worked_example_says() -> None:
+    """W8: lambda 0.3 is a floor of -0.847298."""
+    found_R = advantage(float32([0.5, -0.2, -3.0]), AdvantageConfig(floor=0.3))
+    np.testing.assert_allclose(found_R, [0.5, -0.2, -0.847298], atol=1e-6)
+
+
+def test_a_reference_extrapolates_from_it() -> None:
+    """G-OPD: lambda log(T / ref) - log(student / ref), here with lambda 1.25."""
+    student, teacher, reference = float32([-1.0, -2]), float32([-0.5, -3]), float32([-1.5, -1])
+    found_R = advantage(
+        teacher - student,
+        AdvantageConfig(reference="base", scale=1.25),
+        reference_gap_R=reference - student,
+    )
+    expected = 1.25 * (teacher - reference) - (student - reference)
+    np.testing.assert_allclose(found_R, expected, atol=1e-6)
+    plain_R = advantage(teacher - student, AdvantageConfig(), reference_gap_R=reference - student)
+    np.testing.assert_array_equal(plain_R, teacher - student)
+
+
+def test_a_baseline_centres_the_advantage() -> None:
+    """vOPD on W4's pair: E over the student's tokens of A is 0, for the baseline is E of the gap."""
+    student, teacher = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.5, 0.3])
+    gap_R = float32(np.log(teacher / student))
+    expected_gap_R = float32([(student * np.log(teacher / student)).sum()] * 3)
+    assert expected_gap_R[0] == pytest.approx(-0.223805, abs=1e-6)
+    shaped_R = advantage(gap_R, AdvantageConfig(baseline=True), expected_gap_R=expected_gap_R)
+    assert (student * shaped_R).sum() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_scale_without_a_reference_scales_the_gap() -> None:
+    assert advantage(float32([1.0, -2.0]), AdvantageConfig(scale=1.5)).tolist() == [1.5, -3.0]

@@ -5,15 +5,15 @@ The worked examples W3 and W4 were computed by hand from the papers' formulas.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megadistill.algorithms import Camopd, Mopd, Selection, mopd
-from megadistill.config.algorithm import CamopdConfig, MopdConfig
-from megadistill.types import FloatArray, Sample, Scored
-from tests.tiny import Tree, camopd_tree, decisions, float32, make_config, make_scored
+from megadistill.algorithms import Mopd, Selection
+from megadistill.types import FloatArray, Sample, Scored, TopK
+from tests.tiny import Tree, camopd_tree, decisions, float32, make_scored
 
 W3 = (
     make_scored([-0.5, -1, -2], [-0.2, -1.5, -0.5], rollout_R=[-0.6, -1, -1], prompt_id="one"),
@@ -21,29 +21,31 @@ W3 = (
 )
 
 
-def make_mopd(batch_size: int = 2, general_share: float = 1.0) -> Mopd:
-    tree = camopd_tree()
-    tree["algorithm"] = {
+def make_mopd(batch_size: int = 2, general_share: float = 0.5, **settings: Any) -> Mopd:
+    algorithm = {
         "kind": "mopd",
         "general": {"pool": "general", "teacher": "general"},
         "domain": {"pool": "medical", "teacher": "domain"},
         "general_share": general_share,
+        **settings,
     }
-    config = make_config(tree).algorithm
-    assert isinstance(config, MopdConfig)
-    return mopd.make_mopd(config, batch_size)
+    return made(camopd_tree(algorithm=algorithm, batch={"size": batch_size}))
 
 
 def make_camopd(
     general: Tree | None = None, domain: Tree | None = None, schedule: Tree | None = None
-) -> Camopd:
-    tree = camopd_tree()
+) -> Mopd:
+    tree = camopd_tree(batch={"size": 2})
     tree["algorithm"]["general"] |= general or {}
     tree["algorithm"]["domain"] |= domain or {}
     tree["algorithm"]["schedule"] = schedule or {}
-    config = make_config(tree).algorithm
-    assert isinstance(config, CamopdConfig)
-    return mopd.make_camopd(config, batch_size=2)
+    return made(tree)
+
+
+def made(tree: Tree) -> Mopd:
+    algorithm = decisions(tree)
+    assert isinstance(algorithm, Mopd)
+    return algorithm
 
 
 def loss_of(selection: Selection, scored: Sequence[Scored]) -> float:
@@ -382,24 +384,104 @@ def test_metrics_of_a_step_are_those_of_its_branch() -> None:
 
 
 def test_the_configuration_names_the_algorithm() -> None:
-    assert type(decisions()) is Camopd
+    assert made(camopd_tree()).draws(0) == {"general": 4}
     tree = camopd_tree()
     tree["algorithm"] = {
         "kind": "mopd",
         "general": {"pool": "general", "teacher": "general"},
         "domain": {"pool": "medical", "teacher": "domain"},
     }
-    algorithm = decisions(tree)
-    assert type(algorithm) is Mopd
+    algorithm = made(tree)
     assert algorithm.draws(0) == {"general": 2, "domain": 2}
 
 
 def test_importance_bounds_come_from_the_configuration() -> None:
     tree = camopd_tree()
     tree["algorithm"]["importance"] = {"low": 0.3, "high": 9.0}
-    algorithm = decisions(tree)
-    assert isinstance(algorithm, Camopd)
+    algorithm = made(tree)
     item = make_scored([-2.0, 0.0], [-1.0, 0.0], rollout_R=[-1.0, -2.0])
     masked = algorithm.select([item]).metrics["general/masked_fraction"]
     assert masked == 0.0
     assert make_camopd().select([item]).metrics["general/masked_fraction"] == 1.0
+
+
+def test_a_branchs_top_k_overlap_is_that_of_the_two_sides_ids() -> None:
+    def top(ids: list[list[int]]) -> TopK:
+        return TopK(
+            ids_RK=np.array(ids, dtype=np.int32), logprobs_RK=float32(np.log([[0.5, 0.25]]))
+        )
+
+    item = make_scored([-1.0], [-1.0])
+    student = replace(item.student, top_k=top([[4, 9]]))
+    teacher = replace(item.teacher, top_k=top([[9, 3]]))
+    metrics = make_mopd().select([replace(item, student=student, teacher=teacher)]).metrics
+    assert metrics["general/top_k_overlap"] == 0.5
+    assert metrics["general/teacher_top_k_mass"] == pytest.approx(0.75)
+
+
+def test_a_token_mean_and_balanced_shares_normalise_as_they_say() -> None:
+    """A response of three tokens in one branch, two of one token in the other."""
+    batch = [
+        make_scored([0.0] * 3, [1.0] * 3),
+        make_scored([0.0], [1.0], branch="domain", prompt_id="two"),
+        make_scored([0.0], [1.0], branch="domain", prompt_id="three"),
+    ]
+
+    def weights(normalise: str) -> list[list[float]]:
+        selection = make_mopd(normalise=normalise).select(batch)
+        return [sample.weights_R.tolist() for sample in selection.samples]
+
+    assert weights("sequence") == [pytest.approx([1 / 3] * 3), [0.5], [0.5]]
+    for own_R in weights("token"):
+        assert own_R == pytest.approx([1 / 5] * len(own_R))
+    # Shares 1/3 and 2/3 of the prompts; of five tokens the branches have three and two.
+    general, domain, _ = weights("share")
+    assert general == pytest.approx([1 / 9] * 3)
+    assert domain == pytest.approx([1 / 3])
+
+
+def test_mis_divides_by_the_tokens_that_are_left() -> None:
+    item = make_scored([-1.0, -1.0], [0.0, 0.0], rollout_R=[-1.0, -4.0])
+    masked, shortened = (
+        make_mopd(importance={"kind": kind}).select([item]).samples[0].weights_R.tolist()
+        for kind in ("mask", "mis")
+    )
+    assert masked == [0.5, 0.0]
+    assert shortened == [1.0, 0.0]
+
+
+def test_relaxed_opd_divides_by_the_response_unless_told_otherwise() -> None:
+    item = make_scored([0.0, 0.0], [1.0, 1.0])
+    item = replace(item, student=replace(item.student, entropy_R=float32([0.1, 2.0])))
+    tokens = {"kind": "entropy", "share": 0.5}
+    for shorten, expected in ((False, 0.5), (True, 1.0)):
+        algorithm = make_mopd(tokens=tokens | {"shorten": shorten})
+        assert algorithm.scoring.student.entropy
+        (sample,) = algorithm.select([item]).samples
+        assert sample.weights_R.tolist() == [0.0, expected]
+
+
+def test_entropy_aware_opd_compares_where_the_teacher_is_unsure() -> None:
+    ids = TopK(ids_RK=np.zeros((2, 16), dtype=np.int32), logprobs_RK=float32(np.zeros((2, 16))))
+    item = make_scored([0.0, 0.0], [1.0, 2.0])
+    teacher = replace(item.teacher, entropy_R=float32([0.7, 0.9]), top_k=ids)
+    algorithm = make_mopd(loss={"kind": "entropy_aware"})
+    assert (algorithm.scoring.teacher.entropy, algorithm.scoring.teacher.top_k) == (True, 16)
+    (sample,) = algorithm.select([replace(item, teacher=teacher)]).samples
+    assert sample.weights_R.tolist() == [0.5, 1.0]
+    assert sample.divergence_weights_R is not None
+    assert sample.divergence_weights_R.tolist() == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_divergence_takes_the_importance_weight_where_it_shall(weighted: bool) -> None:
+    item = make_scored([-1.0, -1.0], [0.0, 0.0], rollout_R=[-1.5, -4.0])
+    hidden_RD = torch.zeros(2, 4)
+    item = replace(item, teacher=replace(item.teacher, hidden_RD=hidden_RD))
+    loss = {"kind": "forward_kl", "importance": weighted}
+    (sample,) = make_mopd(loss=loss).select([item]).samples
+    assert sample.divergence_weights_R is not None
+    expected = [np.exp(0.5) / 2, 0.0] if weighted else [0.5, 0.5]
+    assert sample.divergence_weights_R.tolist() == pytest.approx(expected)
+    assert sample.weights_R.tolist() == [0.0, 0.0]
+    assert (sample.teacher, sample.hidden_RD is hidden_RD) == ("general", True)

@@ -12,7 +12,7 @@ from megadistill.algorithms import Raft, make_algorithm
 from megadistill.algorithms.protocol import Loss, response_span
 from megadistill.algorithms.raft import TEACHER_WORDS, Moments
 from megadistill.config import ConfigError
-from megadistill.types import Prompt, Rollout, Scored, StepResult, TopK
+from megadistill.types import Prompt, Rollout, Scored, StepResult, TokenScores, TopK
 from tests.tiny import Tree, float32, make_config, make_rollout, make_tokenizer, raft_tree
 
 WORDS = (
@@ -53,14 +53,13 @@ def read(ids: Any) -> str:
 
 
 def make_scored(prompt: Prompt, length: int = 3) -> Scored:
+    zeros_RK = np.zeros((length, 3))
+    top_k = TopK(ids_RK=zeros_RK.astype(np.int32), logprobs_RK=float32(zeros_RK))
     return Scored(
         rollout=respond(prompt, length),
         branch="domain",
-        student_logprobs_R=float32([-0.5] * length),
-        teacher_logprobs_R=float32([-0.25] * length),
-        top_k=TopK(
-            ids_RK=np.zeros((length, 3), dtype=np.int32), logprobs_RK=float32(np.zeros((length, 3)))
-        ),
+        student=TokenScores(logprobs_R=float32([-0.5] * length)),
+        teacher=TokenScores(logprobs_R=float32([-0.25] * length), top_k=top_k),
     )
 
 

@@ -408,3 +408,73 @@ def test_an_override_without_a_key_is_refused(override: str, tmp_path: Path) -> 
     file.write_text("batch: {size: 1}\n")
     with pytest.raises(ConfigError, match=r"expected key\.path=value"):
         read_tree(file, [override])
+
+
+BRANCHES = {
+    "general": {"pool": "general", "teacher": "general"},
+    "medical": {"pool": "medical", "teacher": "domain", "role": "preserve", "mass": 0.5},
+}
+
+
+def family_tree(**settings: Any) -> Tree:
+    return camopd_tree(algorithm={"kind": "mopd", "branches": BRANCHES, **settings})
+
+
+def test_the_two_branches_of_01_are_branches_with_shares() -> None:
+    general = {"pool": "general", "teacher": "general"}
+    domain = {"pool": "medical", "teacher": "domain"}
+    two = {"kind": "mopd", "general": general, "domain": domain}
+    old = camopd_tree(algorithm={"general_share": 0.75, **two})
+    branches = {"general": general, "domain": domain | {"role": "preserve"}}
+    shares = {"kind": "mixed", "shares": {"general": 0.75, "domain": 0.25}}
+    new = camopd_tree(algorithm={"kind": "mopd", "branches": branches, "schedule": shares})
+    assert parse(RunConfig, old) == parse(RunConfig, new)
+    alone = parse(RunConfig, camopd_tree(algorithm={"general_share": 1.0, **two}))
+    assert list(alone.algorithm.all_branches()) == ["general"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"schedule": {"kind": "cycle", "order": ["general"]}},
+            "schedule: no step draws ['medical']",
+        ),
+        (
+            {"schedule": {"kind": "mixed", "shares": {"general": 1.0, "medical": 0.0}}},
+            "schedule: no step draws ['medical']",
+        ),
+        (
+            {"schedule": {"kind": "cycle", "order": ["general", "medical", "law"]}},
+            "schedule: found ['law'], expected names of branches, ['general', 'medical']",
+        ),
+        (
+            {"advantage": {"reference": "base"}},
+            "advantage.reference: found 'base', expected one of ['domain', 'general']",
+        ),
+        (
+            {"advantage": {"floor": 0.3}, "loss": {"kind": "reverse_kl"}},
+            "advantage: found floor with loss.kind reverse_kl",
+        ),
+        ({"tokens": {"kind": "entropy", "explore": 0.5}}, "tokens.explore: needs advantage.floor"),
+        ({"importance": {"low": 1.5}}, "importance.low, high: found 1.5 and 2.0"),
+        (
+            {"branches": BRANCHES | {"law": {"pool": "law", "teacher": "general"}}},
+            "branches.law.pool: found 'law', expected one of ['general', 'medical']",
+        ),
+        (
+            {"schedule": {"kind": "mixed", "shares": {"general": 0.0}}},
+            "schedule.shares: found {'general': 0.0}, expected one above 0",
+        ),
+        ({"loss": {"kind": "top_k", "size": 0}}, "loss.size: found 0"),
+    ],
+)
+def test_decisions_that_do_not_fit_together_are_one_line(settings: Tree, expected: str) -> None:
+    (line,) = error_lines(family_tree(**settings))
+    assert line.startswith(f"  algorithm.{expected}")
+
+
+def test_several_responses_are_for_those_who_sample_them() -> None:
+    assert parse(RunConfig, family_tree() | {"batch": {"responses": 4}}).batch.responses == 4
+    (line,) = error_lines(sft_tree(batch={"responses": 2}))
+    assert line.startswith("  batch.responses: found 2, expected 1: sft trains on")

@@ -15,6 +15,7 @@ from megadistill.config import (
     algorithm,
     campaign,
     cluster,
+    distillation,
     evaluate,
     json_schema,
     kind_of,
@@ -49,7 +50,7 @@ def test_no_class_has_more_than_twenty_fields() -> None:
 
 
 def test_every_class_of_the_schema_is_part_of_the_tree() -> None:
-    modules = (schema, algorithm, cluster, work, campaign, evaluate, prepare, refine)
+    modules = (schema, algorithm, distillation, cluster, work, campaign, evaluate, prepare, refine)
     members = [member for module in modules for member in vars(module).values()]
     defined = {kind for kind in members if isinstance(kind, type) and issubclass(kind, Config)}
     used = tree_classes()

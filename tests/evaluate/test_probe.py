@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadistill.algorithms.mopd import make_camopd
 from megadistill.collect import Batch
 from megadistill.config import RunConfig, load
 from megadistill.config.algorithm import CamopdConfig
@@ -18,6 +17,7 @@ from megadistill.state import RunState, save
 from megadistill.types import TokenSpan
 from tests.e2e.small_run import make_models, write_run
 from tests.megatron.ranks import scored_by
+from tests.tiny import camopd_of
 
 pytestmark = [pytest.mark.megatron, pytest.mark.timeout(300)]
 
@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     engine = Engine(config)
     save(run, engine, RunState(step=2), keep=1)
     assert isinstance(config.algorithm, CamopdConfig)
-    algorithm = make_camopd(config.algorithm, 6)
+    algorithm = camopd_of(config.algorithm)
     ids = np.random.default_rng(0).integers(5, 200, (6, 20), dtype=np.int32)
     spans = [TokenSpan(token_ids_N=row, num_scored=8) for row in ids]
     for step, branch in ((1, "general"), (2, "domain")):
@@ -53,8 +53,10 @@ def test_a_run_is_probed_from_what_it_left(run: RunDir, capsys: pytest.CaptureFi
     assert 0 < general["coherence_all"] < general["coherence_selected"] < 1
     assert general["gain_percent"] > general["size_matched_gain_percent"]
     # Equal models: no gradient, and nothing to be coherent.
-    assert domain["coherence_all"] == report["dot"] == 0
-    assert domain["gain_percent"] is report["cosine"] is None
+    (pair,) = report["pairs"]
+    assert pair["branches"] == ["general", "domain"]
+    assert domain["coherence_all"] == pair["dot"] == 0
+    assert domain["gain_percent"] is pair["cosine"] is None
     assert "Gradients after step 2" in capsys.readouterr().out
 
 

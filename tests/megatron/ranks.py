@@ -40,6 +40,7 @@ from megadistill.types import (
     Rollout,
     Scored,
     ScoreRequest,
+    TokenScores,
     TokenSpan,
 )
 from tests.megatron.reference import (
@@ -120,7 +121,7 @@ def compare(
 
 def select(directory: Path, student: str, teacher: str) -> tuple[list[int], list[FloatArray]]:
     """What CaMOPD keeps of random responses to `student`, and its weights; equal on all ranks."""
-    from megadistill.algorithms.mopd import make_camopd  # takes transformers along
+    from tests.tiny import camopd_of  # takes transformers along
 
     size = dist.get_world_size()
     models = {name: ModelConfig(path=str(directory / name)) for name in (student, teacher)}
@@ -129,7 +130,7 @@ def select(directory: Path, student: str, teacher: str) -> tuple[list[int], list
     )
     scored = scored_by(engine, "general", "general", read_reference(directory, student).spans)
     branch = SelectiveBranchConfig(pool="p", teacher="general", mass=0.6)
-    selection = make_camopd(CamopdConfig(general=branch, domain=branch), 1).select(scored)
+    selection = camopd_of(CamopdConfig(general=branch, domain=branch)).select(scored)
     engine.close()
     weights = [sample.weights_R for sample in selection.samples]
     everywhere: list[bytes] = [b""] * size
@@ -159,8 +160,8 @@ def scored_by(
                 finish_reason="stop",
             ),
             branch=branch,
-            student_logprobs_R=student[index],
-            teacher_logprobs_R=other[index],
+            student=TokenScores(logprobs_R=student[index]),
+            teacher=TokenScores(logprobs_R=other[index]),
         )
         for index, span in enumerate(spans)
     ]

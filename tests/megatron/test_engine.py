@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from megadistill.algorithms.coherence import coherence
-from megadistill.algorithms.mopd import make_camopd
 from megadistill.algorithms.sketch import sketch
 from megadistill.config.algorithm import CamopdConfig, SelectiveBranchConfig
 from megadistill.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
@@ -33,6 +32,7 @@ from tests.megatron.ranks import (
     scored_by,
 )
 from tests.megatron.reference import VOCAB_SIZE, random_samples, random_spans
+from tests.tiny import camopd_of
 
 pytestmark = [pytest.mark.megatron, pytest.mark.timeout(600)]
 
@@ -355,7 +355,7 @@ def test_a_student_that_is_its_teacher_has_no_gradient(models: Path) -> None:
     """T1-8: one engine, so that every gap is exactly 0, and what follows from that."""
     with opened(models) as engine:
         scored = scored_by(engine, "same", "domain", random_spans((9, 60, 30)))
-        algorithm = make_camopd(CamopdConfig(general=BRANCH, domain=BRANCH), 3)
+        algorithm = camopd_of(CamopdConfig(general=BRANCH, domain=BRANCH))
         selection = algorithm.select(scored)
         assert list(selection.scores.values()) == [0.0, 0.0, 0.0]
         before = {name: tensor.clone() for name, tensor in engine.hf_tensors()}
@@ -372,7 +372,7 @@ def test_the_branch_scale_multiplies_the_gradient_before_clipping(models: Path) 
         norms = []
         for scale in (1.0, 2.0, 3.0):
             branch = BRANCH.model_copy(update={"scale": scale})
-            algorithm = make_camopd(CamopdConfig(general=branch, domain=branch), 3)
+            algorithm = camopd_of(CamopdConfig(general=branch, domain=branch))
             samples = algorithm.select(scored).samples
             norms.append(engine.step(samples, policy_gradient, learning_rate=0.0).grad_norm)
     assert norms[0] > 0

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megadistill.algorithms import Camopd
+from megadistill.algorithms import Mopd
 from megadistill.collect import Batch
 from megadistill.report.rollouts import store_rollouts
 from megadistill.rundir import RunDir
@@ -69,7 +69,7 @@ def write_end(run: RunDir, attempt: int, end: Mapping[str, Any]) -> None:
 def write_rollouts(run: RunDir, step: int, lengths: tuple[int, ...] = (3, 2)) -> None:
     """Rollouts of these lengths, with one strong gap in each."""
     algorithm = decisions()
-    assert isinstance(algorithm, Camopd)
+    assert isinstance(algorithm, Mopd)
     scored = [
         make_scored(
             [-0.5] * length, [-0.5 - 3.0 / (1 + n), *[-0.3] * (length - 1)], prompt_id=f"p{n}"

@@ -15,7 +15,7 @@ from datasets import load_dataset
 from matplotlib import image
 from rich.console import Console
 
-from megadistill.algorithms import Camopd
+from megadistill.algorithms import Mopd
 from megadistill.collect import Batch
 from megadistill.report.curves import heldout_names
 from megadistill.report.effect import effect_picture, effect_table, effects
@@ -81,7 +81,7 @@ def test_more_data_draw_another_picture(run: RunDir) -> None:
 
 def make_batch() -> tuple[Batch, list[Scored]]:
     algorithm = decisions()
-    assert isinstance(algorithm, Camopd)
+    assert isinstance(algorithm, Mopd)
     scored = [
         make_scored([-0.5, -1.25], [-0.1, -3.0], rollout_R=[-0.5, -1.0], prompt_id="one"),
         make_scored([-0.3], [-0.3], prompt_id="two"),
@@ -129,7 +129,7 @@ def test_a_step_can_be_replayed_from_its_rollouts(run: RunDir) -> None:
         for row in pq.read_table(run.rollout_file(1)).to_pylist()
     ]
     algorithm = decisions()
-    assert isinstance(algorithm, Camopd)
+    assert isinstance(algorithm, Mopd)
     assert list(algorithm.select(scored).selected) == list(batch.selection.selected)
 
 
