@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megadistill import stats
+from megadistill.evaluate.benchmarks import read_items
 from megadistill.evaluate.benchmarks.recorded import scored
 from megadistill.evaluate.results import Estimate, Scores, estimate, summarise
 from tests.evaluate.test_coser import act, direct, scene_row
@@ -259,6 +260,34 @@ def test_few_unreadable_verdicts_are_counted_and_asked_for_again(
     assert "unreadable" not in table
     assert world.runs == ["score sys exam"]
     assert len(judge.bodies) == before + (4 if kind == "coser" else 1)
+
+
+def test_games_without_a_verdict_are_counted_and_have_no_part_in_the_mean(
+    tmp_path: Path, serve: Serve
+) -> None:
+    pytest.importorskip("eval_framework.tasks.arena_hard_task")
+    told = next(iter(read_items("arena_hard_hp", "packaged"))).text
+
+    def judge(number: int, body: dict[str, Any]) -> str:
+        """The second game is won by far, the first is even; the judge has nothing to say of one item."""
+        text = body["messages"][-1]["content"]
+        if told in text:
+            return "no idea"
+        is_first = text.index("I say so") > text.index("Assistant B")
+        return "[[A=B]]" if is_first else "[[A>>B]]"
+
+    world = judged(tmp_path, "d_acc", serve(lambda *_: "I say so"), server := serve(judge))
+    chosen = {"kind": "arena_hard_hp", "limit": SOME, "judge": "critic"}
+    table = world.run(benchmarks={"exam": chosen})
+    # Three entries of 1 and one of 1/2 for each of the others.
+    assert re.search(r"\| sys \| 87.5 \[87.5, 87.5\] \(1 verdict unreadable\) \|", table)
+    assert "with style control: sys" in table
+    server.script = lambda *_: "no idea"
+    critic = world.tree["models"]["critic"] | {"model": "another"}
+    with pytest.raises(
+        ValueError, match="8 replies in a row could not be read; the last: 'no idea'"
+    ):
+        world.run(benchmarks={"exam": chosen}, models={"critic": critic})
 
 
 def test_a_value_that_is_no_number_is_a_hole_and_no_interval_is_nan() -> None:
