@@ -41,5 +41,7 @@ def compare(
 ) -> None:
     """Tables of systems that have results, from one run of `eval` or several."""
     from megadistill.evaluate.compare import parse_systems, write_tables
+    from megadistill.evaluate.results import Rules
 
-    print(write_tables(parse_systems(systems), Path(output), confidence, most_holes))
+    rules = Rules(confidence, most_holes)
+    print(write_tables(parse_systems(systems), Path(output), rules))

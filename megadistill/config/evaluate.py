@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from megadistill.config.cluster import ClusterConfig
 from megadistill.config.fields import (
     Config,
     Fraction,
@@ -14,7 +13,7 @@ from megadistill.config.fields import (
     PositiveInt,
     Temperature,
 )
-from megadistill.config.refine import ChatModelConfig, ServedConfig
+from megadistill.config.refine import ChatModelConfig, ServedConfig, StagedConfig
 from megadistill.config.schema import DataConfig
 
 Sandbox = Annotated[
@@ -99,28 +98,9 @@ class ExternalConfig(Config):
     """Further words for its command."""
 
 
-class EvaluateShardsConfig(Config):
-    """How the work is divided."""
-
-    count: PositiveInt = 1
-    """Shards of one benchmark for one system."""
-    concurrency: PositiveInt = 4
-    """Shards that run at the same time."""
-    tries: PositiveInt = 3
-    """How often a failing shard is run before it is given up."""
-    block: PositiveInt = 64
-    """Answers that are saved together; a killed shard repeats at most those it had in work."""
-
-
-class EvaluateConfig(Config):
+class EvaluateConfig(StagedConfig):
     """One evaluation; `megadistill eval` takes exactly this."""
 
-    name: Name
-    """Names the directory, `runs_dir/name`, and the Slurm jobs."""
-    runs_dir: str = "runs"
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: GPUs where `cluster.gpus_per_node` > 0, or, without `cluster`, where torch sees some."""
     systems: dict[Name, ChatModelConfig]
     """The models that answer, by the name they have in tables. `serve` runs vLLM in the shard;
     `extra_body.chat_template_kwargs.enable_thinking` sets their thinking mode."""
@@ -138,7 +118,6 @@ class EvaluateConfig(Config):
     outside of any sandbox, so it wants `sandbox: none`."""
     models: dict[str, ChatModelConfig] = Field(default_factory=dict)
     """Judges and verifiers, by name."""
-    shards: EvaluateShardsConfig = Field(default_factory=EvaluateShardsConfig)
     sandbox: Sandbox = "bubblewrap"
     """Where programs that models wrote run; `none`: with your rights, which is dangerous."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
@@ -148,8 +127,6 @@ class EvaluateConfig(Config):
     at which a benchmark has a score; above, the table says why it has none."""
     baseline: str | None = None
     """System that the others are tested against; absent: the first."""
-    cluster: ClusterConfig | None = None
-    """Absent: the shards run on this machine; otherwise each is a task of a Slurm array."""
 
     def contradictions(self) -> Iterator[str]:
         for name, chosen in self.benchmarks.items():

@@ -1,6 +1,7 @@
 """The configuration of `megadistill refine`: RAFT's stage 1, from raw answers to refined ones."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -44,15 +45,38 @@ class ShardsConfig(Config):
     """How the work is divided."""
 
     count: PositiveInt = 1
-    """Shards of rewriting and of filtering."""
-    fusion: PositiveInt = 1
-    """Shards of fusion; each serves the models of kind `serve` for itself."""
+    """Shards of rewriting and of filtering; of one benchmark for one system."""
     concurrency: PositiveInt = 4
     """Shards that run at the same time."""
     tries: PositiveInt = 3
     """How often a failing shard is run before it is given up."""
     block: PositiveInt = 64
-    """Records that are saved together; a killed shard repeats at most those it had in work."""
+    """Rows that are saved together; a killed shard repeats at most those it had in work."""
+
+
+class RefineShardsConfig(ShardsConfig):
+    """How a refinement is divided."""
+
+    fusion: PositiveInt = 1
+    """Shards of fusion; each serves the models of kind `serve` for itself."""
+
+
+class StagedConfig(Config):
+    """Work in stages of shards, a refinement or an evaluation: where it lies and runs."""
+
+    name: Name
+    """Names the directory, `runs_dir/name`, and the Slurm jobs."""
+    runs_dir: str = "runs"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: GPUs where `cluster.gpus_per_node` > 0, or, without `cluster`, where torch sees some."""
+    cluster: ClusterConfig | None = None
+    """Absent: the shards run on this machine; otherwise each is a task of a Slurm array."""
+    shards: ShardsConfig = Field(default_factory=ShardsConfig)
+
+    @property
+    def root(self) -> Path:
+        return (Path(self.runs_dir) / self.name).absolute()
 
 
 class EngineConfig(Config):
@@ -198,15 +222,9 @@ class DiagnoseConfig(Config):
     """Worst and best records shown side by side."""
 
 
-class RefineConfig(Config):
+class RefineConfig(StagedConfig):
     """One refinement; `megadistill refine` takes exactly this."""
 
-    name: Name
-    """Names the directory, `runs_dir/name`, and the Slurm jobs."""
-    runs_dir: str = "runs"
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: GPUs where `cluster.gpus_per_node` > 0, or, without `cluster`, where torch sees some."""
     input: InputConfig
     rewrite: RewriteConfig
     engine: EngineConfig = Field(default_factory=EngineConfig)
@@ -218,9 +236,7 @@ class RefineConfig(Config):
     """Absent: a rewrite that passes the filter is the refined answer."""
     diagnose: DiagnoseConfig | None = Field(default_factory=DiagnoseConfig)
     """Absent: no diagnostics."""
-    shards: ShardsConfig = Field(default_factory=ShardsConfig)
-    cluster: ClusterConfig | None = None
-    """Absent: the shards run on this machine; otherwise each is a task of a Slurm array."""
+    shards: RefineShardsConfig = Field(default_factory=RefineShardsConfig)
 
     def contradictions(self) -> Iterator[str]:
         if self.fusion is not None:

@@ -17,10 +17,10 @@ from megadistill import stats
 from megadistill.atomic import write_atomic
 from megadistill.evaluate import results
 from megadistill.evaluate.benchmarks import get_benchmark
+from megadistill.evaluate.results import Rules
 from megadistill.evaluate.tables import RENDERERS, Table, draw, mark
 from megadistill.refine.blocks import read_rows_of
 
-SEED = 0
 NO_INTERVAL = stats.Interval(value=math.nan, low=math.nan, high=math.nan)
 """Stands in a frame where there is no score."""
 
@@ -70,30 +70,23 @@ def parse_systems(words: Sequence[str]) -> dict[str, list[Path]]:
     return systems
 
 
-def make_table(
-    systems: Mapping[str, Sequence[Path]],
-    confidence: float,
-    most_holes: float = results.MOST_HOLES,
-) -> Table:
-    """The table of these systems, the first of which is the baseline.
-
-    A score of which more than `most_holes` of the answers have none is no number.
-    """
+def make_table(systems: Mapping[str, Sequence[Path]], rules: Rules) -> Table:
+    """The table of these systems, the first of which is the baseline."""
     loaded = [SystemResults.load(name, places) for name, places in systems.items()]
     names = list(dict.fromkeys(name for system in loaded for name in system.summaries[0]))
-    rows = [row for name in names for row in _rows(name, loaded, confidence, most_holes)]
+    rows = [row for name in names for row in _rows(name, loaded, rules)]
     if not rows:
         raise ValueError(f"{', '.join(systems)}: found no results, expected some of a benchmark")
     return Table(
-        frame=mark(rows, confidence),
+        frame=mark(rows, rules.confidence),
         systems=[system.name for system in loaded],
-        confidence=confidence,
-        remarks=[remark for name in names if (remark := _remark(name, loaded, confidence))],
+        confidence=rules.confidence,
+        remarks=[remark for name in names if (remark := _remark(name, loaded, rules.confidence))],
     )
 
 
 def _rows(
-    name: str, loaded: Sequence[SystemResults], confidence: float, most_holes: float
+    name: str, loaded: Sequence[SystemResults], rules: Rules
 ) -> Iterator[dict[str, Any]]:  # of the table's frame
     """A benchmark's score of each system that has one, and the p-value of its difference."""
     found = next(system.summaries[0][name] for system in loaded if name in system.summaries[0])
@@ -103,13 +96,7 @@ def _rows(
         scores = system.scores(name)
         if scores is None:
             continue
-        estimated = results.estimate(
-            scores,
-            is_share=benchmark.is_share,
-            confidence=confidence,
-            most_holes=most_holes,
-            seed=SEED,
-        )
+        estimated = results.estimate(scores, rules, is_share=benchmark.is_share)
         interval = estimated.interval or NO_INTERVAL
         p_value = math.nan
         if baseline is not None and estimated.interval is not None:
@@ -151,14 +138,9 @@ def _remark(name: str, loaded: Sequence[SystemResults], confidence: float) -> st
     return benchmark.remark(rows, confidence)
 
 
-def write_tables(
-    systems: Mapping[str, Sequence[Path]],
-    folder: Path,
-    confidence: float = 0.95,
-    most_holes: float = results.MOST_HOLES,
-) -> str:
+def write_tables(systems: Mapping[str, Sequence[Path]], folder: Path, rules: Rules) -> str:
     """Write the table in every format, with its picture; returns the Markdown."""
-    table = make_table(systems, confidence, most_holes)
+    table = make_table(systems, rules)
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, render in RENDERERS.items():
         write_atomic(folder / f"table.{suffix}", render(table))
@@ -179,4 +161,4 @@ def _p_value(
     both_I = np.where((weights_I > 0) & (reference_I > 0), (weights_I + reference_I) / 2, 0.0)
     if not both_I.any():
         return math.nan
-    return stats.compare(values_SI, reference_SI, both_I, seed=SEED)
+    return stats.compare(values_SI, reference_SI, both_I, seed=results.SEED)

@@ -11,18 +11,20 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megadistill import stats
+from megadistill.evaluate.benchmarks import get_benchmark
 from megadistill.refine.blocks import Row, read_rows_of
 from megadistill.stats import Array, Interval
 
 SUMMARY = "summary.json"
-MOST_HOLES = 0.05
-"""Largest share of holes at which there is a score, where nothing else is said."""
+SEED = 0
+"""Of resampling."""
 NOT_A_NUMBER = "not_a_number"
 
 
@@ -92,28 +94,52 @@ class Estimate:
     holes: int
 
 
-def estimate(
-    seeds: Sequence[Scores], *, is_share: bool, confidence: float, most_holes: float, seed: int
-) -> Estimate:
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How sure an interval is to be, and the largest share of holes at which there is one."""
+
+    confidence: float = 0.95
+    most_holes: float = 0.05
+
+
+def estimate(seeds: Sequence[Scores], rules: Rules, *, is_share: bool) -> Estimate:
     """The score of a system's seeds together."""
     answers = sum(found.num_answers for found in seeds)
-    holes: Counter[str] = Counter()
-    faults: Counter[str] = Counter()
-    for found in seeds:
-        holes.update(found.holes)
-        faults.update(found.faults)
+    holes, faults = (
+        sum((Counter(some) for some in found), Counter[str]())
+        for found in zip(*((one.holes, one.faults) for one in seeds), strict=True)
+    )
     remark = ", ".join(
         f"{count} {reason.replace('_', ' ')}" for reason, count in (holes + faults).most_common()
     )
     values_SI, weights_I = stacked(seeds)
     interval = None
-    if holes.total() <= most_holes * answers and weights_I.any():
+    if holes.total() <= rules.most_holes * answers and weights_I.any():
         interval = stats.interval(
-            values_SI, weights_I, seed=seed, confidence=confidence, shares=is_share
+            values_SI, weights_I, seed=SEED, confidence=rules.confidence, shares=is_share
         )
     else:
         remark = f"no score, {holes.total()} of {answers} answers have none: {remark}"
     return Estimate(interval=interval, remark=remark, answers=answers, holes=holes.total())
+
+
+def describe(file: Path, kind: str, rules: Rules) -> dict[str, Any]:
+    """What a summary says of a benchmark's file (any: JSON)."""
+    benchmark = get_benchmark(kind)
+    found = load_scores(file, benchmark.groups)
+    estimated = estimate([found], rules, is_share=benchmark.is_share)
+    return {
+        "benchmark": kind,
+        "title": benchmark.title,
+        "whole_set": benchmark.size in (None, len(found.items)),
+        "items": len(found.items),
+        "answers": found.num_answers,
+        "holes": dict(found.holes),
+        "cut": found.faults.get("cut", 0),
+        "score": asdict(estimated.interval) if estimated.interval else None,
+        "remark": estimated.remark,
+        "details": dict(found.details),
+    }
 
 
 def stacked(seeds: Sequence[Scores]) -> tuple[Array, Array]:

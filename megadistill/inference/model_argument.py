@@ -2,7 +2,6 @@
 
 from typing import Any, Literal, Self
 
-from megadistill.config import EvaluateConfig, RefineConfig
 from megadistill.config.refine import ChatModelConfig, EndpointConfig, ServedConfig
 from megadistill.launch.shards import Runtime, ShardArguments, fingerprint
 from megadistill.resolve import local
@@ -45,14 +44,3 @@ def model_hash(name: str, kind: Literal["model", "encoder"] = "model") -> str:
     """Identifies a model's files; a hub name stands for itself."""
     directory = local(kind, name)
     return name if directory is None else fingerprint(directory)
-
-
-def uses_gpu(config: RefineConfig | EvaluateConfig) -> bool:
-    """Whether shards compute on GPUs."""
-    if config.device != "auto":
-        return config.device == "cuda"
-    if config.cluster is not None:
-        return config.cluster.gpus_per_node > 0
-    import torch  # noqa: PLC0415 - slow to import
-
-    return torch.cuda.is_available()

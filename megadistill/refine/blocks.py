@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megadistill.atomic import atomic_file, remove_torn, write_atomic
+from megadistill.inference.staging import FORMAT
 from megadistill.launch.shards import (
     EARLIER,
     FAILED,
@@ -24,8 +25,6 @@ from megadistill.launch.shards import (
     content_hash,
 )
 
-FORMAT = 2
-"""Changes when a shard computes something else from the same settings."""
 Item = TypeVar("Item")
 Row = dict[str, Any]  # values of several types, as its columns say
 Columns = Mapping[str, Any]

@@ -11,31 +11,22 @@ changed setting runs its stage and those after it.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from megadistill.atomic import write_atomic
-from megadistill.config import RefineConfig, dump
-from megadistill.inference.model_argument import ModelArgument, gpus_of, model_hash, uses_gpu
+from megadistill.config import RefineConfig
+from megadistill.inference.model_argument import ModelArgument, gpus_of, model_hash
+from megadistill.inference.staging import FORMAT, ShardMaker, begin, uses_gpu
 from megadistill.inference.templates import load_template
-from megadistill.launch.shards import (
-    Arguments,
-    KnownFile,
-    Shard,
-    content_hash,
-    fingerprint,
-)
-from megadistill.launch.staged_work import StagedWork
-from megadistill.launch.stages import Limits, ShardedStage
+from megadistill.launch.shards import KnownFile, Shard, content_hash, fingerprint
+from megadistill.launch.stages import ShardedStage
 from megadistill.refine import assembly, diagnosing, fusing, rewriting, similarity
 from megadistill.refine.assembly import RefinedArguments
-from megadistill.refine.blocks import FORMAT, part_of
+from megadistill.refine.blocks import part_of
 from megadistill.refine.records import input_files, read_records, read_settings, write_records
 from megadistill.resolve import resolve
-from megadistill.rollout.vllm_arguments import vllm_environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +36,11 @@ class Pipeline:
     config: RefineConfig
     gpu: bool
 
-    @property
-    def root(self) -> Path:
-        return (Path(self.config.runs_dir) / self.config.name).absolute()
-
     def run(self, *, wait: bool = False) -> str:
         """Run or submit what is not done; returns what to say of it."""
         self.check()
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomic(self.root / "config.yaml", dump(self.config))
+        work = begin(self.config, "refine")
         records = self.read_input()
-        shards = self.config.shards
-        work = StagedWork(
-            name=self.config.name,
-            root=self.root,
-            command=("refine", str(self.root / "config.yaml")),
-            limits=Limits(concurrency=shards.concurrency, tries=shards.tries),
-            cluster=self.config.cluster,
-        )
         rewrites = work.stage("rewrite", self.rewrites(records))
         measured = work.stage("filter", self.similarities(records, rewrites), needs=["rewrite"])
         fused = work.stage("fusion", self.fusions(records, rewrites, measured), needs=["filter"])
@@ -103,7 +81,7 @@ class Pipeline:
         """Read the input once."""
         contents = [fingerprint(file) for file in input_files(self.config.input)]
         key = content_hash([FORMAT, read_settings(self.config.input), *contents])
-        file = self.root / "input" / key / "records.parquet"
+        file = self.config.root / "input" / key / "records.parquet"
         if not file.exists():
             records, rejected = read_records(self.config.input)
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -111,6 +89,10 @@ class Pipeline:
             assembly.write_json(file.with_name("rejected.json"), rows)
             write_records(file, records)
         return KnownFile(path=file, content=key)
+
+    @property
+    def shard(self) -> ShardMaker:
+        return ShardMaker(gpu=self.gpu, threads=self.config.engine.threads)
 
     def rewrites(self, records: KnownFile) -> list[Shard[Any]]:
         settings, shards = self.config.rewrite, self.config.shards
@@ -126,13 +108,16 @@ class Pipeline:
             engine=self.config.engine,
             gpu=self.gpu,
         )
-        arguments = [first.model_copy(update={"part": part}) for part in range(shards.count)]
-        return self.shards("rewrite", rewriting.rewrite, arguments, self.config.engine.tp)
+        parts = [first.model_copy(update={"part": part}) for part in range(shards.count)]
+        return [
+            self.shard(f"rewrite {part.part}", rewriting.rewrite, part, self.config.engine.tp)
+            for part in parts
+        ]
 
     def similarities(self, records: KnownFile, rewrites: ShardedStage) -> list[Shard[Any]]:
         settings = self.config.filter
         encoder = model_hash(settings.encoder, "encoder")
-        arguments = [
+        parts = [
             similarity.MeasureArguments(
                 settings=settings.model_copy(update={"tau": 0.0, "batch_size": 1}),
                 encoder=encoder,
@@ -147,7 +132,7 @@ class Pipeline:
             )
             for part, shard in enumerate(rewrites.shards)
         ]
-        return self.shards("filter", similarity.measure, arguments, 1)
+        return [self.shard(f"filter {p.part}", similarity.measure, p, 1) for p in parts]
 
     def fusions(
         self, records: KnownFile, rewrites: ShardedStage, measured: ShardedStage
@@ -160,7 +145,7 @@ class Pipeline:
             for name in (settings.model, *settings.judges)
         }
         of = min(self.config.shards.fusion, len(rewrites.shards))
-        arguments = [
+        parts = [
             fusing.FuseArguments(
                 settings=settings,
                 templates=(
@@ -179,7 +164,11 @@ class Pipeline:
             )
             for part in range(of)
         ]
-        return self.shards("fusion", fusing.fuse, arguments, self.served_gpus())
+        gpus = self.served_gpus()
+        return [
+            self.shard(f"fusion {number}", fusing.fuse, part, gpus)
+            for number, part in enumerate(parts)
+        ]
 
     def diagnoses(self, refined: RefinedArguments) -> list[Shard[Any]]:
         if self.config.diagnose is None:
@@ -196,27 +185,7 @@ class Pipeline:
             engine=self.config.engine,
             gpu=self.gpu,
         )
-        return self.shards("diagnose", diagnosing.diagnose, [arguments], self.config.engine.tp)
-
-    def shards(
-        self,
-        name: str,
-        function: Callable[[Path, Arguments], None],
-        arguments: Sequence[Arguments],
-        gpus: int,
-    ) -> list[Shard[Any]]:
-        return [
-            Shard(
-                function=function,
-                arguments=some,
-                label=f"{name} {number}",
-                gpus=gpus if self.gpu else 0,
-                # torch and vLLM read it when they are imported.
-                environment=vllm_environment(self.config.engine.threads, gpu=self.gpu),
-                version=FORMAT,
-            )
-            for number, some in enumerate(arguments)
-        ]
+        return [self.shard("diagnose 0", diagnosing.diagnose, arguments, self.config.engine.tp)]
 
     def served_gpus(self) -> int:
         """GPUs of the models that one shard of fusion serves."""
@@ -233,12 +202,13 @@ class Pipeline:
         for stage in made:
             stage.check()
         result = assembly.assemble(refined, hashes_of(refined, made))
-        assembly.write_result(self.root, result)
+        root = self.config.root
+        assembly.write_result(root, result)
         report.check()
         for output in report.outputs:
-            assembly.copy_report(output, self.root / "report")
-        summary = assembly.write_summary(self.root, self.config, result, stages)
-        return assembly.describe(summary, self.root)
+            assembly.copy_report(output, root / "report")
+        summary = assembly.write_summary(root, self.config, result, stages)
+        return assembly.describe(summary, root)
 
 
 def hashes_of(refined: RefinedArguments, stages: Sequence[ShardedStage]) -> str:

@@ -13,7 +13,7 @@ import pytest
 from megadistill.evaluate.benchmarks import get_benchmark
 from megadistill.evaluate.benchmarks.recorded import Recorded, read_recorded
 from megadistill.evaluate.compare import make_table
-from megadistill.evaluate.results import SUMMARY, summarise
+from megadistill.evaluate.results import SUMMARY, Rules, summarise
 from megadistill.evaluate.scoring import COLUMNS
 from megadistill.refine.blocks import write_rows
 
@@ -236,7 +236,7 @@ def test_recorded_systems_are_compared_on_the_same_items(tmp_path: Path) -> None
         summary = {"benchmark": found.kind, "items": 20, **found.facts}
         (tmp_path / name / SUMMARY).write_text(json.dumps({"errors": summary}))
         systems[name] = [tmp_path / name]
-    frame = make_table(systems, 0.95).frame
+    frame = make_table(systems, Rules()).frame
     assert frame.score.tolist() == [1.0, 0.25]
     assert frame["mark"].tolist() == ["", "+"]
     assert frame.is_best.tolist() == [False, True]

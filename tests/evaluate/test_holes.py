@@ -14,7 +14,7 @@ import pytest
 from megadistill import stats
 from megadistill.evaluate.benchmarks import read_items
 from megadistill.evaluate.benchmarks.recorded import scored
-from megadistill.evaluate.results import Estimate, Scores, estimate, summarise
+from megadistill.evaluate.results import Estimate, Rules, Scores, estimate, summarise
 from tests.evaluate.test_coser import act, direct, scene_row
 from tests.evaluate.test_evaluation import World, medqa_row
 from tests.inference.scripted import Endpoint, completion, endpoint_tree
@@ -296,7 +296,7 @@ def test_a_value_that_is_no_number_is_a_hole_and_no_interval_is_nan() -> None:
     assert dict(found.holes) == {"not_scored": 1, "not_a_number": 1}
 
     def estimated(scores: Scores, most_holes: float) -> Estimate:
-        return estimate([scores], is_share=True, confidence=0.95, most_holes=most_holes, seed=0)
+        return estimate([scores], Rules(most_holes=most_holes), is_share=True)
 
     none = estimated(found, 0.05)
     assert none.interval is None
@@ -323,7 +323,7 @@ def test_an_item_that_one_seed_lacks_counts_for_none() -> None:
         summarise([scored(f"q{n}", value, "all") for n, value in enumerate(values)], "none")
         for values in ([1.0, math.nan, 0.0], [1.0, 0.0, 1.0])
     ]
-    found = estimate(seeds, is_share=True, confidence=0.95, most_holes=0.5, seed=0)
+    found = estimate(seeds, Rules(most_holes=0.5), is_share=True)
     assert found.interval is not None
     assert found.interval.value == pytest.approx(0.75)
     assert (found.answers, found.holes) == (6, 1)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megadistill.evaluate.compare import make_table
-from megadistill.evaluate.results import SUMMARY
+from megadistill.evaluate.results import SUMMARY, Rules
 from megadistill.evaluate.tables import Table, comma_separated, hypertext, latex, mark, markdown
 
 SYSTEMS = ("base", "a_b & <c>", "best")
@@ -88,4 +88,4 @@ def test_latex_and_html_escape_what_is_theirs(table: Table) -> None:
 def test_results_without_any_benchmark_are_refused(tmp_path: Path) -> None:
     (tmp_path / SUMMARY).write_text(json.dumps({}))
     with pytest.raises(ValueError, match="x: found no results, expected some of a benchmark"):
-        make_table({"x": [tmp_path]}, 0.95)
+        make_table({"x": [tmp_path]}, Rules())

@@ -32,23 +32,23 @@ def test_real_models_refine_the_packaged_answers(tmp_path: Path, real_cache: Pat
     model = prepare_smollm2()
     pipeline = Pipeline(load(RefineConfig, CONFIG, [*OVERRIDES, f"runs_dir={tmp_path}"]), False)
     pipeline.run()
-    summary = json.loads((pipeline.root / "summary.json").read_text())
-    rows = pq.read_table(pipeline.root / "provenance.parquet").to_pylist()
+    summary = json.loads((pipeline.config.root / "summary.json").read_text())
+    rows = pq.read_table(pipeline.config.root / "provenance.parquet").to_pylist()
     assert len(rows) == summary["records"] == 6
     assert all(row["written"] for row in rows)
     measured = [row for row in rows if row["similarity"] is not None]
     assert measured, [row["reason"] for row in rows]
     assert all((row["decision"] == "rewrite") == (row["similarity"] >= 0.8) for row in measured)
-    values = json.loads((pipeline.root / "report" / "refinement.json").read_text())
+    values = json.loads((pipeline.config.root / "report" / "refinement.json").read_text())
     assert values["records"] == 4
     check_nll(pipeline, model)
 
 
 def check_nll(pipeline: Pipeline, model: Path) -> None:
     """What vLLM says of the raw answers against transformers."""
-    (file,) = pipeline.root.glob("stages/diagnose/shards/*/output/model.parquet")
+    (file,) = pipeline.config.root.glob("stages/diagnose/shards/*/output/model.parquet")
     rows = {row["id"]: row for row in pq.read_table(file).to_pylist()}
-    (source,) = (pipeline.root / "input").iterdir()
+    (source,) = (pipeline.config.root / "input").iterdir()
     tokenizer = load_tokenizer(model)
     oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     records = load_records(source / "records.parquet")
