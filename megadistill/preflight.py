@@ -8,7 +8,9 @@ from pathlib import Path
 from megadistill.config import RunConfig, resolve_path
 from megadistill.config.schema import FileSource
 from megadistill.convert.families import ModelSpec, read_spec
+from megadistill.convert.weight_files import check_weights
 from megadistill.data.files import files_of
+from megadistill.data.tokenizer_files import check_chat_template, check_same, read_vocabulary
 from megadistill.resolve import resolve
 from megadistill.rundir import RunDir
 
@@ -29,6 +31,7 @@ def machine_problems(config: RunConfig) -> list[str]:
     """Paths, model shapes against the layout, lengths and disk space: each problem with its key."""
     problems: list[str] = []
     specs: dict[str, ModelSpec] = {}
+    expected: dict[str, int] = {}
     for key, path in model_paths(config).items():
         try:
             directory = resolve("model", path, key=f"{key}.path", download=False)
@@ -37,6 +40,9 @@ def machine_problems(config: RunConfig) -> list[str]:
             continue
         try:
             specs[key] = read_spec(directory)
+            vocabulary = check_model(directory, is_asked=key == "student")
+            expected = expected or vocabulary
+            check_same(vocabulary or expected, expected)
         except ValueError as error:
             problems.append(f"{key}.path: {error}")
     for key, spec in specs.items():
@@ -50,6 +56,16 @@ def machine_problems(config: RunConfig) -> list[str]:
         *_disk_problems(specs, config),
         *_export_problems(config),
     ]
+
+
+def check_model(directory: Path, *, is_asked: bool = True) -> dict[str, int]:
+    """Open what a run, an engine or a server would: weights, tokenizer and, if chats are put to the
+    model, the chat template. Returns the vocabulary, as far as it can be read; raises `ValueError`.
+    """
+    check_weights(directory)
+    if is_asked:
+        check_chat_template(directory)
+    return read_vocabulary(directory)
 
 
 def model_paths(config: RunConfig) -> dict[str, str]:

@@ -15,6 +15,7 @@ Kind = Literal["model", "encoder", "dataset", "data", "template"]
 PACKAGED = "packaged:"
 PACKAGE = "package:"
 """`package:NAME/PATH`: a file that an installed Python package has."""
+LFS_POINTER = b"version https://git-lfs"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICEN[CS]E*", "NOTICE*"]
 _OF_HUB: Mapping[Kind, list[str] | None] = {
@@ -23,6 +24,15 @@ _OF_HUB: Mapping[Kind, list[str] | None] = {
     "dataset": None,
 }
 """Kinds that the hub has -> patterns of the files that are downloaded; None: all of them."""
+
+
+def check_content(file: Path, what: str) -> None:
+    """Raise `ValueError` for a file that stands for another, which Git LFS has not brought."""
+    with file.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{file}: found a Git LFS pointer, expected {what}; run `git lfs pull`"
+            )
 
 
 def in_package(name: str) -> Path | None:

@@ -15,6 +15,7 @@ from megadistill.convert.families import read_spec
 from megadistill.data.manifest import FILE
 from megadistill.data.pools import PromptPool
 from megadistill.data.tokenizer import answer_end, load_tokenizer
+from megadistill.data.tokenizer_files import check_same
 from megadistill.resolve import resolve
 from megadistill.rundir import RunDir, changed_values
 from megadistill.types import FloatArray, ScoreRequest, TokenScores, TokenSpan
@@ -49,22 +50,14 @@ def common_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             "or generation_config.json say",
             *(student.decode([token]) for token in (end, student.eos_token_id)),
         )
-    vocabulary = student.get_vocab()
     for name, model in config.teachers.items():
         if model.path == config.student.path:
             continue
         teacher = load_tokenizer(model.path)
-        other = teacher.get_vocab()
-        if differing := {
-            token
-            for token in vocabulary.keys() | other.keys()
-            if vocabulary.get(token) != other.get(token)
-        }:
-            examples = ", ".join(repr(token) for token in sorted(differing)[:5])
-            raise ConfigError(
-                f"teachers.{name}.path: {len(differing)} tokens have another id than in the "
-                f"student's tokenizer (0 allowed), e.g. {examples}"
-            )
+        try:
+            check_same(teacher.get_vocab(), student.get_vocab())
+        except ValueError as error:
+            raise ConfigError(f"teachers.{name}.path: {error}") from None
         for kind in SPECIAL_IDS:
             found, expected = getattr(teacher, kind), getattr(student, kind)
             if found != expected:

@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megadistill.config.rows import Message
+
 Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
-
-Message = Mapping[str, str]
-"""One chat turn: `{"role": ..., "content": ...}`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

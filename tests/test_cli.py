@@ -13,7 +13,7 @@ from megadistill.cli import main
 from megadistill.cli.verbs import Verb, check_words
 from megadistill.config import RunConfig, parse
 from megadistill.rundir import RunDir
-from tests.tiny import Tree, camopd_tree, make_config, write_model_config
+from tests.tiny import Tree, camopd_tree, make_config, write_model, write_model_config
 
 FAMILIES = {
     "campaign": ["submit", "status", "cancel", "resume"],
@@ -234,7 +234,7 @@ def keys_of(said: str) -> list[str]:
 def test_a_report_has_every_wrong_key_and_then_all_that_the_right_ones_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = {"path": str(write_model_config(tmp_path / "model"))}
+    model = {"path": str(write_model(tmp_path / "model"))}
     nowhere = {"path": str(tmp_path / "nowhere")}
     tree = camopd_tree(
         student=model,
@@ -311,6 +311,67 @@ def test_config_check_looks_into_models_only_when_asked(
     assert run_cli("config", "check", config) == 0
     assert run_cli("config", "check", "--models", config) == 1
     assert "student.path" in capsys.readouterr().err
+
+
+def test_config_check_reads_the_pools_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a trainer would end with minutes later: an id that stands twice, a row that is no record."""
+    model = {"path": str(write_model(tmp_path / "model"))}
+    rows = tmp_path / "rows.jsonl"
+    pools = {
+        "general": {"sources": [{"kind": "file", "path": str(rows)}]},
+        "medical": {"sources": [{"kind": "packaged", "name": "medical"}]},
+    }
+    tree = camopd_tree(student=model, teachers={"general": model, "domain": model})
+    tree |= {"data": {"pools": pools, "max_prompt_tokens": 64}, "runs_dir": str(tmp_path / "runs")}
+    config = write(tmp_path / "run.yaml", tree)
+    problems = {
+        '{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}\n': "two records have the id 'x'",
+        '{"prompt": "a"}\n{"question": "b"}\n': f"{rows}: row 2 has no field 'prompt'",
+        '{"prompt": "a"}\n{"prompt"\n': f"{rows}: row 2 is not JSON",
+    }
+    for text, problem in problems.items():
+        rows.write_text(text)
+        assert run_cli("config", "check", config) == 0
+        assert run_cli("config", "check", "--models", config) == 1
+        assert problem in capsys.readouterr().err
+        assert run_cli("train", config) == 2
+        assert problem in capsys.readouterr().err
+    rows.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert run_cli("config", "check", "--models", config) == 0
+
+
+@pytest.mark.parametrize("kind", ["eval", "refine", "prepare"])
+def test_config_check_opens_what_other_kinds_of_files_name(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, rows = write_model(tmp_path / "model"), tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "a", "answer": "b"}\n')
+    served = {"kind": "serve", "path": str(model)}
+    trees: dict[str, Tree] = {
+        "eval": {
+            "systems": {"mine": served},
+            "benchmarks": {"medical_heldout": {}},
+        },
+        "refine": {"input": {"path": str(rows)}, "rewrite": {"model": str(model)}},
+        "prepare": {
+            "recipe": {"kind": "mixture", "parts": {"a": {"source": {"files": [str(rows)]}}}},
+            "tokenizer": str(model),
+        },
+    }
+    key = {"eval": "systems.mine.path", "refine": "rewrite.model", "prepare": "tokenizer"}[kind]
+    config = write(tmp_path / "config.yaml", trees[kind] | {"name": "tiny"})
+    assert run_cli("config", "check", "--models", config) == 0
+    (model / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert run_cli("config", "check", config) == 0
+    assert run_cli("config", "check", "--models", config) == 1
+    said = capsys.readouterr().err
+    assert f"{key}: {model / 'tokenizer.json'}: found a Git LFS pointer, expected JSON" in said
+    if kind != "eval":
+        rows.unlink()
+        assert run_cli("config", "check", "--models", config) == 1
+        assert f"found '{rows}', which does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "key"), [("run", "steps"), ("campaign", "stages")])

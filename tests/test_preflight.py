@@ -1,5 +1,6 @@
 """Start-up checks: each problem with its key, all at once, and nothing that passes by accident."""
 
+import json
 import logging
 import math
 import re
@@ -11,12 +12,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from transformers import PreTrainedTokenizerFast
 
 from megadistill.config import ConfigError, RunConfig
 from megadistill.config.distillation import BranchConfig
 from megadistill.config.schema import ChecksConfig
 from megadistill.convert.families import read_spec
 from megadistill.data.pools import PromptPool
+from megadistill.data.tokenizer_files import read_vocabulary
 from megadistill.preflight import machine_problems
 from megadistill.rundir import RunDir
 from megadistill.startup import (
@@ -32,9 +37,11 @@ from tests.tiny import (
     Tree,
     camopd_tree,
     float32,
+    make_bpe_tokenizer,
     make_config,
     make_prompt,
     make_tokenizer,
+    write_model,
     write_model_config,
 )
 
@@ -47,9 +54,9 @@ def tree_on(folder: Path, **changes: Tree | str) -> Tree:
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    """A folder with the configurations of two small models."""
+    """A folder with two small models."""
     for name in ("general", "domain"):
-        write_model_config(tmp_path / name)
+        write_model(tmp_path / name)
     return tmp_path
 
 
@@ -118,6 +125,86 @@ def test_a_model_that_does_not_exist_is_named(models: Path, path: str) -> None:
     (line,) = problems(tree_on(models, student={"path": path}))
     assert line.startswith("student.path: found")
     assert line.endswith("which does not exist")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("model.safetensors", None, "only safetensors weights are read"),
+        ("model.safetensors", POINTER, "found a Git LFS pointer, expected weights"),
+        ("model.safetensors", "cut", "found no whole safetensors file"),
+        ("tokenizer.json", None, "found no tokenizer.json, expected the files of a tokenizer"),
+        ("tokenizer.json", POINTER, "found a Git LFS pointer, expected JSON"),
+        ("tokenizer.json", '{"model": {', "tokenizer.json: not valid JSON: .*; download it again"),
+        ("chat_template.jinja", None, "has no chat template"),
+        ("chat_template.jinja", "{% for m in %}", "its chat template is none: Expected an expr"),
+        ("config.json", None, "no such file, expected a Hugging Face model directory"),
+    ],
+)
+def test_what_the_roles_would_refuse_of_a_model_is_refused_before(
+    models: Path, name: str, content: str | None, expected: str
+) -> None:
+    file = models / "domain" / name
+    file.unlink()
+    (models / "domain" / "pytorch_model.bin").touch()
+    if content is not None:
+        file.write_text(content)
+    (line, *more) = problems(tree_on(models))
+    assert re.search(rf"^student\.path: .*{expected}", line)
+    # The domain teacher is the same model, but nobody chats with it.
+    assert len(more) == ("template" not in name)
+
+
+def test_chat_templates_of_older_and_of_training_files_are_templates(models: Path) -> None:
+    folder = models / "domain"
+    (folder / "chat_template.jinja").write_text("{% generation %}a{% endgeneration %}")
+    assert not problems(tree_on(models))
+    (folder / "chat_template.jinja").unlink()
+    named = [{"name": "default", "template": "{% for m in messages %}{% break %}{% endfor %}"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert not problems(tree_on(models))
+    named[0]["template"] = "{% break"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    (line,) = problems(tree_on(models))
+    assert "its chat template is none" in line
+
+
+def test_tokenizers_are_compared_before_anything_is_loaded(models: Path) -> None:
+    make_tokenizer(["a c b d"]).save_pretrained(models / "general")
+    (line,) = problems(tree_on(models))
+    assert line == (
+        "teachers.general.path: 1 tokens have another id than in the student's tokenizer "
+        "(0 allowed), e.g. 'd'"
+    )
+    write_model_config(models / "general", vocab_size=8)
+    assert "teachers.general.path: " in problems(tree_on(models))[0]
+    assert "1 ids beyond the 8 rows of the embedding" in problems(tree_on(models))[0]
+
+
+def test_a_vocabulary_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
+    for tokenizer in (make_tokenizer(["a b c"]), make_bpe_tokenizer(["<|im_end|>"]), unigram()):
+        tokenizer.save_pretrained(tmp_path)
+        assert read_vocabulary(tmp_path) == tokenizer.get_vocab()
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    model = Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], unk_id=0)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=Tokenizer(model), eos_token="</s>"
+    )
+
+
+def test_a_data_file_that_is_only_a_pointer_is_named(models: Path) -> None:
+    rows = models / "rows.jsonl"
+    rows.write_text(POINTER)
+    pool = {"sources": [{"kind": "file", "path": str(rows)}]}
+    tree = tree_on(models)
+    tree["data"]["pools"]["general"] = pool
+    (line,) = problems(tree)
+    assert line.startswith(f"{rows}: found a Git LFS pointer, expected data; run `git lfs pull`")
 
 
 def test_a_model_of_an_unknown_family_is_named(models: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE, WordLevel
@@ -183,4 +184,12 @@ def write_model_config(directory: Path, **changes: Any) -> Path:
         "max_position_embeddings": 256,
     }
     (directory / "config.json").write_text(json.dumps(settings | changes), encoding="utf-8")
+    return directory
+
+
+def write_model(directory: Path, **changes: Any) -> Path:
+    """The same with a tokenizer, a chat template and a file of weights, of one tensor."""
+    write_model_config(directory, **changes)
+    save_file({"weight": np.zeros(1, np.float32)}, directory / "model.safetensors")
+    make_tokenizer(["a b c"]).save_pretrained(directory)
     return directory

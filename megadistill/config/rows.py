@@ -1,9 +1,12 @@
 """The settings for reading a row of a user's data, shared by runs, `prepare` and `refine`."""
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from megadistill.config.fields import Config
 
+Message = Mapping[str, str]
+"""One chat turn: `{"role": ..., "content": ...}`."""
 RowFormat = Literal["auto", "messages", "pairs", "instruction", "choices", "medmcqa"]
 
 

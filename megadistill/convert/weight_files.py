@@ -6,9 +6,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from megadistill.resolve import check_content
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-LFS_POINTER = b"version https://git-lfs"
 
 
 def weight_map(directory: Path) -> dict[str, str]:
@@ -41,14 +42,10 @@ def open_weights(file: Path, framework: str = "np") -> Any:  # a `safe_open`, wh
     try:
         return safe_open(file, framework=framework)
     except SafetensorError as error:
-        with file.open("rb") as stream:
-            is_pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
-        problem = (
-            "found a Git LFS pointer, expected weights; run `git lfs pull`"
-            if is_pointer
-            else f"found no whole safetensors file ({error}); download it again"
-        )
-        raise ValueError(f"{file}: {problem}") from error
+        check_content(file, "weights")
+        raise ValueError(
+            f"{file}: found no whole safetensors file ({error}); download it again"
+        ) from error
 
 
 def check_weights(directory: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self, TextIO
 
 from megadistill.config import resolve_path
 from megadistill.config.rows import Location
-from megadistill.resolve import resolve
+from megadistill.resolve import check_content, resolve
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 COMPRESSED = (".gz", ".zst")
@@ -109,6 +109,8 @@ def files_of(location: Location | None, *, key: str = "path", download: bool = T
         raise ValueError(f"{key}: found {name!r}, where no data file is")
     if not all(_suffix(file) in SUFFIXES for file in found):
         raise ValueError(f"{key}: found {name!r}, expected {KNOWN}")
+    for file in found:
+        check_content(file, "data")
     return found
 
 

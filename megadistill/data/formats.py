@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from megadistill.config.rows import RowConfig
+from megadistill.config.rows import Message, RowConfig
 from megadistill.config.schema import RowsSource
 from megadistill.data.files import BadRowError, Row
 from megadistill.data.records import Record
-from megadistill.types import Message
 
 LETTERS = "ABCDEFGHIJ"
 SHAREGPT = "conversations"

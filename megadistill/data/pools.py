@@ -79,13 +79,9 @@ def _make_pool(
 ) -> PromptPool:
     train: list[Prompt] = []
     heldout: list[Prompt] = []
-    seen: set[str] = set()
     first_with: dict[int, str] = {}  # text -> id: records of one text lie on one side of the split
     num_dropped = num_unusable = 0
-    for record in read_pool(config.pools[name]):
-        if record.id in seen:
-            raise ValueError(f"data.pools.{name}: two records have the id {record.id!r}")
-        seen.add(record.id)
+    for record in read_pool(config.pools[name], name):
         try:
             prompt = _render(record, name, config, tokenizer)
             is_too_long = prompt is None or _is_too_long(prompt, tokenizer, max_answered)
@@ -104,9 +100,9 @@ def _make_pool(
             train.append(prompt)
     if not train:
         raise ValueError(
-            f"data.pools.{name}: no prompt is left to train on ({num_dropped} of {len(seen)} were "
+            f"data.pools.{name}: no prompt is left to train on ({num_dropped} were "
             f"longer than data.max_prompt_tokens = {config.max_prompt_tokens}, or with their "
-            f"answer than {max_answered})"
+            f"answer than {max_answered}; {len(heldout)} are held out)"
         )
     return PromptPool(
         name=name,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megadistill.types import Message
+from megadistill.config.rows import Message
 
 MEDICAL_SYSTEM = (
     "You are a careful medical reasoning assistant. You give educational information, say what is "

@@ -1,11 +1,13 @@
 """Sources of prompts: packaged sets, tasks, files, data sets of the hub. One record a prompt."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from megadistill.config.schema import (
+    DataConfig,
     DatasetSource,
     FileSource,
     PackagedSource,
@@ -18,16 +20,31 @@ from megadistill.data.formats import to_record
 from megadistill.data.records import Record
 
 
-def read_pool(config: PoolConfig) -> Iterator[Record]:
+def read_pool(config: PoolConfig, name: str = "") -> Iterator[Record]:
     """All records of a pool as chats, source by source, in a fixed order.
 
-    Raises `ValueError` naming the file and row of a bad record.
+    Raises `ValueError` naming the file and row of a bad record, or when two have the same id.
     """
+    seen: set[str] = set()
     for source in config.sources:
         for record in _READERS[type(source)](source):
+            if record.id in seen:
+                raise ValueError(f"data.pools.{name}: two records have the id {record.id!r}")
+            seen.add(record.id)
             is_medical = config.template == "medical"
             turns = record.medical_messages if is_medical else record.messages
             yield replace(record, prompt=turns, options=None)
+
+
+def pool_problems(config: DataConfig, names: Iterable[str]) -> list[str]:
+    """What keeps pools from being read, at most one line each; reads all of them."""
+    problems = []
+    for name in names:
+        try:
+            deque(read_pool(config.pools[name], name), maxlen=0)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _read_packaged(source: PackagedSource) -> Iterator[Record]:

@@ -14,9 +14,9 @@ from typing import Any
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megadistill.config.rows import Message
 from megadistill.data.tokenizer_files import check_ids
 from megadistill.resolve import resolve
-from megadistill.types import Message
 
 PRIVATE = 0xF0000
 """First of the characters that mean nothing; some stand for texts of control tokens in a chat."""

@@ -3,12 +3,20 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from megadistill.resolve import check_content
+
+TOKENIZER = "tokenizer.json"
+OLDER = ("tokenizer.model", "vocab.json", "vocab.txt")
+"""What the library makes one from."""
 
 
 def check_ids(directory: Path, vocabulary: Mapping[str, int]) -> None:
     """Raise `ValueError` when a token has an id beyond the rows of the model's embedding."""
-    file = directory / "config.json"
-    size = json.loads(file.read_text(encoding="utf-8")).get("vocab_size") if file.exists() else None
+    size = _read(directory / "config.json").get("vocab_size")
     if size is None:
         return
     if beyond := sorted(token for token, number in vocabulary.items() if number >= size):
@@ -16,3 +24,66 @@ def check_ids(directory: Path, vocabulary: Mapping[str, int]) -> None:
             f"{directory}: its tokenizer has {len(beyond)} ids beyond the {size} rows of the "
             f"embedding (vocab_size), e.g. of {beyond[0]!r}; resize the embedding or remove the tokens"
         )
+
+
+def check_same(vocabulary: Mapping[str, int], expected: Mapping[str, int]) -> None:
+    """Raise `ValueError` unless every token of a teacher has the id that it has for the student."""
+    if differing := sorted({token for token, _ in vocabulary.items() ^ expected.items()}):
+        examples = ", ".join(repr(token) for token in differing[:5])
+        raise ValueError(
+            f"{len(differing)} tokens have another id than in the student's tokenizer "
+            f"(0 allowed), e.g. {examples}"
+        )
+
+
+def read_vocabulary(directory: Path) -> dict[str, int]:
+    """Token -> id; empty for tokenizers of older kinds, of which nothing is known.
+
+    Raises `ValueError` when there is no tokenizer, its file is not whole, or the model has fewer ids.
+    """
+    file = directory / TOKENIZER
+    if not file.exists():
+        if any((directory / name).exists() for name in OLDER):
+            return {}
+        raise ValueError(f"{directory}: found no {TOKENIZER}, expected the files of a tokenizer")
+    found = _read(file)
+    pieces = found.get("model", {}).get("vocab", {})
+    if isinstance(pieces, list):  # of pairs, each with its weight
+        pieces = {piece: number for number, (piece, _) in enumerate(pieces)}
+    added = {token["content"]: token["id"] for token in found.get("added_tokens", ())}
+    vocabulary = {**pieces, **added}
+    check_ids(directory, vocabulary)
+    return vocabulary
+
+
+def check_chat_template(directory: Path) -> None:
+    """Raise `ValueError` when there is none, or one that is no template."""
+    file = directory / "chat_template.jinja"
+    if file.exists():
+        found: Any = file.read_text(encoding="utf-8")
+    else:
+        files = [
+            _read(directory / name) for name in ("chat_template.json", "tokenizer_config.json")
+        ]
+        found = next((some["chat_template"] for some in files if some.get("chat_template")), None)
+    if not found:
+        raise ValueError(f"{directory} has no chat template")
+    # Older files hold a list of named ones. transformers has a tag of its own, `generation`.
+    for template in [found] if isinstance(found, str) else [some["template"] for some in found]:
+        try:
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        except jinja2.TemplateSyntaxError as error:
+            if "generation" not in str(error):
+                raise ValueError(f"{directory}: its chat template is none: {error}") from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a file of settings holds (any JSON); nothing where there is none."""
+    if not file.exists():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        check_content(file, "JSON")
+        raise ValueError(f"{file}: not valid JSON: {error}; download it again") from None
+    return found

@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megadistill.config.rows import Location
+from megadistill.config.rows import Location, Message
 from megadistill.data.files import BadRowError, Longest, files_of, read_all
 from megadistill.data.pools import stable_hash
 from megadistill.evaluate.sandbox import Mode
 from megadistill.inference.requests import ChatRequest, SamplingParams
 from megadistill.refine.blocks import Row
 from megadistill.resolve import PACKAGE, resolve
-from megadistill.types import Message
 
 PACKAGED = "packaged"
 LONGEST = Longest(512 << 20)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megadistill.types import Message
+from megadistill.config.rows import Message
 
 THOUGHT = "<think>"
 

@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megadistill.config.rows import Message
 from megadistill.resolve import resolve
-from megadistill.types import Message
 
 _TURN = re.compile(r"^=== (system|user|assistant) ===\n", re.MULTILINE)
 _NAME = re.compile(r"\{([a-z_]+)\}")

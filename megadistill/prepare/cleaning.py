@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megadistill.config import PrepareConfig
-from megadistill.config.rows import RowConfig
+from megadistill.config.rows import Message, RowConfig
 from megadistill.data.files import BadRowError, Row
 from megadistill.data.formats import to_record
 from megadistill.data.pools import is_heldout
 from megadistill.data.records import Record
 from megadistill.prepare.overlap import BenchmarkItems, NearDuplicates
-from megadistill.types import Message
 
 Measure = Callable[[tuple[Message, ...]], int]
 """Length of a prompt."""

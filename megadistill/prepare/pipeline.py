@@ -12,6 +12,7 @@ import yaml
 from megadistill.atomic import atomic_files
 from megadistill.config import PrepareConfig, dump, resolve_path
 from megadistill.config.prepare import MixtureConfig
+from megadistill.config.rows import Message
 from megadistill.data.pools import is_heldout
 from megadistill.data.records import Record
 from megadistill.data.tokenizer import chat_ids, load_tokenizer
@@ -20,7 +21,6 @@ from megadistill.prepare import card, conversations, files, mixture
 from megadistill.prepare.cleaning import Cleaner, Measure
 from megadistill.prepare.overlap import BenchmarkItems
 from megadistill.refine.answer_measures import words_of
-from megadistill.types import Message
 
 log = logging.getLogger(__name__)
 NO_MIRROR = (

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megadistill.config.refine import EngineConfig, RewriteConfig
+from megadistill.config.rows import Message
 from megadistill.data.records import Record
 from megadistill.data.tokenizer import answer_opening, chat_ids, load_tokenizer, special_tokens
 from megadistill.inference.engine import BatchEngine, start_batch_engine
@@ -28,7 +29,6 @@ from megadistill.refine.records import load_records
 from megadistill.resolve import resolve
 from megadistill.rollout.seeds import seed_for
 from megadistill.rollout.vllm_arguments import EngineSettings
-from megadistill.types import Message
 
 log = logging.getLogger(__name__)
 

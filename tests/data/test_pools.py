@@ -218,7 +218,7 @@ def test_a_prompt_too_long_in_one_turn_is_dropped_and_counted(tmp_path: Path) ->
 
 
 def test_a_pool_without_a_prompt_that_fits_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.pools\.mine: .* \(2 of 2 were longer .* = 5, "):
+    with pytest.raises(ValueError, match=r"data\.pools\.mine: .* \(2 were longer .* = 5, "):
         pool_from(tmp_path, ["a " * 20, "b " * 20], max_prompt_tokens=5)
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from datasets import Dataset, DatasetDict
 
-from megadistill.config.rows import RowConfig
+from megadistill.config.rows import Message, RowConfig
 from megadistill.config.schema import (
     DatasetSource,
     FileSource,
@@ -24,7 +24,6 @@ from megadistill.config.schema import (
 from megadistill.data.files import count_rows, read_rows
 from megadistill.data.records import Record
 from megadistill.data.sources import read_pool
-from megadistill.types import Message
 
 
 def medical_messages(question: str, options: dict[str, str] | None) -> tuple[Message, ...]:

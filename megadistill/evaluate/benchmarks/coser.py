@@ -8,12 +8,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megadistill.config.rows import Message
 from megadistill.evaluate import coser_gca
 from megadistill.evaluate.coser_gca import DIMENSIONS, ENVIRONMENT, Line
 from megadistill.evaluate.protocol import Benchmark, Chat, Fields, Item, Judged, Score
 from megadistill.inference.requests import ChatRequest, SamplingParams
 from megadistill.inference.templates import Template, load_template
-from megadistill.types import Message
 
 FIELDS = {
     "actor": ("name", "book", "profile", "scenario", "others", "motivation"),
