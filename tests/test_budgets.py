@@ -18,9 +18,9 @@ MOST_LINES = 400
 """Of a module, all counted."""
 MOST_FUNCTION_LINES = 60
 BUDGETS = {
-    "": 1920,
+    "": 1940,
     "algorithms": 980,
-    "cli": 460,
+    "cli": 500,
     "config": 1240,
     "convert": 1160,
     "data": 1060,
