@@ -197,6 +197,19 @@ class StepResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """A frozen model's way to the device."""
+
+    model: str
+    num_bytes: int
+    """Of this rank's part."""
+    seconds: float
+    """That the copy took."""
+    waited_s: float
+    """That somebody waited for it: less where the model was fetched ahead."""
+
+
 Value = TypeVar("Value")
 
 
@@ -233,6 +246,12 @@ class TrainingEngine(Scorer, Protocol):
         self, student: str, teacher: str, spans: Sequence[TokenSpan]
     ) -> list[FloatArray]:
         """As `divergences`, of each scored token: `[R, 2]` for each span."""
+
+    def prefetch(self, model: str) -> None:
+        """Begin to fetch a teacher that is scored next; nothing to do where all stay in memory."""
+
+    def switches(self) -> list[Switch]:
+        """The teachers that came to this rank's device since the last call."""
 
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
         """Weights, optimizer, random states, and rank 0's `extra` (JSON) into `directory`."""

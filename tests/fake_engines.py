@@ -16,6 +16,7 @@ from megadistill.types import (
     Prompt,
     Rollout,
     ScoreRequest,
+    Switch,
     TokenScores,
     TokenSpan,
     TopK,
@@ -89,6 +90,8 @@ class FakeTrainingEngine:
     """Model -> how much likelier than the student it finds every token."""
     asked: list[tuple[str, list[list[int]]]] = field(default_factory=list)
     """(model, token ids of the spans) of every call."""
+    fetched: list[str] = field(default_factory=list)
+    """Models of `prefetch`, until `switches` is asked."""
     weights: float = 0
     rank: int = 0
     meeting: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
@@ -133,6 +136,15 @@ class FakeTrainingEngine:
                     else None,
                 )
             )
+        return found
+
+    def prefetch(self, model: str) -> None:
+        self.fetched.append(model)
+
+    def switches(self) -> list[Switch]:
+        """One a model that was fetched; it came in no time."""
+        found = [Switch(model=m, num_bytes=8, seconds=0.5, waited_s=0.25) for m in self.fetched]
+        self.fetched = []
         return found
 
     def divergences(

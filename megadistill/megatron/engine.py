@@ -10,11 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megadistill.config.schema import ModelConfig, Precision, RunConfig
-from megadistill.convert.families import read_spec
+from megadistill.convert.families import ModelSpec, read_spec
 from megadistill.data.packing import PackingRules, num_inputs
 from megadistill.head import VocabularyHead
 from megadistill.megatron import checkpoint, export
@@ -38,6 +39,7 @@ from megadistill.types import (
     Sample,
     ScoreRequest,
     StepResult,
+    Switch,
     TeacherRows,
     TokenScores,
     TokenSpan,
@@ -87,10 +89,7 @@ class Engine:
         device = pick_device(config.device, config.cluster.gpus_per_node)
         if config.head == "triton" and device.type != "cuda":
             raise ValueError("head: found 'triton', which needs a GPU; expected 'auto' or 'torch'")
-        models = (config.student, *config.teachers.values())
-        specs = [read_spec(_directory(model)) for model in models]
-        for model, spec in zip(models, specs, strict=True):
-            check_model(spec, config.parallel, self._precision(model), device)
+        specs = self._checked_specs(device)
         # Rows past the smallest vocabulary are padding or unused: no model puts probability there.
         self._vocab_size = min(spec.vocab_size for spec in specs)
         rollout_time = timedelta(seconds=config.rollout.timeout_s if config.rollout else 0)
@@ -151,6 +150,15 @@ class Engine:
         scorable = self._scorable(model)
         with self._offloader.on_device(scorable.model):
             return read_spans(scorable, spans, self._rules, request, ids)
+
+    @_names_rank
+    def prefetch(self, model: str) -> None:
+        """Begin to fetch a teacher that is scored next, while the student trains."""
+        self._offloader.prefetch(self._scorable(model).model)
+
+    def switches(self) -> list[Switch]:
+        """The teachers that came to this rank's device since the last call, in order."""
+        return self._offloader.switches()
 
     @_names_rank
     def divergences(
@@ -283,8 +291,8 @@ class Engine:
         device, weights = self.world.device, {}
         if self.world.is_last_stage:
             for name in sorted(names):
-                weight_VD = output_weight(self._scorable(name).model).detach()
-                weights[name] = weight_VD.to(device, non_blocking=True)
+                weight_VD = output_weight(self._scorable(name).model)
+                weights[name] = self._offloader.weight(weight_VD)
 
         def placed(name: str, rows: TeacherRows) -> TeacherRows:
             return TeacherRows(
@@ -329,6 +337,20 @@ class Engine:
             raise ValueError(f"model: found {name!r}, expected one of {sorted(self._scorables)}")
         return self._scorables[name]
 
+    def _checked_specs(self, device: torch.device) -> list[ModelSpec]:
+        """The shapes of student and teachers; all are cut by the one layout of this world."""
+        specs = []
+        teachers = {f"teachers.{name}": model for name, model in self.config.teachers.items()}
+        for key, model in {"student": self.config.student, **teachers}.items():
+            specs.append(read_spec(_directory(model)))
+            try:
+                check_model(specs[-1], self.config.parallel, self._precision(model), device)
+            except ValueError as error:
+                raise ValueError(
+                    f"{key}: {model.path}: {error} (student and teachers share one layout)"
+                ) from error
+        return specs
+
     def _precision(self, model: ModelConfig) -> Precision:
         return model.precision or self.config.precision
 
@@ -354,7 +376,7 @@ class Engine:
             if key not in loaded:
                 loaded[key] = self._load(model)
                 loaded[key].model.requires_grad_(False)
-                self._offloader.park(loaded[key].model)
+                self._offloader.park(name, loaded[key].model)
             teachers[name] = loaded[key]
         return teachers
 

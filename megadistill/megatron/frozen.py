@@ -58,7 +58,7 @@ class FrozenModels:
         model = build_model(spec, self._parallel, precision, self._world)
         load_hf(model, spec, directory, self._parallel, self._world)
         model.requires_grad_(False)
-        self._offloader.park(model)
+        self._offloader.park(directory.name, model)
         return Scorable(model=model, vocab_size=spec.vocab_size, world=self._world)
 
     def _rules(self, spans: Sequence[TokenSpan]) -> PackingRules:

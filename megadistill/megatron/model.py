@@ -145,10 +145,10 @@ def stage_layers(spec: ModelSpec, world: World) -> range:
     return range(first, first + per_stage)
 
 
-def output_weight(model: GPTModel) -> Tensor:
+def output_weight(model: GPTModel) -> torch.nn.Parameter:
     """The last stage's `[V / tp, hidden_size]` output projection, tied or not."""
     tied = model.share_embeddings_and_output_weights
-    weight: Tensor = (
+    weight: torch.nn.Parameter = (
         model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
     )
     return weight

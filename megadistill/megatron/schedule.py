@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
@@ -18,6 +19,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megadistill.megatron.model import output_weight
 from megadistill.megatron.world import World
 from megadistill.types import MicroBatch
 
@@ -47,7 +49,7 @@ def forward(
 
 
 def forward_backward(
-    model: torch.nn.Module, batches: Sequence[MicroBatch], world: World, loss: Loss
+    model: DistributedDataParallel, batches: Sequence[MicroBatch], world: World, loss: Loss
 ) -> list[tuple[Tensor, Metrics]]:
     """Add the gradient of the summed losses to the model's gradient buffers, and reduce them.
 
@@ -55,12 +57,14 @@ def forward_backward(
     """
 
     def backward_from(batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, object]:
-        # The product with zero keeps the whole model in the graph of a micro-batch without rows:
-        # its collectives must run on this rank as on the others.
-        total, report = output.sum() * 0.0, None
+        report = None
         if len(batch.rows_W):
             total, metrics = loss(rows_of(output, batch, model, world), batch)
             report = (total.detach(), {name: value.detach() for name, value in metrics.items()})
+        else:
+            # Zeros keep the whole model and the head in the graph: their collectives, and the
+            # reduction that waits for the gradient of every weight, run here as on other ranks.
+            total = output.sum() * 0.0 + output_weight(model.module)[:1].sum() * 0.0
         return total, torch.zeros((), dtype=torch.int, device=total.device), report
 
     reports = _run(model, batches, world, backward_from, forward_only=False)

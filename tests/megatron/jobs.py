@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tests.megatron.ranks import Layout, compare, select
+from tests.megatron.ranks import Layout, compare, overlapped, select
 from tests.megatron.resuming import Job, save_then_load_all
 
 ALL = ("qwen3_untied", "qwen2_tied", "llama3_untied", "llama_tied")
@@ -54,5 +54,6 @@ def run_jobs(size: int, directory: Path) -> dict[str, Any]:
     return {
         "parity": compare(directory, cases),
         "resuming": save_then_load_all(directory, jobs),
+        "overlapped": overlapped(directory, "qwen3_untied") if size == 2 else None,
         "selection": select(directory, "qwen3_untied", "llama3_untied") if size <= 2 else None,
     }

@@ -3,11 +3,13 @@
 Runs in the spawned processes, so it imports no transformers; references come ready-made in files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from megadistill.losses import (
     policy_gradient,
     policy_gradient_and,
 )
-from megadistill.megatron import export
+from megadistill.megatron import export, training
 from megadistill.megatron.engine import STUDENT, Engine
 from megadistill.types import (
     FloatArray,
@@ -48,6 +50,7 @@ from tests.megatron.reference import (
     TOP_K,
     Reference,
     asked_ids,
+    random_samples,
     reversed_top_k,
     teacher_of,
 )
@@ -137,6 +140,39 @@ def select(directory: Path, student: str, teacher: str) -> tuple[list[int], list
     dist.all_gather_object(everywhere, b"".join(one.tobytes() for one in weights))
     assert set(everywhere) == {everywhere[0]}
     return list(selection.selected), weights
+
+
+def overlapped(directory: Path, student: str) -> dict[bool, list[tuple[float, float]]]:
+    """Losses and norms of steps where a rank has rows only now and then, with the gradients' reduction
+    beside the backward pass as on a GPU, and without."""
+    found: dict[bool, list[tuple[float, float]]] = {}
+    for overlap in (False, True):
+        found[overlap] = []
+        with reducing(overlap):
+            engine = Engine(run_config(directory / student, {"dp": dist.get_world_size()}))
+        if overlap:
+            engine._student.model.config.no_sync_func = engine._student.parallel_model.no_sync
+        assert engine._student.parallel_model.ddp_config.overlap_grad_reduce == overlap
+        for lengths in ((30, 20, 12, 9), (30,), (33, 70, 20, 9), (12,)):
+            samples = random_samples(lengths)
+            for loss in (nll, partial(full_vocabulary, divergence="forward_kl")):
+                result = engine.step(samples, loss, learning_rate=1e-3)
+                found[overlap].append((result.loss, result.grad_norm))
+        engine.close()
+        renew_world()
+    return found
+
+
+@contextmanager
+def reducing(overlap: bool) -> Iterator[None]:
+    """Students made within it reduce their gradients beside the backward pass, or after it."""
+    from megatron.core.distributed import DistributedDataParallelConfig  # after our own Megatron
+
+    def settled(**settings: Any) -> DistributedDataParallelConfig:
+        return DistributedDataParallelConfig(**{**settings, "overlap_grad_reduce": overlap})
+
+    with patch.object(training, "DistributedDataParallelConfig", settled):
+        yield
 
 
 def scored_by(

@@ -72,6 +72,15 @@ def test_the_selection_does_not_depend_on_the_number_of_ranks(measured: Measured
         np.testing.assert_allclose(one, two, atol=1e-6)
 
 
+def test_a_rank_without_rows_takes_part_in_an_overlapped_reduction(measured: Measured) -> None:
+    """On a GPU gradients are reduced beside the backward pass, once every weight has its own."""
+    found = measured(2)["overlapped"]
+    np.testing.assert_allclose(found[True], found[False], rtol=1e-5, atol=1e-7)
+    losses = np.array(found[True])[:, 0]
+    assert (losses[::2] != 0).all()
+    assert (losses[1::2] == 0).all(), "no sample has a teacher"
+
+
 def gaps_of(measured: Measured, model: str, precision: Precision) -> list[dict[str, float]]:
     """Gaps of each layout of the job; the first is the layout that saved."""
     found: dict[tuple[str, Precision], list[dict[str, float]]] = measured(4)["resuming"]
