@@ -225,6 +225,16 @@ def test_models_that_the_layout_does_not_divide_are_refused(models: Path) -> Non
             check_model(spec, parallel, "fp32", torch.device("cpu"))
 
 
+def test_the_model_that_the_layout_does_not_divide_is_named(models: Path) -> None:
+    teachers = {"same": ModelConfig(path=str(models / MODEL))}
+    teachers["small"] = ModelConfig(path=str(models / "shallow"))
+    with (
+        pytest.raises(ValueError, match=r"^teachers\.small: .*shallow: tp: found 4, .* = 2 \("),
+        opened(models, {"tp": 4}, teachers=teachers),
+    ):
+        pass
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp8 can be had here")
 def test_fp8_and_gpus_are_refused_where_there_is_none(models: Path) -> None:
     with (
