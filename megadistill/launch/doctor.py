@@ -3,9 +3,8 @@
 import json
 import re
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,14 +16,23 @@ from rich.text import Text
 
 from megadistill.config.cluster import ClusterConfig
 from megadistill.launch.node_checks import probe_node, probe_task
-from megadistill.launch.node_context import ask_slurm, local_context
-from megadistill.launch.slurm import batch_executor, submit_task, wait_for
+from megadistill.launch.node_context import local_context
+from megadistill.launch.slurm import (
+    answer_of,
+    batch_executor,
+    slurm_settings,
+    submit_limits,
+    submit_task,
+    wait_for,
+)
 
 Verdict = Literal["pass", "warn", "fail"]
 EXPECTED_GB_PER_S = {"nccl": 20.0, "gloo": 0.1}
 """Less than this between two nodes points at the wrong network interface."""
 MOST_CANARY_S, MOST_SKEW_S, MOST_SIGNAL_S = 30.0, 5.0, 10.0
 OLDEST_SLURM = (20, 11)
+FEW_JOBS = 20
+"""Stages of a campaign and of what it refines and evaluates are about as many."""
 STACK = (
     "torch",
     "megatron-core",
@@ -67,22 +75,13 @@ def examine(cluster: ClusterConfig, shared: Path) -> Iterator[Finding]:
                 Path(name), cluster.model_copy(update={"nodes": 1}), in_job=False
             )
         return
-    settings = ask(["scontrol", "show", "config"])
-    if settings is None:
+    settings = slurm_settings()
+    if not settings:
         yield judge("Slurm", False, "the controller does not answer", "see `scontrol ping`")
         return
-    yield from check_slurm(settings)
+    yield from check_slurm(settings, submit_limits())
     yield from check_partition(cluster)
     yield from check_job(cluster, shared)
-
-
-def ask(command: list[str]) -> str | None:
-    """A command's output, or None when it failed."""
-    try:
-        done = ask_slurm(command)
-    except (FileNotFoundError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout
 
 
 def check_versions(gpu: bool) -> Iterator[Finding]:
@@ -106,37 +105,39 @@ def check_versions(gpu: bool) -> Iterator[Finding]:
         yield judge(name, good, version, f"expected {ranges[name]}", otherwise="warn")
 
 
-def check_slurm(settings: str) -> Iterator[Finding]:
-    """The controller's settings that decide whether a run survives."""
-
-    def value(key: str) -> str:
-        found = re.search(rf"^{key}\s*=\s*(.*)$", settings, flags=re.MULTILINE)
-        return found.group(1).strip() if found else ""
+def check_slurm(
+    settings: Mapping[str, str], limits: Sequence[tuple[int, int]]
+) -> Iterator[Finding]:
+    """The controller's settings that decide whether a run survives, and how much may be submitted."""
 
     def number(key: str) -> int:
-        return int((re.match(r"\d+", value(key)) or ["0"])[0])
+        return int((re.match(r"\d+", settings.get(key, "")) or ["0"])[0])
 
-    version = value("SLURM_VERSION")
+    version = settings.get("SLURM_VERSION", "")
     parts = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     oldest = ".".join(f"{part:02d}" for part in OLDEST_SLURM)
     yield judge("Slurm version", parts >= OLDEST_SLURM, version, f"expected {oldest} or later")
-    requeue = value("JobRequeue")
+    requeue = settings.get("JobRequeue", "")
     advice = "jobs ask with --requeue; if yours still end when preempted, talk to the operators"
     yield judge("requeue", requeue == "1", f"JobRequeue={requeue}", advice, otherwise="warn")
     advice = "stages of more shards put several into a task; nothing to do"
     size = number("MaxArraySize")
     yield judge("array size", size > 1000, f"MaxArraySize={size}", advice, otherwise="warn")
+    found = ", ".join(f"MaxSubmitJobs={most}, {now} now" for most, now in limits)
+    good = all(most - now >= FEW_JOBS for most, now in limits)
+    advice = "shards share tasks; a campaign of more stages is refused: submit it in parts"
+    yield judge("submitted jobs", good, found or "no limit of yours", advice, otherwise="warn")
     advice = "finished jobs are forgotten fast; a submission that waits may not see how they ended"
     age = number("MinJobAge")
     yield judge("job age", age >= 60, f"MinJobAge={age} s", advice, otherwise="warn")
-    accounting = value("AccountingStorageType")
+    accounting = settings.get("AccountingStorageType", "")
     yield Finding(check="accounting", verdict="pass", found=f"{accounting} (none is needed)")
 
 
 def check_partition(cluster: ClusterConfig) -> Iterator[Finding]:
     """The partition's state, GPUs, and whether it takes the job."""
     chosen = [] if cluster.partition is None else [f"--partition={cluster.partition}"]
-    listed = ask(["sinfo", "--noheader", "--format=%R %a %G", *chosen]) or ""
+    listed = answer_of(["sinfo", "--noheader", "--format=%R %a %G", *chosen])
     rows = [line.split(None, 2) for line in listed.splitlines() if line.strip()]
     up = [row for row in rows if row[1] == "up"]
     names = ", ".join(sorted({row[0] for row in rows})) or "none"

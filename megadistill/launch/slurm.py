@@ -3,12 +3,13 @@
 import getpass
 import io
 import os
+import re
 import secrets
 import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ SBATCH_CHOICES = ("SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_RE
 """By these a user chooses for all jobs where they run and who pays; they win over `cluster`."""
 JOBS = "jobs.json"
 """Notes in a stage's directory which jobs were submitted for it."""
+USUAL_ARRAY_SIZE = 1001
+"""MaxArraySize, unless a site changed it."""
 WAIT_POLL_S = 5.0
 SQUEUE_PATIENCE_S = 600.0
 """A controller may be restarting; after that long without an answer it is an error."""
@@ -184,6 +187,39 @@ def live_jobs(patience_s: float = SQUEUE_PATIENCE_S) -> dict[str, str]:
         running = state == "RUNNING" or found.get(array) == "RUNNING"
         found |= {job: state, array: "RUNNING" if running else state}
     return found
+
+
+def array_room() -> int:
+    """Tasks that an array may have now; more shards share.
+
+    That is MaxArraySize, and of what MaxSubmitJobs leaves half: other stages follow.
+    """
+    size = int(slurm_settings().get("MaxArraySize", USUAL_ARRAY_SIZE)) - 1
+    left = [(most - now) // 2 for most, now in submit_limits()]
+    return max(1, min([size, *left]))
+
+
+def slurm_settings() -> dict[str, str]:
+    """Slurm's own configuration; empty where the controller does not answer."""
+    found = re.findall(
+        r"^(\w+)\s*= (.*?)\s*$", answer_of(["scontrol", "show", "config"]), re.MULTILINE
+    )
+    return dict(found)
+
+
+def submit_limits() -> list[tuple[int, int]]:
+    """MaxSubmitJobs of this user's associations that have one, and how many jobs there are now."""
+    words = ["scontrol", "show", "assoc_mgr", "flags=assoc", f"users={getpass.getuser()}"]
+    found = re.findall(r"\bMaxSubmitJobs=(\d+)\((\d+)\)", answer_of(words))
+    return [(int(most), int(now)) for most, now in found]
+
+
+def answer_of(command: Sequence[str]) -> str:
+    """What one of Slurm's commands says; nothing when it fails."""
+    try:
+        return ask_slurm(command).stdout
+    except (FileNotFoundError, subprocess.SubprocessError):
+        return ""
 
 
 def make_sacct_usable() -> None:

@@ -47,12 +47,10 @@ from megadistill.launch.shards import (
     Worker,
 )
 from megadistill.launch.shared_files import read_json
-from megadistill.launch.slurm import JOBS, GangExecutor, batch_executor, submission
+from megadistill.launch.slurm import JOBS, GangExecutor, array_room, batch_executor, submission
 from megadistill.launch.stopping import DONE, STOPPED, stop_requests
 from megadistill.rundir import RunDir
 
-MOST_TASKS = 1000
-"""Tasks of one array; Slurm's MaxArraySize is 1001 unless a site changed it. More shards share."""
 BEGUN = "submitted.json"
 """Says for what a stage's run was begun."""
 MOST_RESTARTS = 20
@@ -313,7 +311,7 @@ def submit_array(
     executor: GangExecutor, root: Path, folders: Sequence[ShardFolder], limits: Limits
 ) -> str:
     """Submit these shards, prepared before, and return the job's number."""
-    num_tasks = min(len(folders), MOST_TASKS)
+    num_tasks = min(len(folders), array_room())
     shares = [folders[first::num_tasks] for first in range(num_tasks)]
     executor.update_parameters(array_parallelism=limits.concurrency)
     with submission():

@@ -13,13 +13,13 @@ from megadistill.launch import doctor
 from megadistill.launch.doctor import Finding, check_partition, check_probe, check_slurm
 from tests.launch.test_submit import make_command
 
-SETTINGS = """
-SLURM_VERSION           = 23.02.7
-JobRequeue              = 1
-MaxArraySize            = 1001
-MinJobAge               = 300 sec
-AccountingStorageType   = (null)
-"""
+SETTINGS = {
+    "SLURM_VERSION": "23.02.7",
+    "JobRequeue": "1",
+    "MaxArraySize": "1001",
+    "MinJobAge": "300 sec",
+    "AccountingStorageType": "(null)",
+}
 
 
 def verdicts(findings: Any) -> dict[str, str]:
@@ -27,9 +27,9 @@ def verdicts(findings: Any) -> dict[str, str]:
 
 
 def test_a_good_slurm_passes_and_a_poor_one_is_told_why() -> None:
-    assert set(verdicts(check_slurm(SETTINGS)).values()) == {"pass"}
-    poor = SETTINGS.replace("23.02.7", "19.05.1").replace("= 1\n", "= 0\n").replace("300", "10")
-    found = {finding.check: finding for finding in check_slurm(poor)}
+    assert set(verdicts(check_slurm(SETTINGS, [(100, 3)])).values()) == {"pass"}
+    poor = SETTINGS | {"SLURM_VERSION": "19.05.1", "JobRequeue": "0", "MinJobAge": "10 sec"}
+    found = {finding.check: finding for finding in check_slurm(poor, [(100, 3), (12, 7)])}
     assert found["Slurm version"].verdict == "fail"
     assert found["requeue"] == Finding(
         check="requeue",
@@ -38,6 +38,11 @@ def test_a_good_slurm_passes_and_a_poor_one_is_told_why() -> None:
         advice="jobs ask with --requeue; if yours still end when preempted, talk to the operators",
     )
     assert found["job age"].verdict == "warn"
+    jobs = found["submitted jobs"]
+    assert (jobs.verdict, jobs.found) == (
+        "warn",
+        "MaxSubmitJobs=100, 3 now, MaxSubmitJobs=12, 7 now",
+    )
 
 
 @pytest.mark.parametrize(

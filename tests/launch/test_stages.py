@@ -9,13 +9,15 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megadistill.launch import slurm, stages
 from megadistill.launch.commands import command_shard
-from megadistill.launch.shards import Shard, fingerprint, lock_shard, run_shard
-from megadistill.launch.stages import Limits, ShardedStage
+from megadistill.launch.shards import Shard, ShardFolder, fingerprint, lock_shard, run_shard
+from megadistill.launch.stages import Limits, ShardedStage, read_jobs
 from tests.launch.fake_shard import (
     GpusArguments,
     ItemsArguments,
@@ -201,3 +203,33 @@ def test_a_fingerprint_follows_the_content(tmp_path: Path) -> None:
     (tmp_path / "one").write_text("b")
     assert fingerprint(tmp_path) != before
     assert fingerprint(tmp_path / "one", most_bytes=0).startswith("1-")
+
+
+class FakeArray:
+    """An executor that keeps what it is to do."""
+
+    def __init__(self) -> None:
+        self.shares: list[list[ShardFolder]] = []
+
+    def update_parameters(self, **_: int) -> None: ...
+
+    def map_array(self, _: Any, shares: list[list[ShardFolder]], tries: list[int]) -> list[Any]:
+        assert tries == [3] * len(shares)
+        self.shares = shares
+        return [SimpleNamespace(job_id="7_0")]
+
+
+@pytest.mark.parametrize(("room", "sizes"), [(4, [3, 3, 2, 2]), (1, [10]), (1000, [1] * 10)])
+def test_more_shards_than_an_array_may_have_share_its_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(stages, "array_room", lambda: room)
+    monkeypatch.setattr(slurm, "make_sacct_usable", lambda: None)
+    some = stage(tmp_path, [items_shard(tmp_path, part) for part in range(10)])
+    folders = list(some.folders.values())
+    some.root.mkdir()
+    array = FakeArray()
+    assert stages.submit_array(array, some.root, folders, some.limits) == "7"  # type: ignore[arg-type]
+    assert [len(share) for share in array.shares] == sizes
+    assert {folder for share in array.shares for folder in share} == set(folders)
+    assert read_jobs(some.root) == {"7": list(some.folders)}

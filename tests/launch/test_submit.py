@@ -215,3 +215,33 @@ def test_what_slurm_refuses_is_its_own_line_and_leaves_no_run(
     with pytest.raises(ValueError, match="invalid partition"):
         submit(config)
     assert begun.config_file.exists()  # it was there before
+
+
+CONFIG = "SLURM_VERSION           = 23.11.4\\nMaxArraySize            = {size}\\n"
+ASSOCIATION = "    MaxJobs= MaxJobsAccrue= MaxSubmitJobs={limit} MaxWallPJ=\\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "room"),
+    [(1001, [""], 1000), (5, [""], 4), (1001, ["", "40(10)"], 15), (1001, ["9(9)"], 1), (0, [], 1)],
+)
+def test_how_many_tasks_an_array_may_have_is_asked_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, limits: list[str], room: int
+) -> None:
+    associations = "".join(ASSOCIATION.format(limit=limit) for limit in limits)
+    make_command(
+        tmp_path,
+        "scontrol",
+        f"case $2 in config) printf '{CONFIG.format(size=size)}';; "
+        f"assoc_mgr) printf '{associations}';; esac",
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert slurm.array_room() == room
+
+
+def test_where_the_cluster_does_not_say_an_array_has_what_slurm_takes_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_command(tmp_path, "scontrol", "exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert slurm.array_room() == 1000
