@@ -1,5 +1,6 @@
 """The command line: help without heavy imports, one message and code 2 for a user's mistake."""
 
+import errno
 import json
 import re
 import subprocess
@@ -434,3 +435,24 @@ def test_ctrl_c_ends_a_command_with_one_line(
     assert capsys.readouterr().err == (
         "megadistill: interrupted; the same command goes on from here\n"
     )
+
+
+def test_what_the_system_refuses_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    tree = {"name": "small", "stages": {"one": {"verb": "config", "args": ["schema"]}}}
+    config = tmp_path / "campaign.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    below_a_file = ["campaign", str(config), "--local", f"runs_dir={tmp_path}/file"]
+    assert run_cli(*below_a_file) == 2
+    said = f"megadistill: {tmp_path}/file/small: Not a directory; expected a directory\n"
+    assert capsys.readouterr().err == said
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "runs"))
+
+    monkeypatch.setattr("megadistill.launch.campaign.write_atomic", full)
+    assert run_cli("campaign", str(config), "--local", f"runs_dir={tmp_path}") == 2
+    said = f"megadistill: {tmp_path}/runs: No space left on device; make room there"
+    assert capsys.readouterr().err.startswith(said)

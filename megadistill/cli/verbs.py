@@ -1,5 +1,6 @@
 """Shared by all verbs: exit codes, common arguments, reading a command line without running it."""
 
+import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +30,14 @@ Run = Annotated[str, Argument(metavar="RUN", help="run directory, e.g. runs/camo
 Wait = Annotated[bool, Option("--wait", help="Stay until the jobs of its `cluster` have ended.")]
 
 _ONLY_READ = "only read"
+WRITABLE = (
+    "; expected a place that can be written, see `runs_dir` and the paths of the configuration"
+)
+DO_INSTEAD = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), WRITABLE),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "; expected a directory"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; make room there, or choose another place"),
+}
 
 
 class Verb(TyperCommand):
@@ -42,10 +51,22 @@ class Verb(TyperCommand):
         except ValueError as error:
             print(f"megadistill: {error}", file=sys.stderr)
             code = 2
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # who read our output has left
+                raise
+            print(f"megadistill: {in_one_line(error)}", file=sys.stderr)
+            code = 2
         except KeyboardInterrupt:
             print("megadistill: interrupted; the same command goes on from here", file=sys.stderr)
             code = 128 + signal.SIGINT
         raise typer.Exit(code or 0)
+
+
+def in_one_line(error: OSError) -> str:
+    """What the system has refused, and of which file; what to do where that is known."""
+    said = error.strerror or str(error)
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{said}{DO_INSTEAD.get(error.errno or 0, '')}"
 
 
 class ImpliedVerb(TyperGroup):

@@ -184,6 +184,8 @@ class Node:
             self.start_roles(command)
             end = self.watch(self.supervisor())
         except BaseException as error:
+            if isinstance(error, OSError) and not self.run.config_file.exists():
+                raise ValueError(f"{self.run.path}: deleted while the run was at work") from error
             self.give_up(error)
             raise
         finally:

@@ -179,6 +179,8 @@ class LogFollower:
     _position: int = 0
 
     def copy(self) -> None:
+        if not self.log.exists():  # with all of the run
+            return
         with self.log.open("rb") as stream:
             stream.seek(self._position)
             fresh = stream.read()

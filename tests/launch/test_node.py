@@ -324,6 +324,19 @@ def test_a_run_that_is_done_answers_at_once_and_goes_on_when_it_gets_more_steps(
     assert job.run.read_progress()["step"] == 4
 
 
+def test_a_run_that_is_deleted_while_at_work_ends_with_one_line(job: Job) -> None:
+    job.configure()
+    job.play("trainer-0", "work 1000 engine-0")
+    job.start()
+    pids = [job.pid("trainer-0"), job.pid("engine-0")]
+    wait_until(lambda: job.run.read_progress().get("step", 0) >= 1)
+    job.run.path.rename(job.directory / "gone")
+    code, output = job.finish()
+    assert code == 1
+    assert output.endswith(f"ValueError: {job.run.path}: deleted while the run was at work\n")
+    assert not any(is_alive(pid) for pid in pids)
+
+
 def test_a_gone_terminal_does_not_keep_a_run_from_being_saved(job: Job) -> None:
     job.configure()
     job.play("trainer-0", "work 1000")
