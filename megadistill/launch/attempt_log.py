@@ -16,33 +16,37 @@ from megadistill.launch.shared_files import as_kind, read_json
 from megadistill.metrics import read_json_lines
 from megadistill.rundir import RunDir
 
+LOST = "it was requeued, or its job was lost"
 KEPT_S = 3600.0
 """For so long the files by which the nodes of an attempt met are kept: one may still read them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EndedAttempt:
-    """What is kept of an attempt."""
+class Attempt:
+    """One start of the run's processes, and how it ended."""
 
     attempt: int
     status: str
-    """`failed`, as node 0 declared, or `interrupted`: it left no outcome."""
+    """`done`, `stopped`, `failed`, `under way`, or `interrupted`: it left no outcome."""
     message: str
-    step: int
-    """Steps the run had taken."""
+    step: int | None = None
+    """Steps the run had taken when it ended."""
     error: str = ""
     """Of a failed one the culprit and its last line, without what differs each time."""
+    detail: str = ""
+    """The culprit's last lines."""
 
 
-def note_failure(run: RunDir, attempt: int, failure: Failure) -> EndedAttempt | None:
+def note_failure(run: RunDir, attempt: int, failure: Failure) -> Attempt | None:
     """Keep a failed attempt; the one before it when that was the same error at the same step."""
     past = [one for one in read_ended(run).values() if one.error]
-    now = EndedAttempt(
+    now = Attempt(
         attempt=attempt,
         status="failed",
         message=failure.what,
         step=run.read_progress().get("step", 0),
         error=error_text(failure),
+        detail=failure.detail,
     )
     try:
         _append(run, now)
@@ -60,16 +64,16 @@ def close_attempts(run: RunDir, attempt: int) -> None:
     for number in attempt_numbers(run):
         directory = attempt_directory(run, number)
         if number not in ended:
-            _append(run, _left_by(run, number))
+            _append(run, left_by(run, number))
         newest = max(file.stat().st_mtime for file in [directory, *directory.iterdir()])
         if number < attempt - 1 and time.time() - newest > KEPT_S:
             shutil.rmtree(directory)
 
 
-def read_ended(run: RunDir) -> dict[int, EndedAttempt]:
+def read_ended(run: RunDir) -> dict[int, Attempt]:
     """Attempt -> how it ended, of those that are noted."""
     rows = read_json_lines(_file(run))
-    return {row["attempt"]: as_kind(EndedAttempt, row) for row in rows}
+    return {row["attempt"]: as_kind(Attempt, row) for row in rows}
 
 
 def attempt_numbers(run: RunDir) -> list[int]:
@@ -85,21 +89,22 @@ def error_text(failure: Failure) -> str:
     return re.sub(r"0x[0-9a-f]+|\d+", "#", " | ".join([what, *last]))
 
 
-def _left_by(run: RunDir, attempt: int) -> EndedAttempt:
+def left_by(run: RunDir, attempt: int) -> Attempt:
     """How an attempt ended: by node 0's outcome, or as one that left none."""
     directory = attempt_directory(run, attempt)
     end = Heartbeats(directory=directory, node=0).read_outcome()
     last = [read_json(file) for file in sorted(directory.glob("node-*.json"))]
     reasons = [str(beat["stop"]) for beat in last if beat and beat["stop"]]
-    return EndedAttempt(
+    return Attempt(
         attempt=attempt,
         status=end.status if end else "interrupted",
-        message=end.message if end else "".join(reasons[:1]),
+        message=end.message if end else [*reasons, LOST][0],
         step=run.read_progress().get("step", 0),
+        detail=end.failure.detail if end and end.failure else "",
     )
 
 
-def _append(run: RunDir, ended: EndedAttempt) -> None:
+def _append(run: RunDir, ended: Attempt) -> None:
     with _file(run).open("a") as stream:
         stream.write(json.dumps(asdict(ended)) + "\n")
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from megadistill.launch.attempt_log import attempt_numbers, read_ended
+from megadistill.launch.attempt_log import Attempt, attempt_numbers, left_by, read_ended
 from megadistill.launch.heartbeats import (
     AttemptOutcome,
     Heartbeats,
@@ -31,7 +31,6 @@ STEP_PATIENCE_S, START_PATIENCE_S = 600.0, 1800.0
 LAST_STEPS = 5
 SQUEUE_TIMEOUT_S = 5
 QUEUE_EVERY_S = 10.0
-LOST = "it was requeued, or its job was lost"
 
 State = Literal[
     "not started",
@@ -44,22 +43,6 @@ State = Literal[
     "failed",
     "done",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
-    """One start of the run's processes."""
-
-    number: int
-    outcome: str
-    """`done`, `stopped`, `failed`, `under way`, or `interrupted`: it left no outcome."""
-    reason: str
-    step: int | None = None
-    """Steps the run had taken when it ended."""
-    last_sign: float | None = None
-    """When its last log was written to, seconds since the epoch."""
-    detail: str = ""
-    """The culprit's last lines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,29 +59,15 @@ class NodeSign:
 
 def read_attempts(run: RunDir) -> list[Attempt]:
     """Every attempt, oldest first."""
-    ended, signs, latest = read_ended(run), _last_writes(run), _latest_attempt(run)
-    known = {*range(run.num_attempts), *ended, *signs, *([] if latest is None else [latest])}
-    attempts = []
-    for number in sorted(known):
-        declared, past = _outcome(run, number), ended.get(number)
-        end = declared or past
-        outcome, reason = "interrupted", LOST
-        if end:  # a failed one that was requeued has declared that it stopped
-            outcome, reason = (past or end).status, end.message or LOST
-        elif number == latest:
-            outcome, reason = "under way", ""
-        culprit = declared.failure if declared else None
-        attempts.append(
-            Attempt(
-                number=number,
-                outcome=outcome,
-                reason=reason,
-                step=past.step if past else None,
-                last_sign=signs.get(number),
-                detail=culprit.detail if culprit else "",
-            )
-        )
-    return attempts
+    ended, latest = read_ended(run), _latest_attempt(run)
+    known = {*range(run.num_attempts), *ended, *last_writes(run), *attempt_numbers(run)}
+    under_way = {latest} if latest is not None and _outcome(run, latest) is None else set()
+    return [
+        Attempt(attempt=number, status="under way", message="")
+        if number in under_way
+        else ended.get(number) or left_by(run, number)
+        for number in sorted(known)
+    ]
 
 
 def run_state(run: RunDir) -> tuple[State, str]:
@@ -162,13 +131,13 @@ def read_nodes(run: RunDir) -> list[NodeSign]:
 
 def last_error(run: RunDir) -> str | None:
     """The reason of the newest failed attempt, with what is known of it."""
-    failed = [attempt for attempt in read_attempts(run) if attempt.outcome == "failed"]
+    failed = [attempt for attempt in read_attempts(run) if attempt.status == "failed"]
     if not failed:
         return None
     newest = failed[-1]
     at = "" if newest.step is None else f" at step {newest.step}"
     last = [line for line in newest.detail.splitlines() if line.strip()][-1:]
-    return ": ".join([f"attempt {newest.number}{at}", newest.reason, *last])
+    return ": ".join([f"attempt {newest.attempt}{at}", newest.message, *last])
 
 
 def failure_since(run: RunDir, since: float) -> AttemptOutcome | None:
@@ -225,7 +194,7 @@ def _outcome(run: RunDir, attempt: int) -> AttemptOutcome | None:
     return Heartbeats(directory=attempt_directory(run, attempt), node=0).read_outcome()
 
 
-def _last_writes(run: RunDir) -> dict[int, float]:
+def last_writes(run: RunDir) -> dict[int, float]:
     """Attempt -> when the last of its logs was written to."""
     times: dict[int, float] = {}
     for file in (run.path / "logs").glob("*.log"):

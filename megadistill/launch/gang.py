@@ -118,7 +118,7 @@ class Gang:
 
     @property
     def is_done(self) -> bool:
-        return bool(self.run.read_progress().get("done")) and not self.is_stale
+        return self.record.state({}).status == "done"
 
     @property
     def is_stale(self) -> bool:

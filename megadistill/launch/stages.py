@@ -120,10 +120,11 @@ class StageRecord:
     def _of_run(self, run: RunDir) -> tuple[Status, str, str]:
         progress = run.read_progress()
         done = f"step {progress.get('step', 0)} of {self.steps}"
-        if progress.get("done") and read_json(self.root / BEGUN) == {"digest": self.digest}:
+        begun = read_json(self.root / BEGUN)
+        if progress.get("done") and begun in (None, {"digest": self.digest}):
             return "done", done, ""
         attempts = read_attempts(run)
-        failed = bool(attempts) and attempts[-1].outcome == "failed"
+        failed = bool(attempts) and attempts[-1].status == "failed"
         return "failed" if failed else "not submitted", done, last_error(run) or ""
 
     def _of_shards(self) -> tuple[Status, str, str]:

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from megadistill.launch.heartbeats import AttemptOutcome, Failure, Heartbeat, Heartbeats
 from megadistill.launch.layout import Layout
@@ -32,12 +31,6 @@ class Timeouts:
     """For all trainers to end well once the first node's have."""
     stop_s: float = 7200.0
     """For the trainers to save and end once asked; Slurm's limits come earlier."""
-
-
-class Supervisor(Protocol):
-    """Says when this node's part in the attempt is over."""
-
-    def outcome(self, own: Heartbeat) -> AttemptOutcome | None: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -168,3 +161,7 @@ class Follower:
             what = f"node 0 ({self.context.hosts[0]}) has shown no sign of life for {silent:.0f} s"
             return Failure(node=0, what=what, when=time.time()).outcome()
         return None
+
+
+Supervisor = Leader | Follower
+"""Says when this node's part in the attempt is over."""

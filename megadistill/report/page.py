@@ -10,7 +10,13 @@ import jinja2
 import yaml
 
 from megadistill.atomic import write_atomic
-from megadistill.launch.attempts import last_error, read_attempts, read_nodes, run_state
+from megadistill.launch.attempts import (
+    last_error,
+    last_writes,
+    read_attempts,
+    read_nodes,
+    run_state,
+)
 from megadistill.launch.on_export import read_evaluations
 from megadistill.metrics import read_metrics
 from megadistill.plots import Columns, Curves, svg
@@ -42,6 +48,7 @@ def write_page(run: RunDir, file: Path) -> Path:
         "steps": config.steps,
         "attempts": attempts[-MOST_ATTEMPTS:],
         "num_attempts": len(attempts),
+        "written": last_writes(run),
         "last_error": last_error(run),
         "nodes": read_nodes(run),
         "evaluations": read_evaluations(run),

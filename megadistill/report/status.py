@@ -155,16 +155,16 @@ def _troubles(run: RunDir, rows: Sequence[dict[str, Any]]) -> list[RenderableTyp
     state, line = _standing(run)
     attempts = read_attempts(run)
     if attempts:
-        ended = Counter(attempt.outcome for attempt in attempts)
+        ended = Counter(attempt.status for attempt in attempts)
         counted = ", ".join(f"{count} {outcome}" for outcome, count in ended.items())
         line.append(f"  attempts {len(attempts)}: {counted}")
     found: list[RenderableType] = [line]
     error = last_error(run)
     if error and state != "done":
         found.append(Text(f"last error: {error}", style="red"))
-    for attempt in [one for one in attempts if one.outcome != "under way"][-LAST_ATTEMPTS:]:
+    for attempt in [one for one in attempts if one.status != "under way"][-LAST_ATTEMPTS:]:
         at = "" if attempt.step is None else f" at step {attempt.step}"
-        found.append(Text(f"attempt {attempt.number} {attempt.outcome}{at}: {attempt.reason}"))
+        found.append(Text(f"attempt {attempt.attempt} {attempt.status}{at}: {attempt.message}"))
     if rows and (memory := rows[-1].get("memory/trainer_gib")) is not None:
         found.append(Text(f"memory of the fullest trainer: {memory:.1f} GiB"))
     if evaluations := read_evaluations(run):

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from megadistill.launch import attempts
+from megadistill.launch.attempt_log import LOST
 from megadistill.launch.attempts import (
     last_error,
+    last_writes,
     read_attempts,
     read_nodes,
     run_state,
@@ -131,21 +133,21 @@ def test_what_earlier_attempts_ended_by_is_kept_when_the_next_begins(run: RunDir
     begin_launch(run, context, plan)
     begin_launch(run, context, plan)
     found = read_attempts(run)
-    assert [one.outcome for one in found] == [
+    assert [one.status for one in found] == [
         "stopped", "interrupted", "interrupted", "under way",
     ]  # fmt: skip
-    assert [one.reason for one in found] == ["stopped at step 2", "SIGTERM", attempts.LOST, ""]
+    assert [one.message for one in found] == ["stopped at step 2", "SIGTERM", LOST, ""]
     assert [one.step for one in found] == [2, 2, 2, None]
 
 
 def test_an_attempt_that_failed_and_was_requeued_has_failed(run: RunDir) -> None:
-    past = {"attempt": 0, "status": "failed", "message": "", "step": 3, "error": "engine-# ended"}
+    message = "engine-0 ended with exit code 3"
+    past = {"attempt": 0, "status": "failed", "message": message, "step": 3}
     (run.path / "state" / "attempts.jsonl").write_text(json.dumps(past | {"later": 1}) + "\n")
     begin(run)
-    message = "engine-0 ended with exit code 3"
     write_end(run, 0, {"status": "stopped", "message": message, "failure": None})
     (attempt,) = read_attempts(run)
-    assert (attempt.outcome, attempt.reason, attempt.step) == ("failed", message, 3)
+    assert (attempt.status, attempt.message, attempt.step) == ("failed", message, 3)
 
 
 def test_each_attempt_has_an_outcome_and_a_reason(run: RunDir) -> None:
@@ -154,9 +156,9 @@ def test_each_attempt_has_an_outcome_and_a_reason(run: RunDir) -> None:
     (run.path / "logs" / "trainer-0.1.log").write_text("x")
     begin(run, attempt=2)
     found = read_attempts(run)
-    assert [one.outcome for one in found] == ["failed", "interrupted", "under way"]
+    assert [one.status for one in found] == ["failed", "interrupted", "under way"]
     assert found[0].step == 2
-    assert found[1].last_sign is not None
+    assert last_writes(run).keys() == {1}
     assert last_error(run) == "attempt 0 at step 2: trainer-3 was killed"
 
 

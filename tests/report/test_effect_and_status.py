@@ -285,7 +285,9 @@ def test_the_status_of_a_failed_run_shows_the_last_line_of_its_role(run: RunDir)
     failure = {"node": 0, "what": "trainer-0 ended", "when": 0.0, "detail": detail}
     write_end(run, 0, {"status": "failed", "message": "trainer-0 ended", "failure": failure})
     text = shown(run)
-    assert "last error: attempt 0: trainer-0 ended: RuntimeError: CUDA out of memory" in text
+    assert (
+        "last error: attempt 0 at step 0: trainer-0 ended: RuntimeError: CUDA out of memory" in text
+    )
     assert f"tiny: step 0 of {run.load_config().steps}\n" in text
 
 

@@ -138,7 +138,7 @@ def test_a_failed_run_shows_why(run: RunDir) -> None:
     write_end(run, 0, {"status": "failed", "message": "engine-0 ended", "failure": failure})
     page = page_of(run)
     assert '<span class="state failed">failed</span>' in page
-    assert "last error: attempt 0: engine-0 ended" in page
+    assert "last error: attempt 0 at step 0: engine-0 ended" in page
     assert "CUDA out of memory" in page
 
 
