@@ -18,7 +18,7 @@ from megadistill.launch.stages import read_jobs
 from tests.e2e.local_slurm import ROOT, Cluster, local_cluster, wait_until
 from tests.inference.scripted import Endpoint, endpoint_tree
 from tests.refine.test_pipeline import good_model
-from tests.refine.world import World, make_world
+from tests.refine.world import PAIRS, World, echo_or_stray, make_world
 
 pytestmark = pytest.mark.slurm
 STAGES = ("rewrite", "filter", "fusion", "result")
@@ -29,8 +29,10 @@ if sys.orig_argv[-2:-1] == ["shard"] and "/stages/result/" not in sys.orig_argv[
     from megadistill.data.tokenizer import load_tokenizer
     from megadistill.refine import rewriting, similarity
     from tests.inference.scripted import ScriptedEngine
-    from tests.refine.world import WordEncoder, echo
-    rewriting.start_batch_engine = lambda given: ScriptedEngine(load_tokenizer(given.model), echo)
+    from tests.refine.world import WordEncoder, echo_or_stray
+    def start(given):
+        return ScriptedEngine(load_tokenizer(given.model), echo_or_stray)
+    rewriting.start_batch_engine = start
     similarity.SentenceEncoder = WordEncoder
 """
 
@@ -44,14 +46,17 @@ def endpoint() -> Iterator[Endpoint]:
 
 @pytest.fixture
 def world(tmp_path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> World:
-    """Ten answers, of which the endpoint fuses those whose rewriting strays."""
-    return make_world(
-        tmp_path,
+    """Ten answers, of which two are rewritten astray and stay as they were."""
+    (tmp_path / "here").mkdir()
+    world = make_world(
+        tmp_path / "here",
         monkeypatch,
+        [*PAIRS, "nothing of the sort"],
         models={"strong": endpoint_tree(endpoint.url, concurrency=1)},
         fusion={"model": "strong", "judges": ["strong"]},
-        filter={"tau": 0.9},
     )
+    world.engine.reply = echo_or_stray
+    return world
 
 
 @pytest.fixture
@@ -79,7 +84,7 @@ def test_a_refinement_on_slurm_makes_what_it_makes_here(
 ) -> None:
     world.run()
     here, asked = made(world.root), len(endpoint.bodies)
-    assert set(here["decisions"]) == {"rewrite", "fused"}  # type: ignore[call-overload]
+    assert here["decisions"] == {"fused": 8, "original": 2}
     tree = world.tree | {"name": "jobs", "cluster": {"partition": "main", **SHARED}}
     config = world.path / "refine.yaml"
     config.write_text(dump(parse(RefineConfig, tree)))

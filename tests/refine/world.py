@@ -56,6 +56,12 @@ def echo(prompt: str) -> str:
     return f"indeed {found[1].strip()}" if found else "indeed a plain thing"
 
 
+def echo_or_stray(prompt: str) -> str:
+    """As `echo`, but of figs and irises something else is said."""
+    text = echo(prompt)
+    return "nothing of the sort" if {"fig", "iris"} & set(text.split()) else text
+
+
 @dataclass
 class World:
     """One refinement's files and engine."""
