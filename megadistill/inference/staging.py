@@ -19,6 +19,7 @@ FORMAT = 2
 
 def begin(config: StagedConfig, *verb: str) -> StagedWork:
     """Make the directory, with the resolved configuration; `verb` is the command that goes on."""
+    is_new = not config.root.exists()
     config.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomic(config.root / "config.yaml", dump(config))
     return StagedWork(
@@ -27,6 +28,7 @@ def begin(config: StagedConfig, *verb: str) -> StagedWork:
         command=(*verb, str(config.root / "config.yaml")),
         limits=Limits(concurrency=config.shards.concurrency, tries=config.shards.tries),
         cluster=config.cluster,
+        is_new=is_new,
     )
 
 

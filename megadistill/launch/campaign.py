@@ -213,7 +213,7 @@ class Campaign:
 
     def submit(self) -> dict[str, list[str]]:
         """Submit what is neither done nor in the queue; the jobs of each stage that is to run."""
-        with gone_if_refused(self.root):
+        with gone_if_refused(self.root, is_new=not self.root.exists()):
             self.begin()
             return submit_stages(list(self.stages.values()))
 

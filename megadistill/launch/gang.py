@@ -86,7 +86,7 @@ def submit_gang(
     layout(config, config.cluster.nodes, gpus_per_node(config))
     dependency = f"afterok:{':'.join(after)}" if after else ""
     executor = batch_executor(name or config.name, config.cluster, run.path, dependency)
-    with gone_if_refused(run.path):
+    with gone_if_refused(run.path, is_new=not run.path.exists()):
         create_run(run, config)
         return submit_task(executor, node_task, run.path)
 

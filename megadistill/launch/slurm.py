@@ -113,9 +113,8 @@ def submission() -> Iterator[None]:
 
 
 @contextmanager
-def gone_if_refused(root: Path) -> Iterator[None]:
+def gone_if_refused(root: Path, *, is_new: bool) -> Iterator[None]:
     """Where Slurm takes no job of what is submitted inside, a new directory is deleted again."""
-    is_new = not root.exists()
     try:
         yield
     except SubmissionError:

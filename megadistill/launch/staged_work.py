@@ -34,7 +34,7 @@ from megadistill.launch.node_context import ask_slurm
 from megadistill.launch.processes import say
 from megadistill.launch.shards import MAY_WAIT, OUTPUT, Shard, ShardFolder
 from megadistill.launch.shared_files import read_as
-from megadistill.launch.slurm import WAIT_POLL_S, SlurmSilentError, live_jobs
+from megadistill.launch.slurm import WAIT_POLL_S, SlurmSilentError, gone_if_refused, live_jobs
 from megadistill.launch.stages import (
     Limits,
     ShardedStage,
@@ -129,6 +129,8 @@ class StagedWork:
     limits: Limits
     cluster: ClusterConfig | None
     """Absent: all runs on this machine."""
+    is_new: bool = False
+    """Whether its directory was made for this call."""
     stages: list[ShardedStage] = field(default_factory=list)
     """Each after those it needs."""
 
@@ -191,7 +193,9 @@ class StagedWork:
             s.status == "failed" for stage in self.stages for s in stage.states()
         ):
             return []
-        return [job for some in submit_stages(self.stages, afresh=afresh).values() for job in some]
+        with gone_if_refused(self.root, is_new=self.is_new):
+            jobs = submit_stages(self.stages, afresh=afresh)
+        return [job for some in jobs.values() for job in some]
 
     @cached_property
     def result(self) -> ShardedStage:

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 
 from megadistill.cli import main
+from megadistill.config import RefineConfig, parse
 from megadistill.config.cluster import ClusterConfig
+from megadistill.inference.staging import begin
 from megadistill.launch import staged_work, stages
 from megadistill.launch.shards import MAY_WAIT, OUTPUT, Shard, ShardFolder
 from megadistill.launch.staged_work import StagedWork, read_states
 from megadistill.launch.stages import Limits, ShardedStage, read_jobs
 from tests.launch.fake_shard import LedgerArguments, SumArguments, add_up, always_fails
 from tests.launch.test_stages import items_shard, ledger
+from tests.launch.test_submit import REFUSED
 
 
 def make_work(directory: Path, cluster: ClusterConfig | None = None, **changed: Any) -> StagedWork:
@@ -206,3 +209,22 @@ def test_in_a_shard_that_goes_on_failures_stand(
 def test_jobs_noted_by_an_older_version_are_not_taken_for_arrays(tmp_path: Path) -> None:
     (tmp_path / "jobs.json").write_text('{"jobs": ["12"]}')
     assert read_jobs(tmp_path) == {}
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_what_slurm_refuses_leaves_no_new_directory(refusing: Path, is_new: bool) -> None:
+    tree = {
+        "name": "sums",
+        "runs_dir": str(refusing),
+        "input": {"path": "rows.jsonl"},
+        "rewrite": {"model": "model"},
+        "cluster": {},
+    }
+    if not is_new:
+        (refusing / "sums").mkdir()
+    work = begin(parse(RefineConfig, tree), "refine")
+    assert work.command == ("refine", str(refusing / "sums" / "config.yaml"))
+    work.stage("items", [items_shard(refusing, 0)])
+    with pytest.raises(ValueError, match=REFUSED):
+        work.carry_out(str)
+    assert (refusing / "sums" / "config.yaml").exists() != is_new
