@@ -82,7 +82,7 @@ def run_state(run: RunDir) -> tuple[State, str]:
     if end:
         state: State = "failed" if end.status == "failed" else "stopped"
         return state, " ".join(part for part in (end.message, queue_state(run)) if part)
-    ages = [_age(file) or 0.0 for file in _node_files(run, attempt)]
+    ages = [node.age_s for node in read_nodes(run) if node.age_s is not None]
     if ages and min(ages) > SILENT_S:
         queued = queue_state(run)
         silent = f"no sign of life for {min(ages):.0f} s"
@@ -121,7 +121,9 @@ def read_nodes(run: RunDir) -> list[NodeSign]:
     heartbeats = Heartbeats(directory=attempt_directory(run, launch.attempt), node=0)
     signs = []
     for node, (host, roles) in enumerate(zip(launch.hosts, launch.roles, strict=True)):
-        heartbeat, age = heartbeats.read(node), _age(heartbeats.heartbeat_file(node))
+        heartbeat = heartbeats.read(node)
+        written = _modified(heartbeats.heartbeat_file(node))
+        age = None if written is None else max(time.time() - written, 0.0)
         state: str = heartbeat.state if heartbeat else "not there yet"
         if state == "running" and age is not None and age > SILENT_S:
             state = "silent"
@@ -138,16 +140,6 @@ def last_error(run: RunDir) -> str | None:
     at = "" if newest.step is None else f" at step {newest.step}"
     last = [line for line in newest.detail.splitlines() if line.strip()][-1:]
     return ": ".join([f"attempt {newest.attempt}{at}", newest.message, *last])
-
-
-def failure_since(run: RunDir, since: float) -> AttemptOutcome | None:
-    """How an attempt failed that ended after `since`, seconds since the epoch."""
-    for number in attempt_numbers(run):
-        heartbeats = Heartbeats(directory=attempt_directory(run, number), node=0)
-        end = heartbeats.read_outcome()
-        if end and end.status == "failed" and (_modified(heartbeats.outcome_file) or 0) >= since:
-            return end
-    return None
 
 
 def queue_state(run: RunDir) -> str:
@@ -186,10 +178,6 @@ def _latest_attempt(run: RunDir) -> int | None:
     return max(attempt_numbers(run), default=None)
 
 
-def _node_files(run: RunDir, attempt: int) -> list[Path]:
-    return sorted(attempt_directory(run, attempt).glob("node-*.json"))
-
-
 def _outcome(run: RunDir, attempt: int) -> AttemptOutcome | None:
     return Heartbeats(directory=attempt_directory(run, attempt), node=0).read_outcome()
 
@@ -210,8 +198,3 @@ def _modified(file: Path) -> float | None:
         return file.stat().st_mtime
     except OSError:
         return None
-
-
-def _age(file: Path) -> float | None:
-    modified = _modified(file)
-    return None if modified is None else max(time.time() - modified, 0.0)

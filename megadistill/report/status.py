@@ -15,7 +15,6 @@ from rich.text import Text
 
 from megadistill.launch.attempts import (
     NodeSign,
-    failure_since,
     last_error,
     last_sign,
     read_attempts,
@@ -66,11 +65,15 @@ def watch(
 
     Raises `ValueError` when its attempt failed, or when nothing moved for `give_up_s` seconds.
     """
-    begun = time.time()
+    begun, could_fail = time.time(), False
     with _screen(run, console or Console()) as update:
         while not _is_done(run):
             update()
-            _raise_failure(run, begun)
+            has_failed = run_state(run)[0] == "failed"
+            if has_failed and could_fail:  # now, and not before one began to watch
+                newest = read_attempts(run)[-1]
+                raise ValueError(f"{run.path}: {newest.message}\n{newest.detail}".rstrip())
+            could_fail = not has_failed
             if time.time() - max(last_sign(run), begun) > give_up_s:
                 raise ValueError(
                     f"{run.path}: nothing was written for {give_up_s:.0f} s; see its logs/"
@@ -112,13 +115,6 @@ class _PlainLines:
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _raise_failure(run: RunDir, since: float) -> None:
-    """Raise what an attempt that ended after `since` failed by, if one did."""
-    if end := failure_since(run, since):
-        detail = end.failure.detail if end.failure else ""
-        raise ValueError(f"{run.path}: {end.message}\n{detail}".rstrip())
 
 
 def _view(run: RunDir) -> RenderableType:
