@@ -12,12 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from megadistill.launch.attempt_log import Attempt, attempt_numbers, left_by, read_ended
-from megadistill.launch.heartbeats import (
-    AttemptOutcome,
-    Heartbeats,
-    attempt_directory,
-    launch_file,
-)
+from megadistill.launch.heartbeats import AttemptOutcome, Heartbeats, attempt_directory, launch_file
 from megadistill.launch.node_context import ask_slurm
 from megadistill.launch.roles import Launch
 from megadistill.launch.shared_files import read_as, read_json

@@ -16,12 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from megadistill.atomic import write_atomic
-from megadistill.launch.node_context import (
-    NodeContext,
-    own_job,
-    rendezvous_port,
-    slurm_context,
-)
+from megadistill.launch.node_context import NodeContext, own_job, rendezvous_port, slurm_context
 
 PATIENCE_S = 60.0
 ALL_REDUCE_S = 180.0

@@ -192,6 +192,9 @@ def main() -> int:
         return 0
     try:
         jobs = submit_work(run, export)
+    except ValueError as error:
+        note(run, f"{export}: could not be submitted: {error}")
+        return 1
     except Exception:  # noqa: BLE001 - the end of this process; its log is where one looks
         note(run, f"{export}: could not be submitted\n{traceback.format_exc()}")
         return 1

@@ -2,6 +2,7 @@
 
 import getpass
 import io
+import logging
 import os
 import re
 import secrets
@@ -21,6 +22,8 @@ from megadistill import recipes
 from megadistill.config.cluster import ClusterConfig
 from megadistill.launch.node_context import OUTPUT_SETTINGS, ask_slurm
 from megadistill.launch.sbatch_options import python_words, sbatch_parameters
+
+log = logging.getLogger(__name__)
 
 NO_ACCOUNTING = recipes.FOLDER / "slurm" / "no_accounting"
 """Holds the stand-in for sacct."""
@@ -163,7 +166,7 @@ def live_jobs(patience_s: float = SQUEUE_PATIENCE_S) -> dict[str, str]:
     Patient with a controller that does not answer. Raises `SlurmSilentError` in the end.
     """
     command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A %F %T"]
-    deadline = time.monotonic() + patience_s
+    deadline, waited = time.monotonic() + patience_s, False
     while True:
         try:
             answer = ask_slurm(command)
@@ -179,6 +182,9 @@ def live_jobs(patience_s: float = SQUEUE_PATIENCE_S) -> dict[str, str]:
                     f"squeue has failed for {patience_s:.0f} s: {said}\n"
                     "  expected a machine of the cluster, or SLURM_CONF to name its file"
                 ) from error
+            if not waited:
+                log.warning("squeue does not answer, it is asked for %.0f s more", patience_s)
+            waited = True
             time.sleep(min(WAIT_POLL_S, 1.0))
     found: dict[str, str] = {}
     for line in answer.stdout.splitlines():

@@ -35,13 +35,7 @@ from megadistill.launch.processes import say
 from megadistill.launch.shards import MAY_WAIT, OUTPUT, Shard, ShardFolder
 from megadistill.launch.shared_files import read_as
 from megadistill.launch.slurm import WAIT_POLL_S, SlurmSilentError, gone_if_refused, live_jobs
-from megadistill.launch.stages import (
-    Limits,
-    ShardedStage,
-    StageRecord,
-    StageState,
-    read_jobs,
-)
+from megadistill.launch.stages import Limits, ShardedStage, StageRecord, StageState, read_jobs
 from megadistill.launch.stopping import STOPPED
 
 PLAN = "stages.json"
