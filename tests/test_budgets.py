@@ -34,7 +34,7 @@ BUDGETS = {
     "publish": 135,
     "recipes": 120,
     "refine": 1560,
-    "report": 910,
+    "report": 880,
     "rollout": 1050,
 }
 """Package -> most lines of code; "" are the modules beside the packages."""

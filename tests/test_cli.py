@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -449,10 +450,16 @@ def test_what_the_system_refuses_is_one_line(
     said = f"megadistill: {tmp_path}/file/small: Not a directory; expected a directory\n"
     assert capsys.readouterr().err == said
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "runs"))
+    for number, advice in (
+        (errno.ENOSPC, "make room there"),
+        (errno.EROFS, "expected a place that can be written"),
+        (errno.EACCES, "expected a place that can be written"),
+    ):
 
-    monkeypatch.setattr("megadistill.launch.campaign.write_atomic", full)
-    assert run_cli("campaign", str(config), "--local", f"runs_dir={tmp_path}") == 2
-    said = f"megadistill: {tmp_path}/runs: No space left on device; make room there"
-    assert capsys.readouterr().err.startswith(said)
+        def refuse(*_: object, number: int = number, **__: object) -> None:
+            raise OSError(number, os.strerror(number), str(tmp_path / "runs"))
+
+        monkeypatch.setattr("megadistill.launch.campaign.write_atomic", refuse)
+        assert run_cli("campaign", str(config), "--local", f"runs_dir={tmp_path}") == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"megadistill: {tmp_path}/runs: {os.strerror(number)}; {advice}")
