@@ -1,6 +1,7 @@
 """Decides when an attempt has ended, and how: node 0 leads, the other nodes follow its outcome."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megadistill.launch.heartbeats import AttemptOutcome, Failure, Heartbeat, Heartbeats
@@ -49,26 +50,20 @@ class Leader:
     _stopping: float | None = None
 
     def outcome(self, own: Heartbeat) -> AttemptOutcome | None:
-        heartbeats = {0: own} | {node: self.heartbeats.read(node) for node in self.others()}
-        self.relay_stop(heartbeats)
-        failures = [
-            heartbeat.failure
-            for heartbeat in heartbeats.values()
-            if heartbeat and heartbeat.failure
-        ]
-        failures += self.lost_nodes() if not failures else []
+        read = {node: self.heartbeats.read(node) for node in self.others()}
+        beats = {0: own} | {node: beat for node, beat in read.items() if beat is not None}
+        self.relay_stop(beats)
+        failures = [beat.failure for beat in beats.values() if beat.failure] or self.lost_nodes()
         if failures:
             return self.failed(failures)
-        return self.finished(heartbeats) or self.overdue(heartbeats)
+        return self.finished(beats) or self.overdue(beats)
 
     def others(self) -> range:
         return range(1, self.context.num_nodes)
 
-    def relay_stop(self, heartbeats: dict[int, Heartbeat | None]) -> None:
+    def relay_stop(self, beats: Mapping[int, Heartbeat]) -> None:
         """Tell the trainers to save and end when any node was asked to."""
-        reasons = [
-            heartbeat.stop for heartbeat in heartbeats.values() if heartbeat and heartbeat.stop
-        ]
+        reasons = [beat.stop for beat in beats.values() if beat.stop]
         if reasons and self._stopping is None:
             self._stopping = time.monotonic()
             self.run.request_stop(reasons[0])
@@ -91,9 +86,9 @@ class Leader:
             return None
         return min(failures, key=lambda failure: failure.when).outcome()
 
-    def finished(self, heartbeats: dict[int, Heartbeat | None]) -> AttemptOutcome | None:
+    def finished(self, beats: Mapping[int, Heartbeat]) -> AttemptOutcome | None:
         """All trainers have ended well: because the run is done, or because it was asked to stop."""
-        if self.unfinished(heartbeats):
+        if self.unfinished(beats):
             return None
         progress = self.run.read_progress()
         at = f"step {progress.get('step', 0)} of {progress.get('steps', '?')}"
@@ -106,21 +101,16 @@ class Leader:
         what = f"all trainers ended with exit code 0 at {at}, expected the run to be done"
         return Failure(node=0, what=what, when=time.time()).outcome()
 
-    def unfinished(self, heartbeats: dict[int, Heartbeat | None]) -> list[int]:
+    def unfinished(self, beats: Mapping[int, Heartbeat]) -> list[int]:
         hosting = [node.node for node in self.plan.nodes if node.trainers]
-        states = {
-            node: heartbeat.state if heartbeat else None for node, heartbeat in heartbeats.items()
-        }
-        return [node for node in hosting if states[node] != "done"]
+        return [node for node in hosting if node not in beats or beats[node].state != "done"]
 
-    def overdue(self, heartbeats: dict[int, Heartbeat | None]) -> AttemptOutcome | None:
+    def overdue(self, beats: Mapping[int, Heartbeat]) -> AttemptOutcome | None:
         """Trainers that neither end nor fail."""
-        late = self.unfinished(heartbeats)
+        late = self.unfinished(beats)
         now = time.monotonic()
-        if self._finishing is None and any(
-            heartbeat is not None and heartbeat.state == "done" and self.plan.nodes[node].trainers
-            for node, heartbeat in heartbeats.items()
-        ):
+        ended = [node for node, beat in beats.items() if beat.state == "done"]
+        if self._finishing is None and any(self.plan.nodes[node].trainers for node in ended):
             self._finishing = now
         if self._finishing is not None and now - self._finishing > self.timeouts.drain_s:
             what = f"has trainers that do not end, {self.timeouts.drain_s:.0f} s after other nodes' did"
