@@ -101,11 +101,9 @@ def last_sign(run: RunDir) -> float:
 
 def _patience_s(run: RunDir, has_begun: bool) -> float:
     """So long may trainers write nothing: some steps, of which none is short."""
-    if not has_begun:
-        return START_PATIENCE_S
-    last = read_metrics(run.metrics_file)[-LAST_STEPS:]
-    times = [row.get("time/step", 0.0) + row.get("time/evaluate", 0.0) for row in last]
-    return max(STEP_PATIENCE_S, LAST_STEPS * max(times, default=0.0))
+    last = read_metrics(run.metrics_file)[-LAST_STEPS:] if has_begun else []
+    times = [row["time/step"] + row.get("time/evaluate", 0.0) for row in last if "time/step" in row]
+    return max(STEP_PATIENCE_S, LAST_STEPS * max(times)) if times else START_PATIENCE_S
 
 
 def read_nodes(run: RunDir) -> list[NodeSign]:

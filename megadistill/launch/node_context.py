@@ -20,7 +20,8 @@ OUTPUT_SETTINGS = (
     "SLURM_TIME_FORMAT",
     "SLURM_CLUSTERS",
 )
-"""Beginnings of variables by which a user sets what Slurm's commands print by default."""
+"""Beginnings of variables by which a user sets what Slurm's commands print by default: SQUEUE_FORMAT
+or SQUEUE_STATES would hide jobs from us."""
 FIRST_PORT, NUM_PORTS = 20000, 10000
 """Rendezvous ports are taken from this range, below the kernel's ephemeral ones."""
 
@@ -122,18 +123,10 @@ def expand_hosts(node_list: str) -> tuple[str, ...]:
     return tuple(ask_slurm(["scontrol", "show", "hostnames", node_list]).stdout.split())
 
 
-def slurm_environment() -> dict[str, str]:
-    """This process's environment without what would change what Slurm's commands print.
-
-    A user's SQUEUE_FORMAT or SQUEUE_STATES would hide jobs from us.
-    """
-    return {k: v for k, v in os.environ.items() if not k.startswith(OUTPUT_SETTINGS)}
-
-
 def ask_slurm(
     command: Sequence[str], *, check: bool = True, timeout_s: float = 60.0
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's commands and keep what it says.
+    """Run one of Slurm's commands and keep what it says, whatever a user has it print by default.
 
     Raises `FileNotFoundError` or a `subprocess.SubprocessError`.
     """
@@ -143,7 +136,7 @@ def ask_slurm(
         text=True,
         check=check,
         timeout=timeout_s,
-        env=slurm_environment(),
+        env={k: v for k, v in os.environ.items() if not k.startswith(OUTPUT_SETTINGS)},
     )
 
 
