@@ -20,7 +20,7 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     "": 1940,
     "algorithms": 980,
-    "cli": 500,
+    "cli": 520,
     "config": 1240,
     "convert": 1164,
     "data": 1153,
