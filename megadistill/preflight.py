@@ -10,7 +10,12 @@ from megadistill.config.schema import FileSource
 from megadistill.convert.families import ModelSpec, read_spec
 from megadistill.convert.weight_files import check_weights
 from megadistill.data.files import files_of
-from megadistill.data.tokenizer_files import check_chat_template, check_same, read_vocabulary
+from megadistill.data.tokenizer_files import (
+    check_chat_template,
+    check_same,
+    read_vocabulary,
+    unused_tokens,
+)
 from megadistill.resolve import resolve
 from megadistill.rundir import RunDir
 
@@ -32,6 +37,7 @@ def machine_problems(config: RunConfig) -> list[str]:
     problems: list[str] = []
     specs: dict[str, ModelSpec] = {}
     expected: dict[str, int] = {}
+    unused: set[str] = set()
     for key, path in model_paths(config).items():
         try:
             directory = resolve("model", path, key=f"{key}.path", download=False)
@@ -41,8 +47,9 @@ def machine_problems(config: RunConfig) -> list[str]:
         try:
             specs[key] = read_spec(directory)
             vocabulary = check_model(directory, is_asked=key == "student")
-            expected = expected or vocabulary
-            check_same(vocabulary or expected, expected)
+            if not expected:  # the student's, which comes first
+                expected, unused = vocabulary, unused_tokens(directory)
+            check_same(vocabulary or expected, expected, unused)
         except ValueError as error:
             problems.append(f"{key}.path: {error}")
     for key, spec in specs.items():

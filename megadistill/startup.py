@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ from megadistill.convert.families import read_spec
 from megadistill.data.manifest import FILE
 from megadistill.data.pools import PromptPool
 from megadistill.data.tokenizer import answer_end, load_tokenizer
-from megadistill.data.tokenizer_files import check_same
+from megadistill.data.tokenizer_files import check_same, unused_tokens
 from megadistill.resolve import resolve
 from megadistill.rundir import RunDir, changed_values
 from megadistill.types import FloatArray, ScoreRequest, TokenScores, TokenSpan
@@ -28,8 +28,6 @@ NUM_PROBE_PROMPTS = 2
 MAX_PROBE_TOKENS = 32
 """Scored tail of a probe prompt."""
 
-SPECIAL_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
-
 MASS_TOLERANCE = 1e-3
 """How far from 1 the probabilities of all ids may add up in fp32."""
 
@@ -37,8 +35,8 @@ MASS_TOLERANCE = 1e-3
 def common_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The student's tokenizer, after checking that the teachers read its ids the same way.
 
-    Raises `ConfigError` on a missing chat template or end token, on any id that two models map to
-    different text, and on special tokens that differ: probabilities are compared id by id.
+    Raises `ConfigError` on a missing chat template or end token, and on a token of prompts or responses
+    that has another id or none in a teacher: probabilities are compared id by id.
     """
     student = load_tokenizer(config.student.path)
     if not student.chat_template:
@@ -50,22 +48,38 @@ def common_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             "or generation_config.json say",
             *(student.decode([token]) for token in (end, student.eos_token_id)),
         )
+    unused = unused_tokens(resolve("model", config.student.path))
     for name, model in config.teachers.items():
-        if model.path == config.student.path:
-            continue
-        teacher = load_tokenizer(model.path)
-        try:
-            check_same(teacher.get_vocab(), student.get_vocab())
-        except ValueError as error:
-            raise ConfigError(f"teachers.{name}.path: {error}") from None
-        for kind in SPECIAL_IDS:
-            found, expected = getattr(teacher, kind), getattr(student, kind)
-            if found != expected:
-                raise ConfigError(
-                    f"teachers.{name}.path: its tokenizer's {kind} is {found}, expected {expected} "
-                    "as in the student's"
-                )
+        if model.path != config.student.path:
+            _check_ids(name, load_tokenizer(model.path), student, unused)
     return student
+
+
+def _check_ids(
+    name: str,
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    unused: Collection[str],
+) -> None:
+    """Every token that a prompt or a response can hold has one id in both; what else differs is told."""
+    others, own = teacher.get_vocab(), student.get_vocab()
+    try:
+        check_same(others, own, unused)
+    except ValueError as error:
+        raise ConfigError(f"teachers.{name}.path: {error}") from None
+    if (found := teacher.eos_token_id) != (expected := student.eos_token_id):
+        raise ConfigError(
+            f"teachers.{name}.path: its tokenizer's eos_token_id is {found}, expected {expected} "
+            "as in the student's"
+        )
+    for whose, tokens in (("student", own.keys() - others), ("teacher", others.keys() - own)):
+        if tokens:
+            log.info(
+                "teachers.%s: only the %s knows %s", name, whose, ", ".join(sorted(tokens)[:5])
+            )
+    for kind in ("bos_token", "pad_token"):
+        if (found := getattr(teacher, kind)) != (expected := getattr(student, kind)):
+            log.info("teachers.%s: its %s is %r, the student's %r", name, kind, found, expected)
 
 
 def check_vocabularies(

@@ -173,12 +173,14 @@ def test_chat_templates_of_older_and_of_training_files_are_templates(models: Pat
 
 
 def test_tokenizers_are_compared_before_anything_is_loaded(models: Path) -> None:
-    make_tokenizer(["a c b d"]).save_pretrained(models / "general")
+    make_tokenizer(["a b"]).save_pretrained(models / "general")
     (line,) = problems(tree_on(models))
     assert line == (
         "teachers.general.path: 1 tokens have another id than in the student's tokenizer "
-        "(0 allowed), e.g. 'd'"
+        "(0 allowed), e.g. 'c' (7, unknown)"
     )
+    make_tokenizer(["a c b d"]).save_pretrained(models / "general")
+    assert problems(tree_on(models)) == []
     write_model_config(models / "general", vocab_size=8)
     assert "teachers.general.path: " in problems(tree_on(models))[0]
     assert "1 ids beyond the 8 rows of the embedding" in problems(tree_on(models))[0]
@@ -340,7 +342,9 @@ def test_models_with_one_tokenizer_pass(models: Path) -> None:
 def test_a_teacher_that_reads_ids_otherwise_is_refused(models: Path) -> None:
     """As many tokens, the same words but one: only the ids tell."""
     config = save_tokenizers(models, general="a b x", domain="a b c")
-    with pytest.raises(ConfigError, match=r"teachers\.general\.path: 2 tokens .* 'c', 'x'"):
+    with pytest.raises(
+        ConfigError, match=r"teachers\.general\.path: 1 tokens .* 'c' \(7, unknown\)"
+    ):
         common_tokenizer(config)
 
 
@@ -351,7 +355,7 @@ def test_a_teacher_with_the_same_words_in_another_order_is_refused(models: Path)
     swapped = text.replace('"a":5,"b":6', '"a":6,"b":5')
     assert swapped != text
     (models / "general" / "tokenizer.json").write_text(swapped)
-    with pytest.raises(ConfigError, match=r"teachers\.general\.path: 2 tokens .* 'a', 'b'"):
+    with pytest.raises(ConfigError, match=r"path: 2 tokens .* 'a' \(5, 6\), 'b' \(6, 5\)"):
         common_tokenizer(config)
 
 
@@ -386,14 +390,52 @@ def test_a_template_that_ends_turns_otherwise_than_the_tokenizer_is_told(
     assert "ends a turn with '<|end|>', the tokenizer's end token is '<|system|>'" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["eos", "bos", "pad"])
-def test_a_teacher_with_another_special_token_is_refused(models: Path, kind: str) -> None:
+def test_a_teacher_that_ends_its_turns_otherwise_is_refused(models: Path) -> None:
     """The same words with the same ids, but what they are for differs."""
     config = save_tokenizers(models, general="a b", domain="a b")
     other = make_tokenizer(["a b"])
-    setattr(other, f"{kind}_token", "<|system|>")
+    other.eos_token = "<|system|>"
     other.save_pretrained(models / "general")
-    with pytest.raises(ConfigError, match=rf"teachers\.general\.path: .* {kind}_token_id is 2"):
+    with pytest.raises(ConfigError, match=r"teachers\.general\.path: .* eos_token_id is 2"):
+        common_tokenizer(config)
+
+
+@pytest.mark.parametrize("kind", ["bos_token", "pad_token"])
+def test_a_teacher_that_pads_otherwise_is_told(
+    models: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    config = save_tokenizers(models, general="a b", domain="a b")
+    other = make_tokenizer(["a b"])
+    setattr(other, kind, "<|system|>")
+    other.save_pretrained(models / "general")
+    common_tokenizer(config)
+    assert f"teachers.general: its {kind} is '<|system|>', the student's None" in caplog.text
+
+
+def with_added(*tokens: str) -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer(["a b"])
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+@pytest.mark.parametrize(("whose", "folder"), [("student", "domain"), ("teacher", "general")])
+def test_an_added_token_that_no_prompt_holds_is_told(
+    models: Path, whose: str, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    config = save_tokenizers(models, general="a b", domain="a b")
+    with_added("<|call|>").save_pretrained(models / folder)
+    common_tokenizer(config)
+    assert f"teachers.general: only the {whose} knows <|call|>" in caplog.text
+
+
+def test_an_added_token_of_the_template_must_be_known_to_the_teacher(models: Path) -> None:
+    config = save_tokenizers(models, general="a b", domain="a b")
+    student = with_added("<|call|>")
+    student.chat_template = str(student.chat_template) + "{{ '<|call|>' }}"
+    student.save_pretrained(models / "domain")
+    with pytest.raises(ConfigError, match=r"1 tokens .* '<\|call\|>' \(7, unknown\)"):
         common_tokenizer(config)
 
 

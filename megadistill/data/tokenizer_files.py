@@ -1,7 +1,7 @@
 """The files of a model's tokenizer: what can be said of them without the library that reads them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,35 @@ def check_ids(directory: Path, vocabulary: Mapping[str, int]) -> None:
         )
 
 
-def check_same(vocabulary: Mapping[str, int], expected: Mapping[str, int]) -> None:
-    """Raise `ValueError` unless every token of a teacher has the id that it has for the student."""
-    if differing := sorted({token for token, _ in vocabulary.items() ^ expected.items()}):
-        examples = ", ".join(repr(token) for token in differing[:5])
+def check_same(
+    vocabulary: Mapping[str, int], expected: Mapping[str, int], unused: Collection[str] = ()
+) -> None:
+    """Raise `ValueError` unless a teacher knows every token of the student's by the same id.
+
+    It may lack those that are `unused`, and have more.
+    """
+    absent = {token for token in unused if token not in vocabulary}
+    if differing := sorted(
+        token
+        for token, number in expected.items()
+        if token not in absent and vocabulary.get(token) != number
+    ):
+        examples = ", ".join(
+            f"{token!r} ({expected[token]}, {vocabulary.get(token, 'unknown')})"
+            for token in differing[:5]
+        )
         raise ValueError(
             f"{len(differing)} tokens have another id than in the student's tokenizer "
             f"(0 allowed), e.g. {examples}"
         )
+
+
+def unused_tokens(directory: Path) -> set[str]:
+    """Tokens that were added to a vocabulary and are neither the end token nor in the chat template."""
+    added = {token["content"] for token in _read(directory / TOKENIZER).get("added_tokens", ())}
+    end = _read(directory / "tokenizer_config.json").get("eos_token")
+    named = [end["content"] if isinstance(end, dict) else str(end), *_templates(directory)]
+    return {token for token in added if not any(token in text for text in named)}
 
 
 def read_vocabulary(directory: Path) -> dict[str, int]:
@@ -58,23 +79,26 @@ def read_vocabulary(directory: Path) -> dict[str, int]:
 
 def check_chat_template(directory: Path) -> None:
     """Raise `ValueError` when there is none, or one that is no template."""
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        found: Any = file.read_text(encoding="utf-8")
-    else:
-        files = [
-            _read(directory / name) for name in ("chat_template.json", "tokenizer_config.json")
-        ]
-        found = next((some["chat_template"] for some in files if some.get("chat_template")), None)
-    if not found:
+    templates = _templates(directory)
+    if not templates:
         raise ValueError(f"{directory} has no chat template")
-    # Older files hold a list of named ones. transformers has a tag of its own, `generation`.
-    for template in [found] if isinstance(found, str) else [some["template"] for some in found]:
+    # transformers has a tag of its own, `generation`.
+    for template in templates:
         try:
             jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
         except jinja2.TemplateSyntaxError as error:
             if "generation" not in str(error):
                 raise ValueError(f"{directory}: its chat template is none: {error}") from None
+
+
+def _templates(directory: Path) -> list[str]:
+    """The chat template, or all of those that older files hold by name."""
+    file = directory / "chat_template.jinja"
+    if file.exists():
+        return [file.read_text(encoding="utf-8")]
+    files = [_read(directory / name) for name in ("chat_template.json", "tokenizer_config.json")]
+    found: Any = next((some["chat_template"] for some in files if some.get("chat_template")), [])
+    return [found] if isinstance(found, str) else [some["template"] for some in found]
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -23,13 +23,23 @@ WORDS = [f"word{index}" for index in range(200)]
 
 def make_models(directory: Path) -> None:
     """`directory/general` and `directory/domain`: two unlike models with one tokenizer."""
-    tokenizer = make_tokenizer([" ".join(WORDS)])
     torch.manual_seed(0)
+    model = make_model()
+    for name in ("general", "domain"):
+        save_model(model, directory / name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+def make_model(*, hidden_size: int = 64, num_layers: int = 4) -> LlamaForCausalLM:
+    """Random weights over the words."""
+    tokenizer = make_tokenizer([" ".join(WORDS)])
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         head_dim=32,  # the smallest that vLLM runs on a CPU
         num_key_value_heads=2,
@@ -39,13 +49,13 @@ def make_models(directory: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
-    for name in ("general", "domain"):
-        model.save_pretrained(directory / name)
-        tokenizer.save_pretrained(directory / name)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))
+    return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+
+
+def save_model(model: LlamaForCausalLM, directory: Path) -> None:
+    """Weights, configuration and the tokenizer of the words."""
+    model.save_pretrained(directory)
+    make_tokenizer([" ".join(WORDS)]).save_pretrained(directory)
 
 
 def write_prompts(file: Path, first_word: int) -> None:
