@@ -152,8 +152,11 @@ class RowsSource(SourceConfig):
     """Field with answer options (a mapping letter -> text, a list, or lines `A. ...`)."""
     row: RowConfig | None = None
     """Reads rows as `megadistill prepare` does, instead of by `prompt`, `answer` and `options`."""
+    where: dict[str, str] = Field(default_factory=dict)
+    """Field -> text it must have: only such rows are read, so that one file whose rows name their teacher
+    feeds a pool for each."""
     limit: PositiveInt | None = None
-    """Use only the first `limit` records."""
+    """Use only the first `limit` of these records."""
 
 
 class FileSource(RowsSource):

@@ -93,7 +93,25 @@ def _read_dataset(source: DatasetSource) -> Iterator[Record]:
 
 
 def _to_records(source: RowsSource, rows: Iterable[Row]) -> Iterator[Record]:
-    return (to_record(row, source.row or source) for row in islice(rows, source.limit))
+    chosen = _chosen(source.where, rows) if source.where else rows
+    return (to_record(row, source.row or source) for row in islice(chosen, source.limit))
+
+
+def _chosen(where: Mapping[str, str], rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows that have these values. Raises `ValueError` with the values there are, if none has."""
+    found: dict[str, set[str]] = {field: set() for field in where}
+    some = False
+    for row in rows:
+        values = {field: str(row.values.get(field)) for field in where}
+        if values == where:
+            some = True
+            yield row
+        elif not some:
+            for field, value in values.items():
+                found[field].add(value)
+    if not some:
+        shown = "; ".join(f"{field}: {sorted(values)[:10]}" for field, values in found.items())
+        raise ValueError(f"where: no row has {dict(where)}; found {shown}")
 
 
 def _load_dataset(source: DatasetSource) -> Any:  # its rows; `datasets` has no types

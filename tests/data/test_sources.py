@@ -187,6 +187,26 @@ def test_several_files_are_one_source(tmp_path: Path) -> None:
         assert [record.id for record in read(FileSource(path=path))] == ["a-1", "b-1"]
 
 
+def test_rows_that_name_their_teacher_feed_a_pool_each(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"question {index}", "teacher": ("law", "medical")[index % 2], "part": 1}
+        for index in range(6)
+    ]
+    path = write_rows(tmp_path / "all.jsonl", *rows)
+    for remainder, teacher in enumerate(("law", "medical")):
+        records = read(FileSource(path=path, where={"teacher": teacher}, limit=2))
+        assert [record.prompt for record in records] == [
+            record.prompt for record in read(FileSource(path=path))[remainder::2][:2]
+        ]
+    assert len(read(FileSource(path=path, where={"teacher": "law", "part": "1"}))) == 3
+
+
+def test_a_value_that_no_row_has_is_an_error_with_those_there_are(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "all.jsonl", {"prompt": "a", "teacher": "law"}, {"prompt": "b"})
+    with pytest.raises(ValueError, match=r"where: no row has .*'med'.*teacher: \['None', 'law'\]"):
+        read(FileSource(path=path, where={"teacher": "med"}))
+
+
 def test_the_limit_takes_the_first_records(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", *({"prompt": str(index)} for index in range(5)))
     records = read(FileSource(path=path, limit=2))
