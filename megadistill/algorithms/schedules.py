@@ -81,7 +81,7 @@ class GapFollowing(Cycle):
         for name, reading in readings.items():
             before = self.gaps.get(name, reading.gap_absolute)
             self.gaps[name] = decay * before + (1 - decay) * reading.gap_absolute
-        return {f"schedule/{name}_factor": self.factor(name) for name in self.gaps}
+        return {f"{name}/schedule_factor": self.factor(name) for name in self.gaps}
 
     def state(self) -> dict[str, float]:
         return dict(self.gaps)
@@ -134,7 +134,7 @@ class VelocityFollowing:
                 self.shares = self.next_shares
             self.next_shares = self._new_shares()
             self.next_from = step + 1 + self.delay
-        return {f"schedule/{name}_share": share for name, share in self.next_shares.items()}
+        return {f"{name}/schedule_share": share for name, share in self.next_shares.items()}
 
     def state(self) -> dict[str, float]:
         found: dict[str, float] = {"next_from": self.next_from}

@@ -100,7 +100,7 @@ def test_three_teachers_train_and_export_on_slurm(on_slurm: RunDir) -> None:
         shares = [row[f"{name}/token_share"] for name in BRANCHES]
         assert sum(shares) == pytest.approx(1)
         assert row["divergence"] > 0
-        assert sum(row[f"schedule/{name}_share"] for name in BRANCHES) == pytest.approx(1)
+        assert sum(row[f"{name}/schedule_share"] for name in BRANCHES) == pytest.approx(1)
     prompts: set[tuple[int, ...]] = set()
     for step in range(1, NUM_STEPS + 1):
         found = pq.read_table(on_slurm.rollout_file(step)).to_pylist()
