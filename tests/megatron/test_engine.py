@@ -18,7 +18,7 @@ from megadistill.config.algorithm import CamopdConfig, SelectiveBranchConfig
 from megadistill.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megadistill.convert.families import read_spec
 from megadistill.head import VocabularyHead
-from megadistill.losses import answer_conditioned, policy_gradient
+from megadistill.losses import answer_conditioned, full_vocabulary, policy_gradient
 from megadistill.megatron.engine import STUDENT, Engine
 from megadistill.megatron.model import check_model, output_weight
 from megadistill.types import FloatArray, MicroBatch, Sample, ScoreRequest, TokenSpan
@@ -372,6 +372,30 @@ def test_a_student_that_is_its_teacher_has_no_gradient(models: Path) -> None:
         result = engine.step(selection.samples, policy_gradient, learning_rate=1e-3)
         assert (result.loss, result.grad_norm) == (0.0, 0.0)
         assert all(torch.equal(before[name], tensor) for name, tensor in engine.hf_tensors())
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_student_that_is_its_teacher_diverges_nowhere(models: Path, divergence: Any) -> None:
+    """Over all ids, with hidden states that went through the host in bf16."""
+    samples = random_samples((9, 60, 30))
+    spans = [sample.span for sample in samples]
+    loss = partial(full_vocabulary, divergence=divergence)
+    with opened(models, precision="bf16") as engine:
+        engine.prefetch("same")  # on a CPU all models stay where they are
+        found = engine.read("same", spans, ScoreRequest(hidden=True))
+        assert engine.switches() == []
+        taught = [
+            replace(sample, teacher="same", hidden_RD=one.hidden_RD)
+            for sample, one in zip(samples, found, strict=True)
+        ]
+        assert {one.hidden_RD.dtype for one in found if one.hidden_RD is not None} == {
+            torch.bfloat16
+        }
+        before = engine.measure(taught, loss)
+        assert before["divergence/rows"] > 0
+        assert abs(before["divergence/nats_sum"]) < 1e-6 * before["divergence/rows"]
+        engine.step(samples, nll, learning_rate=1e-2)
+        assert engine.measure(taught, loss)["divergence/nats_sum"] > 1e-3
 
 
 def test_the_branch_scale_multiplies_the_gradient_before_clipping(models: Path) -> None:
