@@ -29,7 +29,7 @@ BUDGETS = {
     "inference": 620,
     "launch": 3030,
     "losses": 210,
-    "megatron": 1770,
+    "megatron": 1735,
     "prepare": 492,
     "publish": 135,
     "recipes": 120,
