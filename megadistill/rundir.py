@@ -12,7 +12,6 @@ exports/           step-000010/ ..., students in Hugging Face format before the 
 evaluations/       step-000010/ ..., final/: the work that an export has started
 """
 
-import datetime
 import json
 import os
 import secrets
@@ -29,7 +28,7 @@ from typing import Any
 import yaml
 
 from megadistill.atomic import sync_tree, write_atomic
-from megadistill.config import RunConfig, dump, load, read_tree, resolve_path
+from megadistill.config import RunConfig, dump, first_day, load, read_tree, resolve_path
 
 WHOLE = "WHOLE"
 """Written last into a checkpoint, with size and CRC-32 of every file: without it, it is torn."""
@@ -110,10 +109,7 @@ class RunDir:
 
     def _dated(self, config: RunConfig) -> RunConfig:
         """The configuration with the day on which the run began, where it names none."""
-        if config.data.date is not None:
-            return config
-        is_new = not self.config_file.exists()
-        date = datetime.date.today() if is_new else self.load_config().data.date
+        date = config.data.date or first_day(self.config_file, "data", "date")
         return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
 
     def _not_allowed(self, changed: Mapping[str, str], config: RunConfig) -> list[str]:

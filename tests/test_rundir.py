@@ -5,7 +5,6 @@ import json
 import os
 import stat
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +16,7 @@ from megadistill.rundir import (
     damaged_files,
     is_whole,
 )
-from tests.tiny import Tree, camopd_tree, make_config
+from tests.tiny import Tree, camopd_tree, make_config, set_today
 
 
 @pytest.fixture
@@ -61,11 +60,10 @@ def test_the_day_on_which_a_run_began_stays_the_date_of_its_prompts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resume on another day, or another node past midnight, reads it in the run directory."""
-    today = SimpleNamespace(today=lambda: datetime.date(2026, 3, 1))
-    monkeypatch.setattr("megadistill.rundir.datetime", SimpleNamespace(date=today))
+    set_today(monkeypatch, "2026-03-01")
     run = RunDir(tmp_path / "tiny")
     run.create(make_config())
-    today.today = lambda: datetime.date(2026, 3, 2)
+    set_today(monkeypatch, "2026-03-02")
     run.create(make_config())
     assert run.load_config().data.date == datetime.date(2026, 3, 1)
     run.write_progress({"step": 4, "steps": 4, "done": True})

@@ -3,13 +3,16 @@
 Shape legend: R response tokens.
 """
 
+import datetime
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -193,3 +196,14 @@ def write_model(directory: Path, **changes: Any) -> Path:
     save_file({"weight": np.zeros(1, np.float32)}, directory / "model.safetensors")
     make_tokenizer(["a b c"]).save_pretrained(directory)
     return directory
+
+
+def set_today(patch: pytest.MonkeyPatch, day: str) -> None:
+    """The day on which whatever begins from here begins."""
+
+    class Day(datetime.date):
+        @classmethod
+        def today(cls) -> Self:
+            return cls.fromisoformat(day)
+
+    patch.setattr("megadistill.config.loading.datetime", SimpleNamespace(date=Day))

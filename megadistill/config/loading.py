@@ -1,6 +1,7 @@
 """YAML files, includes and `key.path=value` overrides to one validated configuration of any kind."""
 
 import copy
+import datetime
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -67,6 +68,16 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         else:
             _apply_override(tree, override)
     return tree
+
+
+def first_day(file: Path, *keys: str) -> datetime.date | None:
+    """Today, or where work goes on the day on which it began: what its configuration says at `keys`."""
+    if not file.exists():
+        return datetime.date.today()
+    found: Any = read_tree(file)
+    for key in keys:
+        found = (found or {}).get(key)
+    return None if found is None else datetime.date.fromisoformat(found)
 
 
 def cache_dir() -> Path:

@@ -1,8 +1,9 @@
 """The configuration of `megadistill refine`: RAFT's stage 1, from raw answers to refined ones."""
 
+import datetime
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -15,6 +16,7 @@ from megadistill.config.fields import (
     PositiveInt,
     Temperature,
 )
+from megadistill.config.loading import first_day
 from megadistill.config.rows import RowConfig, RowFormat
 
 Score = Annotated[float, Field(ge=0, le=1)]
@@ -73,10 +75,17 @@ class StagedConfig(Config):
     cluster: ClusterConfig | None = None
     """Absent: the shards run on this machine; otherwise each is a task of a Slurm array."""
     shards: ShardsConfig = Field(default_factory=ShardsConfig)
+    date: datetime.date | None = None
+    """What chat templates take for today, `2026-11-29`; absent: the day on which the work began."""
 
     @property
     def root(self) -> Path:
         return (Path(self.runs_dir) / self.name).absolute()
+
+    def begun(self) -> Self:
+        """The same with the day on which the work began, where it names none."""
+        date = self.date or first_day(self.root / "config.yaml", "date")
+        return self.model_copy(update={"date": date})
 
 
 class EngineConfig(Config):

@@ -1,5 +1,6 @@
 """Answers of one system to one share of a benchmark: through vLLM in the shard, or an endpoint."""
 
+import datetime
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -57,6 +58,8 @@ class GenerateArguments(ItemsArguments):
     director: ModelArgument | None
     """The judge's model, where answers take several turns."""
     sampling: SamplingParams
+    date: datetime.date | None
+    """Of chat templates."""
     seed: int
     part: int
     of: int
@@ -79,22 +82,24 @@ def generate(directory: Path, arguments: GenerateArguments) -> None:
     elif isinstance(model, EndpointConfig):
         ask_all(open_endpoint(arguments.model.name, model), grid, blocks)
     else:
-        write_all(model, grid, blocks, gpu=arguments.gpu)
+        write_all(model, grid, blocks, arguments)
 
 
-def write_all(model: ServedConfig, grid: SampleGrid, blocks: Blocks, *, gpu: bool) -> None:
+def write_all(
+    model: ServedConfig, grid: SampleGrid, blocks: Blocks, arguments: GenerateArguments
+) -> None:
     """Through the bulk engine. A prompt that leaves no room for an answer has none."""
     path = resolve("model", model.path)
     tokenizer = load_tokenizer(path)
     thinking = model.extra_body.get("chat_template_kwargs", {}).get("enable_thinking")
     opening = answer_opening(tokenizer, thinking)
-    engine = start_batch_engine(EngineSettings.of(model, gpu=gpu))
+    engine = start_batch_engine(EngineSettings.of(model, gpu=arguments.gpu))
 
     def requests() -> Iterator[BatchRequest]:
         for position in blocks.missing():
             item, _ = grid.at(position)
             try:
-                token_ids = chat_ids(item.messages, tokenizer, thinking)
+                token_ids = chat_ids(item.messages, tokenizer, thinking, arguments.date)
             except UnreadableTextError as error:
                 blocks.add(position, answer_row("", str(error), 0))
                 continue

@@ -83,9 +83,10 @@ def text_arguments(
     signal = config.signals[name]
     kind = {} if signal.teacher is None else {"kind": "forward_kl"}
     pool = config.data.pools[signal.pool]
+    chosen = {"pools": {signal.pool: pool}, "date": config.data.date or config.date}
     return TextsArguments(
         signal=signal.model_copy(update=kind),
-        data=config.data.model_copy(update={"pools": {signal.pool: pool}}),
+        data=config.data.model_copy(update=chosen),
         files=tuple(fingerprint(f) for source in pool.sources for f in files_of(source.location)),
         writer=models[writer_of(config, signal)],
         seed=config.seed,

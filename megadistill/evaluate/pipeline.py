@@ -48,7 +48,7 @@ class Evaluation:
     @classmethod
     def of(cls, config: EvaluateConfig, *, gpu: bool) -> "Evaluation":
         """Without the optional benchmarks whose files are not here."""
-        config = requirements.without_missing(config)
+        config = requirements.without_missing(config).begun()
         systems, models = (
             {name: ModelArgument.of(name, model) for name, model in some.items()}
             for some in (config.systems, config.models)
@@ -104,6 +104,7 @@ class Evaluation:
                     model=model,
                     director=director,
                     sampling=self.sampling(name),
+                    date=self.config.date,
                     seed=self.config.seed,
                     part=0,
                     of=self.config.shards.count,

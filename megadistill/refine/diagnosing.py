@@ -3,6 +3,7 @@
 R is the raw answer, F the refined one, B the base model's own answer to the question alone.
 """
 
+import datetime
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -57,6 +58,8 @@ class DiagnoseArguments(RefinedArguments):
     encoder: str
     """Hash of the files."""
     accept: float | None
+    date: datetime.date | None
+    """Of the chat template."""
     seed: int
     engine: Runtime[EngineConfig]
     gpu: Runtime[bool]
@@ -100,7 +103,7 @@ def ask_model(
     settings, most = arguments.rewrite, arguments.settings.base_max_tokens
     path = resolve("model", settings.model)
     tokenizer = load_tokenizer(path)
-    prompts = [chat_ids(record.messages, tokenizer) for record in records]
+    prompts = [chat_ids(record.messages, tokenizer, date=arguments.date) for record in records]
     texts = {
         name: [text_ids(row[name], tokenizer) for row in rows] for name in ("original", "refined")
     }

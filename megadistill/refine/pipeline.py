@@ -104,6 +104,7 @@ class Pipeline:
             part=0,
             of=shards.count,
             block=shards.block,
+            date=self.config.date,
             seed=self.config.seed,
             engine=self.config.engine,
             gpu=self.gpu,
@@ -181,6 +182,7 @@ class Pipeline:
             filter=self.config.filter,
             encoder=model_hash(self.config.filter.encoder, "encoder"),
             accept=self.config.fusion.accept if self.config.fusion else None,
+            date=self.config.date,
             seed=self.config.seed,
             engine=self.config.engine,
             gpu=self.gpu,
@@ -228,4 +230,4 @@ def hashes_of(refined: RefinedArguments, stages: Sequence[ShardedStage]) -> str:
 
 def run_refinement(config: RefineConfig, *, wait: bool = False) -> str:
     """Run or submit a refinement; returns what to say of it."""
-    return Pipeline(config, uses_gpu(config)).run(wait=wait)
+    return Pipeline(config.begun(), uses_gpu(config)).run(wait=wait)

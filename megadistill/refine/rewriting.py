@@ -1,5 +1,6 @@
 """Self-conditioned rewriting, Eq. (1): one shard through one vLLM engine."""
 
+import datetime
 import json
 import logging
 import time
@@ -57,6 +58,8 @@ class RewriteArguments(ShardArguments):
     part: int
     of: int
     block: int
+    date: datetime.date | None
+    """Of the chat template."""
     seed: int
     engine: Runtime[EngineConfig]
     gpu: Runtime[bool]
@@ -70,6 +73,7 @@ class Rewriter:
     template: Template
     tokenizer: PreTrainedTokenizerBase
     seed: int
+    date: datetime.date | None
 
     def prompts(
         self, records: Sequence[Record], positions: Sequence[int], blocks: Blocks
@@ -81,7 +85,8 @@ class Rewriter:
             reason = record.problem or _special(record, specials)
             token_ids: list[int] = []
             if reason is None:
-                token_ids = chat_ids(rewrite_chat(record, self.template), self.tokenizer)
+                chat = rewrite_chat(record, self.template)
+                token_ids = chat_ids(chat, self.tokenizer, date=self.date)
                 if len(token_ids) > self.settings.max_prompt_tokens:
                     reason = "prompt_too_long"
             if reason is None:
@@ -156,6 +161,7 @@ def rewrite(directory: Path, arguments: RewriteArguments) -> None:
         template=load_template(settings.template, FIELDS),
         tokenizer=load_tokenizer(model),
         seed=arguments.seed,
+        date=arguments.date,
     )
     engine = start_batch_engine(
         EngineSettings(

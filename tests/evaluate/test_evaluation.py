@@ -20,7 +20,7 @@ from megadistill.evaluate.pipeline import Evaluation
 from megadistill.rollout.vllm_arguments import EngineSettings
 from tests.inference.scripted import Endpoint, Killed, ScriptedEngine, endpoint_tree
 from tests.launch.in_process import shards_in_process
-from tests.tiny import make_tokenizer, write_model_config
+from tests.tiny import make_tokenizer, set_today, write_model_config
 
 QUESTIONS = 12
 
@@ -132,6 +132,20 @@ def test_a_repeated_call_runs_nothing_and_a_changed_setting_its_shards(world: Wo
     assert world.run() == first
     assert world.runs == []
     world.run(benchmarks={"medqa": world.tree["benchmarks"]["medqa"] | {"limit": 6}})
+    assert len(world.runs) == 9
+
+
+def test_an_evaluation_keeps_the_day_on_which_it_began(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its chat templates say the same after midnight, so that nothing is asked anew."""
+    set_today(monkeypatch, "2026-03-01")
+    world.run()
+    set_today(monkeypatch, "2026-03-02")
+    world.run()
+    assert world.runs == []
+    assert "date: '2026-03-01'" in (world.path / "runs/tiny/config.yaml").read_text()
+    world.run(date="2026-03-02")
     assert len(world.runs) == 9
 
 

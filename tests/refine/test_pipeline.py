@@ -15,8 +15,11 @@ from megadistill.config import RefineConfig, load
 from megadistill.config.schema import FileSource, PoolConfig
 from megadistill.data.sources import read_pool
 from megadistill.refine.assembly import describe
+from megadistill.refine.pipeline import run_refinement
 from tests.inference.scripted import Endpoint, Killed, endpoint_tree
+from tests.launch.in_process import shards_in_process
 from tests.refine.world import PAIRS, WordEncoder, World, is_judged, make_world
+from tests.tiny import set_today
 
 
 def good_model(_: int, body: dict[str, Any]) -> str:
@@ -213,6 +216,19 @@ def test_a_killed_filter_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     world.run()
     assert {label.split()[0] for label in world.runs} == {"filter"}
     whole(world)
+
+
+def test_a_refinement_keeps_the_day_on_which_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path, monkeypatch)
+    for day in ("2026-03-01", "2026-03-02"):
+        set_today(monkeypatch, day)
+        world.runs.clear()
+        with shards_in_process(world.runs):
+            run_refinement(world.config())
+    assert not world.runs
+    assert "date: '2026-03-01'" in (world.root / "config.yaml").read_text()
 
 
 def test_killed_fusion_goes_on_and_counts_once(
