@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+from scipy.spatial import distance
 
 Array = npt.NDArray[np.float64]
 DRAWS = 10_000
@@ -236,26 +237,17 @@ def agreement(x: Array, y: Array, bar: float) -> dict[str, float | int | None]:
     }
 
 
-def squared_distances(first_ND: Array, second_ND: Array) -> Array:
-    """||x - y||^2 of every pair."""
-    products = first_ND @ second_ND.T
-    squares = (first_ND**2).sum(1)[:, None] + (second_ND**2).sum(1)[None, :]
-    distances: Array = np.maximum(squares - 2 * products, 0.0)
-    return distances
-
-
 def median_distance(vectors_ND: Array) -> float:
     """Median distance of two different vectors: the bandwidth of the kernel."""
-    above = np.triu_indices(len(vectors_ND), k=1)
-    median = float(np.median(np.sqrt(squared_distances(vectors_ND, vectors_ND)[above])))
-    return median or 1.0
+    return float(np.median(distance.pdist(vectors_ND))) or 1.0
 
 
 def mmd2(first_ND: Array, second_ND: Array, bandwidth: float) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel exp(-||x-y||^2 / 2 bandwidth^2)."""
 
     def kernel(x: Array, y: Array) -> Array:
-        return np.exp(-squared_distances(x, y) / (2 * bandwidth**2))
+        values: Array = np.exp(-distance.cdist(x, y, "sqeuclidean") / (2 * bandwidth**2))
+        return values
 
     def within(x: Array) -> float:
         count = len(x)

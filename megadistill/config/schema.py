@@ -9,6 +9,7 @@ from pydantic import Field
 from megadistill.config.algorithm import AlgorithmConfig
 from megadistill.config.cluster import ClusterConfig
 from megadistill.config.fields import Config, Fraction, Name, NaturalInt, PositiveFloat, PositiveInt
+from megadistill.config.refine import EngineConfig
 from megadistill.config.rows import Location, RowConfig
 from megadistill.config.work import WorkConfig
 
@@ -76,13 +77,11 @@ class BatchConfig(Config):
     """Most tokens packed into one micro-batch; one longer sequence still fits alone."""
 
 
-class RolloutConfig(Config):
+class RolloutConfig(EngineConfig):
     """vLLM engines that sample the student's responses."""
 
     engines: PositiveInt = 1
     """Number of engines; prompts are dealt to them in turn."""
-    tp: PositiveInt = 1
-    """Tensor-parallel size of one engine."""
     placement: Literal["dedicated", "split", "colocated"] = "dedicated"
     """Own nodes, own GPUs on the trainers' nodes, or the trainers' GPUs with sleep and wake."""
     max_tokens: PositiveInt = 32768
@@ -93,14 +92,6 @@ class RolloutConfig(Config):
     """0 switches top-k sampling off."""
     max_model_len: PositiveInt | None = None
     """Context length of the engine in tokens; absent: prompt cap + response cap."""
-    max_num_seqs: PositiveInt = 256
-    """Most sequences an engine decodes at once."""
-    memory_fraction: Fraction = 0.85
-    """Share of a GPU's memory the engine may take."""
-    kv_cache_gib: PositiveInt = 1
-    """Size of the key/value cache in GiB, on a CPU only."""
-    threads: PositiveInt = 1
-    """CPU threads of one engine (only used without a GPU)."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """0: strictly on-policy; 1: the next batch is sampled while the trainer steps."""
     start_timeout_s: PositiveInt = 900

@@ -6,14 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, Progress
 
 from megadistill.atomic import atomic_directory
 from megadistill.convert.checkpoint import CheckpointReader, write_checkpoint
@@ -104,13 +97,7 @@ def _num_bytes(spec: ModelSpec, entry: Entry, dtype: torch.dtype) -> int:
 @contextmanager
 def _bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar over `total` bytes; yields the function that advances it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (*Progress.get_default_columns(), DownloadColumn())
     with Progress(*columns, disable=not shown) as bar:
         task = bar.add_task(title, total=total)
         yield lambda num_bytes: bar.advance(task, num_bytes)

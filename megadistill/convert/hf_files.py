@@ -81,13 +81,14 @@ class SafetensorsReader:
 
 @contextmanager
 def writing_model(
-    out_dir: str | Path, max_shard_bytes: float = 5e9
+    out_dir: str | Path,
+    max_shard_bytes: float = 5e9,
+    *,
+    replace: bool = False,
+    sync: bool = True,
 ) -> Iterator["SafetensorsWriter"]:
-    """A new model directory, whole when the block ends well, otherwise absent.
-
-    Raises `ValueError` when `out_dir` exists and is not an empty directory.
-    """
-    with atomic_directory(Path(out_dir).absolute()) as made:
+    """A new model directory, whole when the block ends well, otherwise absent; as `atomic_directory`."""
+    with atomic_directory(Path(out_dir).absolute(), replace=replace, sync=sync) as made:
         writer = SafetensorsWriter(made, max_shard_bytes)
         try:
             yield writer
@@ -174,6 +175,7 @@ class _Shard:
         )
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
+        assert name not in self.header, f"{name} was written twice"
         data = tensor.detach().cpu().contiguous()
         end = self.num_bytes + data.nbytes
         self.header[name] = {

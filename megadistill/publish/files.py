@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from megadistill.atomic import atomic_directory, remove_torn
+from megadistill.atomic import remove_torn
+from megadistill.convert.hf_files import writing_model
 from megadistill.convert.weight_files import weight_map
 from megadistill.publish.checksum import Checksum
 
 SHARD_BYTES = 1 << 30
-"""Most bytes of tensors held and written at once; one larger tensor is a shard of its own."""
+"""Most bytes of a file; one larger tensor has a file of its own."""
 
 KEEP = 2
 """Versions kept on disk: the newest, and the one that an engine may still be reading."""
@@ -52,46 +52,26 @@ def publish_files(
 ) -> Published:
     """Write `tensors` to `directory/version-NNNNNN/` and delete all but the newest two versions.
 
-    The tensors are consumed one by one, at most `shard_bytes` of them are alive at a time, and
-    none may change after it was yielded. The version appears by a rename, so that it is whole
+    The tensors are consumed one by one, and none is kept; files have at most `shard_bytes` or one
+    larger tensor. The version appears by a rename, so that it is whole
     or absent; publishing a version again (after a resume) replaces it. Raises `ValueError`
     when there is no tensor at all. One process publishes into a directory at a time; what a
     killed one left half-written is cleared first.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     remove_torn(directory)
-    final = directory / f"version-{version:06d}"
-    total, num_shards = Checksum(), 0
+    final, total, is_empty = directory / f"version-{version:06d}", Checksum(), True
     # Nothing is flushed to disk: a crash makes the trainer publish again, and a shared
     # filesystem shows a closed file to other nodes without it.
-    with atomic_directory(final, replace=True, sync=False) as made:
-        for shard in _shards(tensors, shard_bytes):
-            for name, tensor in shard.items():
-                total.add(name, tensor)
-            save_file(shard, made / f"model-{num_shards:05d}.safetensors")
-            num_shards += 1
-        if not num_shards:
+    with writing_model(final, shard_bytes, replace=True, sync=False) as writer:
+        for name, tensor in tensors:
+            total.add(name, tensor)
+            writer.write(name, tensor)
+            is_empty = False
+        if is_empty:
             raise ValueError(f"version {version}: found no tensors to publish, expected a model")
     _drop_old(directory, version)
-    files = tuple(final / f"model-{index:05d}.safetensors" for index in range(num_shards))
-    return Published(files=files, checksum=total.hexdigest())
-
-
-def _shards(
-    tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
-) -> Iterable[dict[str, torch.Tensor]]:
-    """Group consecutive tensors, on the CPU and contiguous, into dicts of bounded size."""
-    shard: dict[str, torch.Tensor] = {}
-    held = 0
-    for name, tensor in tensors:
-        if shard and held + tensor.nbytes > shard_bytes:
-            yield shard
-            shard, held = {}, 0
-        assert name not in shard, f"{name} was published twice"
-        shard[name] = tensor.detach().to("cpu").contiguous()
-        held += tensor.nbytes
-    if shard:
-        yield shard
+    return Published(files=tuple(sorted(final.glob("*.safetensors"))), checksum=total.hexdigest())
 
 
 def _drop_old(directory: Path, version: int) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from megadistill.config.refine import EngineConfig, ServedConfig
-from megadistill.config.schema import RolloutConfig
 from megadistill.resolve import resolve
 from megadistill.rollout.model_files import kv_bytes_per_token, read_model_config
 
@@ -36,7 +35,7 @@ class EngineSettings:
     precision: Literal["bf16", "fp32"]
     max_model_len: int
     gpu: bool
-    limits: EngineConfig | RolloutConfig
+    limits: EngineConfig
 
     @classmethod
     def of(cls, model: ServedConfig, *, gpu: bool, max_model_len: int | None = None) -> Self:
