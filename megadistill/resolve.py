@@ -4,10 +4,11 @@ What is of the hub lies in the Hugging Face cache ($HF_HOME), at a revision.
 """
 
 import importlib.util
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megadistill.config import resolve_path
 
@@ -33,6 +34,18 @@ def check_content(file: Path, what: str) -> None:
             raise ValueError(
                 f"{file}: found a Git LFS pointer, expected {what}; run `git lfs pull`"
             )
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """What a JSON file of a model holds (any JSON); nothing where there is none. Raises `ValueError`."""
+    if not file.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        check_content(file, "JSON")
+        raise ValueError(f"{file}: not valid JSON: {error}; download it again") from None
+    return found
 
 
 def in_package(name: str) -> Path | None:

@@ -61,21 +61,25 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     return Interval(value=successes / trials, low=float(found.low), high=float(found.high))
 
 
-def bootstrap_means(values_SI: Array, weights_I: Array, *, seed: int, draws: int = DRAWS) -> Array:
-    """Weighted means of `draws` resamples: seeds first, then the same items for all seeds."""
-    num_seeds, num_items = values_SI.shape
+def bootstrap_means(
+    arrays: Sequence[Array], weights_I: Array, *, seed: int, draws: int = DRAWS
+) -> Array:
+    """Weighted means of `draws` resamples of each array [S, I]: the same items for all of them and
+    their seeds, and seeds of its own for each.
+    """
+    num_items = len(weights_I)
     random = np.random.default_rng(seed)
-    means = np.empty(draws)
-    weighted_SI = values_SI * weights_I
+    means = np.empty((len(arrays), draws))
     step = max(1, CHUNK // num_items)
     for first in range(0, draws, step):
         count = min(step, draws - first)
         items_BI = random.integers(num_items, size=(count, num_items))
         totals_B = weights_I[items_BI].sum(1)
-        seeds_BS = random.integers(num_seeds, size=(count, num_seeds))
-        sums_SB = np.stack([row[items_BI].sum(1) for row in weighted_SI])
-        chosen_B = np.take_along_axis(sums_SB, seeds_BS.T, axis=0).mean(0)
-        means[first : first + count] = chosen_B / totals_B
+        for number, values_SI in enumerate(arrays):
+            seeds_BS = random.integers(len(values_SI), size=(count, len(values_SI)))
+            sums_SB = np.stack([row[items_BI].sum(1) for row in values_SI * weights_I])
+            chosen_B = np.take_along_axis(sums_SB, seeds_BS.T, axis=0).mean(0)
+            means[number, first : first + count] = chosen_B / totals_B
     return means
 
 
@@ -101,7 +105,7 @@ def bootstrap(
     """Percentile interval of the weighted mean."""
     weights_I = np.ones(values_SI.shape[1]) if weights_I is None else weights_I
     weights_I, values_SI = _counted(weights_I, values_SI)
-    means = bootstrap_means(values_SI, weights_I, seed=seed, draws=draws)
+    (means,) = bootstrap_means([values_SI], weights_I, seed=seed, draws=draws)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     value = np.average(values_SI.mean(0), weights=weights_I)
     return Interval(value=float(value), low=float(low), high=float(high))
@@ -145,29 +149,15 @@ def paired_bootstrap(
     random = np.random.default_rng(seed)
     item_seed = int(random.integers(1 << 62))
     if len(first_SI) == len(second_SI) == 1:
-        differences = bootstrap_means(first_SI - second_SI, weights_I, seed=item_seed, draws=draws)
+        (differences,) = bootstrap_means(
+            [first_SI - second_SI], weights_I, seed=item_seed, draws=draws
+        )
     else:  # the same items for both, but each system's own seeds
-        differences = _unpaired_seeds(first_SI, second_SI, weights_I, seed=item_seed, draws=draws)
+        one, other = bootstrap_means([first_SI, second_SI], weights_I, seed=item_seed, draws=draws)
+        differences = one - other
     below = (1 + int((differences <= 0).sum())) / (draws + 1)
     above = (1 + int((differences >= 0).sum())) / (draws + 1)
     return min(1.0, 2 * min(below, above))
-
-
-def _unpaired_seeds(
-    first_SI: Array, second_SI: Array, weights_I: Array, *, seed: int, draws: int
-) -> Array:
-    random = np.random.default_rng(seed)
-    num_items = first_SI.shape[1]
-    differences = np.empty(draws)
-    for draw in range(draws):
-        items_I = random.integers(num_items, size=num_items)
-        means = [
-            values_SI[random.integers(len(values_SI), size=len(values_SI))].mean(0)[items_I]
-            for values_SI in (first_SI, second_SI)
-        ]
-        weights = weights_I[items_I]
-        differences[draw] = ((means[0] - means[1]) * weights).sum() / weights.sum()
-    return differences
 
 
 def compare(first_SI: Array, second_SI: Array, weights_I: Array, *, seed: int) -> float:
@@ -199,7 +189,7 @@ def compare_paired(old: Sequence[float], new: Sequence[float], seed: int) -> dic
     """Means, the difference with its bootstrapped 95 % interval, and Wilcoxon's p."""
     before, after = np.asarray(old, dtype=np.float64), np.asarray(new, dtype=np.float64)
     difference = after - before
-    means = bootstrap_means(difference[None], np.ones(len(difference)), seed=seed)
+    (means,) = bootstrap_means([difference[None]], np.ones(len(difference)), seed=seed)
     low, high = np.quantile(means, (0.025, 0.975))
     p = 1.0 if not difference.any() else float(stats.wilcoxon(after, before).pvalue)
     return {

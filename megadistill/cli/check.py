@@ -21,7 +21,7 @@ from megadistill.config.fields import Config
 from megadistill.config.refine import ChatModelConfig, ServedConfig
 from megadistill.config.rows import Location
 from megadistill.data.files import files_of
-from megadistill.data.sources import pool_problems
+from megadistill.data.sources import check_pool
 from megadistill.launch.allowed_paths import check_run_roots
 from megadistill.launch.layout import layout
 from megadistill.launch.node import gpus_per_node
@@ -53,7 +53,9 @@ def check_run(
     if models and not run.has_done(config):
         # What has to be read whole is read when all the rest is right.
         problems += machine_problems(config)
-        problems = problems or pool_problems(config.data, used_pools(config))
+        pools = config.data.pools
+        checks = [partial(check_pool, pools[name], name) for name in used_pools(config)]
+        problems = problems or list(_problems(checks))
     if problems:
         raise ConfigError.listing(source, problems)
 

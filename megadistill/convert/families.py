@@ -1,10 +1,11 @@
 """The Hugging Face model families: shapes, read from `config.json` and checked."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megadistill.resolve import read_settings
 
 # Values of a `config.json` are whatever JSON holds, hence Any; they are checked as they are read.
 Json = Mapping[str, Any]
@@ -107,12 +108,9 @@ def read_spec(model_dir: str | Path) -> ModelSpec:
     `rope_scaling` (before). Raises one `ValueError` with every key that we do not support.
     """
     file = Path(model_dir) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file, expected a Hugging Face model directory") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from None
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file, expected a Hugging Face model directory")
+    config = read_settings(file)
     try:
         return parse_spec(config)
     except ValueError as error:

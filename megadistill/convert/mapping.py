@@ -54,16 +54,10 @@ class Replicated:
 
 
 @dataclass(frozen=True, slots=True)
-class Sharded:
+class Sharded(Replicated):
     """One tensor, cut in equal pieces along `dim`."""
 
-    dim: int
-
-    def merge(self, spec: ModelSpec, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        return parts[0]
-
-    def split(self, spec: ModelSpec, full: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (full,)
+    dim: int = 0
 
     def shard(self, full: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
         return _piece(full, tp, rank, self.dim)
@@ -73,11 +67,8 @@ class Sharded:
 
 
 @dataclass(frozen=True, slots=True)
-class Vocabulary:
+class Vocabulary(Sharded):
     """[V, H], cut along V after zero rows made its length a multiple of the ranks."""
-
-    def merge(self, spec: ModelSpec, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        return parts[0]
 
     def split(self, spec: ModelSpec, full: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (full[: spec.vocab_size],)
@@ -89,12 +80,9 @@ class Vocabulary:
             piece = torch.cat([piece, piece.new_zeros(missing, full.shape[1])])
         return piece
 
-    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(tuple(shards))
-
 
 @dataclass(frozen=True, slots=True)
-class QueryKeyValue:
+class QueryKeyValue(Sharded):
     """[Q, ...], [K, ...], [K, ...] interleaved: each kv head's queries, then its key and value."""
 
     def merge(self, spec: ModelSpec, parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -106,12 +94,6 @@ class QueryKeyValue:
         groups = full.reshape(spec.num_kv_heads, -1, *full.shape[1:])
         borders = (queries, queries + spec.head_dim)
         return tuple(piece.flatten(0, 1) for piece in groups.tensor_split(borders, 1))
-
-    def shard(self, full: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
-        return _piece(full, tp, rank, 0)
-
-    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(tuple(shards))
 
 
 @dataclass(frozen=True, slots=True)

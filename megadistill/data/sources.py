@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any
 
 from megadistill.config.schema import (
-    DataConfig,
     DatasetSource,
     FileSource,
     PackagedSource,
@@ -36,15 +35,9 @@ def read_pool(config: PoolConfig, name: str = "") -> Iterator[Record]:
             yield replace(record, prompt=turns, options=None)
 
 
-def pool_problems(config: DataConfig, names: Iterable[str]) -> list[str]:
-    """What keeps pools from being read, at most one line each; reads all of them."""
-    problems = []
-    for name in names:
-        try:
-            deque(read_pool(config.pools[name], name), maxlen=0)
-        except ValueError as error:
-            problems.append(str(error))
-    return problems
+def check_pool(config: PoolConfig, name: str) -> None:
+    """Read all of a pool. Raises `ValueError` as `read_pool` does."""
+    deque(read_pool(config, name), maxlen=0)
 
 
 def _read_packaged(source: PackagedSource) -> Iterator[Record]:

@@ -1,13 +1,12 @@
 """The files of a model's tokenizer: what can be said of them without the library that reads them."""
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from megadistill.resolve import check_content
+from megadistill.resolve import read_settings
 
 TOKENIZER = "tokenizer.json"
 OLDER = ("tokenizer.model", "vocab.json", "vocab.txt")
@@ -16,7 +15,7 @@ OLDER = ("tokenizer.model", "vocab.json", "vocab.txt")
 
 def check_ids(directory: Path, vocabulary: Mapping[str, int]) -> None:
     """Raise `ValueError` when a token has an id beyond the rows of the model's embedding."""
-    size = _read(directory / "config.json").get("vocab_size")
+    size = read_settings(directory / "config.json").get("vocab_size")
     if size is None:
         return
     if beyond := sorted(token for token, number in vocabulary.items() if number >= size):
@@ -51,8 +50,10 @@ def check_same(
 
 def unused_tokens(directory: Path) -> set[str]:
     """Tokens that were added to a vocabulary and are neither the end token nor in the chat template."""
-    added = {token["content"] for token in _read(directory / TOKENIZER).get("added_tokens", ())}
-    end = _read(directory / "tokenizer_config.json").get("eos_token")
+    added = {
+        token["content"] for token in read_settings(directory / TOKENIZER).get("added_tokens", ())
+    }
+    end = read_settings(directory / "tokenizer_config.json").get("eos_token")
     named = [end["content"] if isinstance(end, dict) else str(end), *_templates(directory)]
     return {token for token in added if not any(token in text for text in named)}
 
@@ -67,7 +68,7 @@ def read_vocabulary(directory: Path) -> dict[str, int]:
         if any((directory / name).exists() for name in OLDER):
             return {}
         raise ValueError(f"{directory}: found no {TOKENIZER}, expected the files of a tokenizer")
-    found = _read(file)
+    found = read_settings(file)
     pieces = found.get("model", {}).get("vocab", {})
     if isinstance(pieces, list):  # of pairs, each with its weight
         pieces = {piece: number for number, (piece, _) in enumerate(pieces)}
@@ -96,18 +97,8 @@ def _templates(directory: Path) -> list[str]:
     file = directory / "chat_template.jinja"
     if file.exists():
         return [file.read_text(encoding="utf-8")]
-    files = [_read(directory / name) for name in ("chat_template.json", "tokenizer_config.json")]
+    files = [
+        read_settings(directory / name) for name in ("chat_template.json", "tokenizer_config.json")
+    ]
     found: Any = next((some["chat_template"] for some in files if some.get("chat_template")), [])
     return [found] if isinstance(found, str) else [some["template"] for some in found]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """What a file of settings holds (any JSON); nothing where there is none."""
-    if not file.exists():
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        check_content(file, "JSON")
-        raise ValueError(f"{file}: not valid JSON: {error}; download it again") from None
-    return found

@@ -1,11 +1,11 @@
 """Texts that say the same: near duplicates among records, and benchmark items inside them."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from datasketch import LeanMinHash, MinHash, MinHashLSH
 
+from megadistill.data.pools import stable_hash
 from megadistill.refine.answer_measures import words_of
 
 NUM_HASHES = 64
@@ -18,11 +18,6 @@ def grams(words: Sequence[str], n: int) -> Iterator[str]:
     if words:
         for start in range(max(1, len(words) - n + 1)):
             yield " ".join(words[start : start + n])
-
-
-def gram_hash(gram: str) -> int:
-    """64 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=8).digest(), "little")
 
 
 class NearDuplicates:
@@ -78,7 +73,7 @@ class BenchmarkItems:
             if is_short:
                 continue
             self._lengths.add(min(len(words), self._n))
-            found = {gram_hash(gram) for gram in grams(words, self._n)}
+            found = {stable_hash(gram) for gram in grams(words, self._n)}
             for gram in found:
                 self._grams.setdefault(gram, []).append(len(self._items))
             self._items.append((benchmark, len(found)))
@@ -89,7 +84,7 @@ class BenchmarkItems:
         shared: Counter[int] = Counter()
         for length in self._lengths:
             if len(words) >= length:
-                for gram in {gram_hash(gram) for gram in grams(words, length)}:
+                for gram in {stable_hash(gram) for gram in grams(words, length)}:
                     shared.update(self._grams.get(gram, ()))
         for item, count in shared.most_common():
             benchmark, total = self._items[item]

@@ -1,8 +1,9 @@
 """Reads from a Hugging Face directory what an engine needs without loading its tokenizer."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from megadistill.resolve import read_settings
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
@@ -10,8 +11,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"student.path: found no {file}, expected a Hugging Face directory")
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return config
+    return read_settings(file)
 
 
 def eos_token_ids(path: Path) -> list[int]:
@@ -19,8 +19,11 @@ def eos_token_ids(path: Path) -> list[int]:
 
     Raises `ValueError` when there is none, since each response would run into its cap.
     """
-    found = _ids(read_model_config(path)) | _ids(_read(path / "generation_config.json"))
-    settings, tokenizer = _read(path / "tokenizer_config.json"), _read(path / "tokenizer.json")
+    found = _ids(read_model_config(path)) | _ids(read_settings(path / "generation_config.json"))
+    settings, tokenizer = (
+        read_settings(path / "tokenizer_config.json"),
+        read_settings(path / "tokenizer.json"),
+    )
     name = settings.get("eos_token")
     text = name["content"] if isinstance(name, dict) else name
     found |= {
@@ -38,11 +41,6 @@ def kv_bytes_per_token(model_config: dict[str, Any], bytes_per_value: int) -> in
     head_dim = model_config.get("head_dim") or model_config["hidden_size"] // heads
     layers: int = model_config["num_hidden_layers"]
     return 2 * layers * int(kv_heads) * int(head_dim) * bytes_per_value
-
-
-def _read(file: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return values
 
 
 def _ids(settings: dict[str, Any]) -> set[int]:
