@@ -18,19 +18,19 @@ MOST_LINES = 400
 """Of a module, all counted."""
 MOST_FUNCTION_LINES = 60
 BUDGETS = {
-    "": 1940,
+    "": 1941,
     "algorithms": 980,
     "cli": 520,
     "config": 1240,
-    "convert": 1156,
-    "data": 1153,
+    "convert": 1141,
+    "data": 1170,
     "evaluate": 3150,
     "head": 1260,
     "inference": 620,
     "launch": 3030,
     "losses": 210,
     "megatron": 1735,
-    "prepare": 492,
+    "prepare": 490,
     "publish": 118,
     "recipes": 120,
     "refine": 1560,
