@@ -122,11 +122,11 @@ def dimension_score(levels: Sequence[int], num_actor_messages: int) -> float:
     return max(0.0, min(100.0, 100.0 - 5.0 * (sum(levels) - 0.3 * num_actor_messages)))
 
 
-def scene_scores(scene: Sequence[Line], replies: Mapping[str, str]) -> dict[str, float | None]:
-    """Each dimension's score by the judge's reply; None where that cannot be read."""
+def scene_scores(scene: Sequence[Line], replies: Mapping[str, str]) -> dict[str, float]:
+    """The score of each dimension of which the judge's reply can be read."""
     spoken = sum(line.speaker != ENVIRONMENT for line in scene)
-    scores: dict[str, float | None] = {}
-    for dimension in DIMENSIONS:
-        levels = severities(replies[dimension])
-        scores[dimension] = None if levels is None else dimension_score(levels, spoken)
-    return scores
+    return {
+        dimension: dimension_score(levels, spoken)
+        for dimension, reply in replies.items()
+        if (levels := severities(reply)) is not None
+    }

@@ -2,8 +2,8 @@
 
 import datetime
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,21 +16,47 @@ from megadistill.data.tokenizer import (
 )
 from megadistill.evaluate.benchmarks import get_benchmark, read_items
 from megadistill.evaluate.protocol import Item, MultiTurn
-from megadistill.evaluate.sample_grid import COLUMNS, SampleGrid, answer_row
-from megadistill.inference.chat import ChatError, ChatModel, Usage, open_endpoint, run_each
+from megadistill.inference.chat import (
+    MOST_ALIVE,
+    ChatError,
+    ChatModel,
+    Usage,
+    open_endpoint,
+    run_each,
+)
 from megadistill.inference.engine import start_batch_engine
 from megadistill.inference.model_argument import ModelArgument
 from megadistill.inference.requests import BatchRequest, ChatRequest, SamplingParams, open_thought
 from megadistill.inference.serving import open_models
 from megadistill.launch.shards import KnownFile, Runtime, ShardArguments
-from megadistill.refine.blocks import Blocks, RowNamer, part_of
+from megadistill.refine.blocks import KEY, Blocks, Row, RowNamer, part_of
 from megadistill.resolve import resolve
+from megadistill.rollout.seeds import seed_for
 from megadistill.rollout.vllm_arguments import EngineSettings
 
 log = logging.getLogger(__name__)
 
 SCENES = 16
 """Under way at the same time; each waits for one line at a time."""
+
+
+COLUMNS = {
+    "item": "string",
+    "sample": "int64",
+    "written": "string",
+    "num_tokens": "int64",
+    "finish_reason": "string",
+}
+"""`finish_reason` is stop, length, or why there is no answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """A sample of the answers to an item."""
+
+    item: Item
+    sample: int
+    seed: int
 
 
 class ItemsArguments(ShardArguments):
@@ -64,29 +90,40 @@ class GenerateArguments(ItemsArguments):
     part: int
     of: int
 
+    def draws(self) -> list[Draw]:
+        """The samples of this part, by position."""
+        return [
+            Draw(item=item, sample=sample, seed=seed_for(self.seed, sample, item.id))
+            for item in part_of(self.read(), self.part, self.of)
+            for sample in range(self.sampling.samples)
+        ]
+
 
 def generate(directory: Path, arguments: GenerateArguments) -> None:
     """The shard: answers what its directory lacks."""
-    multi_turn = get_benchmark(arguments.kind).multi_turn
-    items = part_of(arguments.read(), arguments.part, arguments.of)
-    grid = SampleGrid(items, arguments.sampling, arguments.seed)
-    blocks = Blocks(directory, COLUMNS, grid.labels(RowNamer(arguments)), size=arguments.block)
+    draws, key_of = arguments.draws(), RowNamer(arguments)
+    labels = [
+        {"item": d.item.id, "sample": d.sample, KEY: key_of(d.item.id, d.item.messages, d.sample)}
+        for d in draws
+    ]
+    blocks = Blocks(directory, COLUMNS, labels, size=arguments.block)
     if not blocks.missing():
         return
+    multi_turn = get_benchmark(arguments.kind).multi_turn
     model = arguments.model.config
     if multi_turn is not None:
         assert arguments.director is not None
         models = {"actor": model, "director": arguments.director.config}
         with open_models(models, gpu=arguments.gpu, logs=directory) as chats:
-            run_scenes(multi_turn, list(chats.values()), grid, blocks)
+            play_all(multi_turn, list(chats.values()), draws, blocks)
     elif isinstance(model, EndpointConfig):
-        ask_all(open_endpoint(arguments.model.name, model), grid, blocks)
+        ask_all(open_endpoint(arguments.model.name, model), arguments.sampling, draws, blocks)
     else:
-        write_all(model, grid, blocks, arguments)
+        write_all(arguments, model, draws, blocks)
 
 
 def write_all(
-    model: ServedConfig, grid: SampleGrid, blocks: Blocks, arguments: GenerateArguments
+    arguments: GenerateArguments, model: ServedConfig, draws: Sequence[Draw], blocks: Blocks
 ) -> None:
     """Through the bulk engine. A prompt that leaves no room for an answer has none."""
     path = resolve("model", model.path)
@@ -97,19 +134,19 @@ def write_all(
 
     def requests() -> Iterator[BatchRequest]:
         for position in blocks.missing():
-            item, _ = grid.at(position)
+            draw = draws[position]
             try:
-                token_ids = chat_ids(item.messages, tokenizer, thinking, arguments.date)
+                token_ids = chat_ids(draw.item.messages, tokenizer, thinking, arguments.date)
+                problem = "prompt_too_long" if len(token_ids) >= model.max_model_len else None
             except UnreadableTextError as error:
-                blocks.add(position, answer_row("", str(error), 0))
-                continue
-            if len(token_ids) >= model.max_model_len:
-                blocks.add(position, answer_row("", "prompt_too_long", 0))
-                continue
-            yield BatchRequest(key=position, token_ids=token_ids, seed=grid.seed_at(position))
+                problem = str(error)
+            if problem is None:
+                yield BatchRequest(key=position, token_ids=token_ids, seed=draw.seed)
+            else:
+                blocks.add(position, answer_row("", problem, 0))
 
-    most = min(grid.sampling.max_tokens, model.max_model_len)
-    sampling = replace(grid.sampling, max_tokens=most)
+    most = min(arguments.sampling.max_tokens, model.max_model_len)
+    sampling = replace(arguments.sampling, max_tokens=most)
     for response in engine.generate(requests(), sampling):
         text = str(tokenizer.decode(list(response.token_ids), skip_special_tokens=True))
         text = open_thought(opening, text)
@@ -119,45 +156,58 @@ def write_all(
     engine.close()
 
 
-def ask_all(chat: ChatModel, grid: SampleGrid, blocks: Blocks) -> None:
+def ask_all(
+    chat: ChatModel, sampling: SamplingParams, draws: Sequence[Draw], blocks: Blocks
+) -> None:
     """Through an endpoint, as many at a time as it takes."""
+
+    async def answer(draw: Draw, usage: Usage) -> Row:
+        request = ChatRequest(messages=draw.item.messages, sampling=sampling, seed=draw.seed)
+        response = await chat.ask(request, usage)
+        return answer_row(response.text, "length" if response.cut else "stop")
+
+    fill(blocks, draws, answer, [chat])
+
+
+def play_all(
+    multi_turn: MultiTurn, models: Sequence[ChatModel], draws: Sequence[Draw], blocks: Blocks
+) -> None:
+    """Answers that take several turns between the system and the judge's model."""
+
+    async def answer(draw: Draw, usage: Usage) -> Row:
+        actor, director = (
+            partial(
+                one.ask_until_parsed, parse=lambda text: text or None, usage=usage, give_up=False
+            )
+            for one in models
+        )
+        return answer_row(await multi_turn(draw.item, actor, director), "stop")
+
+    fill(blocks, draws, answer, models, SCENES)
+
+
+def fill(
+    blocks: Blocks,
+    draws: Sequence[Draw],
+    answer: Callable[[Draw, Usage], Awaitable[Row]],
+    models: Sequence[ChatModel],
+    most: int = MOST_ALIVE,
+) -> None:
+    """Have each draw answered, `most` under way; one that fails has no answer."""
     usage = Usage()
 
-    async def ask(position: int) -> None:
-        item, _ = grid.at(position)
-        request = ChatRequest(
-            messages=item.messages, sampling=grid.sampling, seed=grid.seed_at(position)
-        )
+    async def fill_one(position: int) -> None:
         try:
-            response = await chat.ask(request, usage)
+            row = await answer(draws[position], usage)
         except ChatError as error:
             blocks.add(position, answer_row("", str(error)), failed=True)
         else:
-            reason = "length" if response.cut else "stop"
-            blocks.add(position, answer_row(response.text, reason))
+            blocks.add(position, row)
 
-    run_each(ask, blocks.missing(), [chat])
+    run_each(fill_one, blocks.missing(), models, most)
     log.info("generating: %s", usage)
 
 
-def run_scenes(
-    multi_turn: MultiTurn, models: Sequence[ChatModel], grid: SampleGrid, blocks: Blocks
-) -> None:
-    """Answers that take several turns between the system and the judge's model."""
-    usage = Usage()
-    actor, director = (
-        partial(model.ask_until_parsed, parse=lambda text: text or None, usage=usage, give_up=False)
-        for model in models
-    )
-
-    async def run_scene(position: int) -> None:
-        item, _ = grid.at(position)
-        try:
-            written = await multi_turn(item, actor, director)
-        except ChatError as error:  # without an answer when it broke off
-            blocks.add(position, answer_row("", str(error)), failed=True)
-        else:
-            blocks.add(position, answer_row(written, "stop"))
-
-    run_each(run_scene, blocks.missing(), models, SCENES)
-    log.info("scenes: %s", usage)
+def answer_row(written: str, finish_reason: str, num_tokens: int | None = None) -> Row:
+    """An answer, but for what its label says."""
+    return {"written": written, "num_tokens": num_tokens, "finish_reason": finish_reason}

@@ -58,9 +58,9 @@ class MeasureArguments(ShardArguments):
     """The signals of one system."""
 
     system: ModelArgument
-    teachers: dict[str, ModelArgument]
     signals: dict[str, SignalConfig]
     writers: dict[str, ModelArgument]
+    """By signal: the teacher where there is one."""
     texts: dict[str, Upstream]
     gpu: Runtime[bool]
 
@@ -103,10 +103,8 @@ def measure_arguments(
     gpu: bool,
 ) -> MeasureArguments:
     """Of the shard that measures a system; `texts` by signal."""
-    teachers = {signal.teacher for signal in config.signals.values() if signal.teacher}
     return MeasureArguments(
         system=models[system],
-        teachers={name: models[name] for name in sorted(teachers)},
         signals=dict(config.signals),
         writers={name: models[writer_of(config, s)] for name, s in config.signals.items()},
         texts=dict(texts),
@@ -128,7 +126,7 @@ def title_of(signal: SignalConfig) -> str:
 def write_texts(directory: Path, arguments: TextsArguments) -> None:
     """The shard: the texts of one signal."""
     signal, data = arguments.signal, arguments.data
-    model = _served(arguments.writer)
+    model = arguments.writer.served
     tokenizer = load_tokenizer(model.path)
     pool = make_pools(data, tokenizer, 0, [signal.pool])[signal.pool]
     prompts = pool.heldout[: signal.prompts]
@@ -182,16 +180,15 @@ def sample(
 def measure(directory: Path, arguments: MeasureArguments) -> None:
     """The shard: every signal of one system, a file each."""
     system = arguments.system.name
-    compared = {s.teacher for s in arguments.signals.values() if s.kind != "nll" and s.teacher}
-    known = {name: one for name, one in arguments.teachers.items() if name in compared}
-    models = {name: _served(one) for name, one in ({system: arguments.system} | known).items()}
+    models = {system: arguments.system.served}
     tokenizer = load_tokenizer(models[system].path)
-    for writer in {one.name: one for one in arguments.writers.values()}.values():
-        other = load_tokenizer(_served(writer).path)
-        if other.get_vocab() != tokenizer.get_vocab():
+    for name, writer in arguments.writers.items():
+        if load_tokenizer(writer.served.path).get_vocab() != tokenizer.get_vocab():
             raise ValueError(
                 f"signals: {system} and {writer.name} have different tokenizers, expected the same"
             )
+        if arguments.signals[name].kind != "nll":
+            models.setdefault(writer.name, writer.served)
     engine = FrozenModels(
         {name: (resolve("model", model.path), model.precision) for name, model in models.items()},
         gpu=arguments.gpu,
@@ -229,8 +226,3 @@ def rows_of(
             "num_tokens": text["num_scored"],
             "finish_reason": "measured",
         }
-
-
-def _served(model: ModelArgument) -> ServedConfig:
-    assert isinstance(model.config, ServedConfig)
-    return model.config

@@ -30,6 +30,12 @@ class ModelArgument(ShardArguments):
         return cls(name=name, identity=identity, config=config)
 
     @property
+    def served(self) -> ServedConfig:
+        """Of a model that is no endpoint."""
+        assert isinstance(self.config, ServedConfig)
+        return self.config
+
+    @property
     def gpus(self) -> int:
         """Those that a shard needs to serve it."""
         return gpus_of(self.config)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from megadistill.atomic import write_atomic
@@ -206,17 +207,15 @@ def write_summary(
 
 def similarity_figures(found: Sequence[float], tau: float) -> dict[str, Any]:
     """Histogram over -1 .. 1 and how many pass, at tau and at others (any: JSON)."""
-    counts = [0] * (2 * BINS)
-    for value in found:
-        counts[min(int((value + 1) * BINS), 2 * BINS - 1)] += 1
     edges = [round(-1 + number / BINS, 6) for number in range(2 * BINS + 1)]
+    counts, _ = np.histogram(found, edges)
     rates = {str(at): _rate(found, at) for at in sorted({*SWEEP, tau})}
     return {
         "measured": len(found),
         "tau": tau,
         "pass_rate": _rate(found, tau),
         "pass_rates": rates,
-        "histogram": {"edges": edges, "counts": counts},
+        "histogram": {"edges": edges, "counts": counts.tolist()},
     }
 
 

@@ -5,7 +5,7 @@ R is the raw answer, F the refined one, B the base model's own answer to the que
 
 import datetime
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,14 @@ from megadistill import stats
 from megadistill.config.refine import DiagnoseConfig, EngineConfig, FilterConfig, RewriteConfig
 from megadistill.data.pools import stable_hash
 from megadistill.data.records import Record
-from megadistill.data.tokenizer import chat_ids, load_tokenizer, text_ids
+from megadistill.data.tokenizer import answer_opening, chat_ids, load_tokenizer, text_ids
 from megadistill.inference.engine import BatchEngine, start_batch_engine
-from megadistill.inference.requests import BatchRequest, SamplingParams, without_thinking
+from megadistill.inference.requests import (
+    BatchRequest,
+    SamplingParams,
+    open_thought,
+    without_thinking,
+)
 from megadistill.launch.shards import FAILED, Runtime
 from megadistill.refine import answer_measures
 from megadistill.refine.assembly import RefinedArguments, assemble, write_json
@@ -125,16 +130,17 @@ def ask_model(
     sampling = SamplingParams(
         temperature=settings.temperature, top_p=settings.top_p, max_tokens=most
     )
-    base = {
-        response.key: str(tokenizer.decode(list(response.token_ids), skip_special_tokens=True))
-        for response in engine.generate(requests, sampling)
-    }
+    opening = answer_opening(tokenizer)
+    base = {}
+    for response in engine.generate(requests, sampling):
+        text = str(tokenizer.decode(list(response.token_ids), skip_special_tokens=True))
+        base[response.key] = without_thinking(open_thought(opening, text))
     nll = {name: fitting_nll(engine, prompts, ids, context) for name, ids in texts.items()}
     engine.close()
     return [
         {
             "id": row["id"],
-            "base": without_thinking(base[n]) if n in base else None,
+            "base": base.get(n),
             "raw_nll": nll["original"][n],
             "refined_nll": nll["refined"][n],
             "raw_tokens": len(texts["original"][n]),
@@ -248,28 +254,24 @@ def judge_figures(cases: pd.DataFrame, accept: float | None) -> Values:
         for found in cases.candidates.dropna()
         for candidate in found
     ]
-    names = sorted({judge for scores in candidates for judge in scores})
-    scores = {n: [s for c in candidates if (s := c.get(n)) is not None] for n in names}
     rounds = cases["round"].dropna().astype(int).value_counts().sort_index()
+    frame = pd.DataFrame(candidates, dtype=np.float64)
+    frame = frame[sorted(frame)]
     return {
         "candidates": len(candidates),
-        "scores": scores,
+        "scores": {judge: frame[judge].dropna().tolist() for judge in frame},
         "rounds": {str(number): int(count) for number, count in rounds.items()},
-        "agreement": judge_agreement(candidates, accept),
+        "agreement": judge_agreement(frame, accept),
     }
 
 
-def judge_agreement(
-    candidates: Sequence[Mapping[str, float | None]], accept: float
-) -> list[Values]:
-    """How far every two judges agree, over what both scored."""
+def judge_agreement(scores: pd.DataFrame, accept: float) -> list[Values]:
+    """How far every two judges, the columns, agree over what both scored."""
     rows = []
-    for pair in combinations(sorted({judge for scores in candidates for judge in scores}), 2):
-        given = ([scores.get(judge) for judge in pair] for scores in candidates)
-        both = [scores for scores in given if None not in scores]
-        if both:
-            first, second = (np.array(side, np.float64) for side in zip(*both, strict=True))
-            rows.append({"judges": list(pair), **stats.agreement(first, second, accept)})
+    for pair in map(list, combinations(scores, 2)):
+        first, second = scores[pair].dropna().to_numpy().T
+        if len(first):
+            rows.append({"judges": pair, **stats.agreement(first, second, accept)})
     return rows
 
 

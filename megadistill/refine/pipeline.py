@@ -25,7 +25,13 @@ from megadistill.launch.stages import ShardedStage
 from megadistill.refine import assembly, diagnosing, fusing, rewriting, similarity
 from megadistill.refine.assembly import RefinedArguments
 from megadistill.refine.blocks import part_of
-from megadistill.refine.records import input_files, read_records, read_settings, write_records
+from megadistill.refine.records import (
+    PartArguments,
+    input_files,
+    read_records,
+    read_settings,
+    write_records,
+)
 from megadistill.resolve import resolve
 
 
@@ -94,46 +100,48 @@ class Pipeline:
     def shard(self) -> ShardMaker:
         return ShardMaker(gpu=self.gpu, threads=self.config.engine.threads)
 
-    def rewrites(self, records: KnownFile) -> list[Shard[Any]]:
-        settings, shards = self.config.rewrite, self.config.shards
-        first = rewriting.RewriteArguments(
-            settings=settings,
-            template=load_template(settings.template, rewriting.FIELDS).hash,
-            model=model_hash(settings.model),
-            records=records,
-            part=0,
-            of=shards.count,
-            block=shards.block,
-            date=self.config.date,
-            seed=self.config.seed,
-            engine=self.config.engine,
-            gpu=self.gpu,
-        )
-        parts = [first.model_copy(update={"part": part}) for part in range(shards.count)]
+    def parts(self, records: KnownFile) -> list[PartArguments]:
+        """What shards of rewriting and of filtering work on."""
+        of, block = self.config.shards.count, self.config.shards.block
         return [
-            self.shard(f"rewrite {part.part}", rewriting.rewrite, part, self.config.engine.tp)
-            for part in parts
+            PartArguments(records=records, part=part, of=of, block=block, gpu=self.gpu)
+            for part in range(of)
         ]
+
+    def rewrites(self, records: KnownFile) -> list[Shard[Any]]:
+        settings, engine = self.config.rewrite, self.config.engine
+        template = load_template(settings.template, rewriting.FIELDS).hash
+        model = model_hash(settings.model)
+        shards = []
+        for part in self.parts(records):
+            arguments = rewriting.RewriteArguments(
+                **dict(part),
+                settings=settings,
+                template=template,
+                model=model,
+                date=self.config.date,
+                seed=self.config.seed,
+                engine=engine,
+            )
+            label = f"rewrite {part.part}"
+            shards.append(self.shard(label, rewriting.rewrite, arguments, engine.tp))
+        return shards
 
     def similarities(self, records: KnownFile, rewrites: ShardedStage) -> list[Shard[Any]]:
         settings = self.config.filter
         encoder = model_hash(settings.encoder, "encoder")
-        parts = [
-            similarity.MeasureArguments(
+        shards = []
+        for part, rewritten in zip(self.parts(records), rewrites.shards, strict=True):
+            arguments = similarity.MeasureArguments(
+                **dict(part),
                 settings=settings.model_copy(update={"tau": 0.0, "batch_size": 1}),
                 encoder=encoder,
-                records=records,
-                rewrites=rewrites.upstream([shard]),
-                part=part,
-                of=len(rewrites.shards),
-                block=self.config.shards.block,
+                rewrites=rewrites.upstream([rewritten]),
                 batch_size=settings.batch_size,
                 threads=self.config.engine.threads,
-                gpu=self.gpu,
             )
-            for part, shard in enumerate(rewrites.shards)
-        ]
-        return [self.shard(f"filter {p.part}", similarity.measure, p, 1) for p in parts]
+            shards.append(self.shard(f"filter {part.part}", similarity.measure, arguments, 1))
+        return shards
 
     def fusions(
         self, records: KnownFile, rewrites: ShardedStage, measured: ShardedStage

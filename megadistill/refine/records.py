@@ -18,6 +18,8 @@ from megadistill.config.rows import Location
 from megadistill.data.files import BadRowError, Row, files_of, read_all
 from megadistill.data.formats import to_record
 from megadistill.data.records import Record
+from megadistill.launch.shards import KnownFile, Runtime, ShardArguments
+from megadistill.refine.blocks import part_of, read_rows_of, write_rows
 
 EXCERPT = 200
 OF_CHOICES = {"options", "letters_from", "open_ended"}
@@ -95,10 +97,21 @@ def _to_record(row: Row, config: InputConfig, index: int) -> Record:
     return replace(record, index=index, prompt=record.messages, options=None, problem=problem)
 
 
+class PartArguments(ShardArguments):
+    """A part of the records, whose rows are saved in blocks."""
+
+    records: KnownFile
+    part: int
+    of: int
+    block: int
+    gpu: Runtime[bool]
+
+    def read(self) -> list[Record]:
+        return list(part_of(load_records(self.records.path), self.part, self.of))
+
+
 def write_records(file: Path, records: Iterable[Record]) -> None:
     """Keep the records as Parquet, whole or absent."""
-    from megadistill.refine.blocks import write_rows  # noqa: PLC0415 - pyarrow, where needed
-
     rows = [
         {name: getattr(record, name) for name in RECORD_COLUMNS}
         | {"messages": json.dumps(record.messages)}
@@ -109,8 +122,6 @@ def write_records(file: Path, records: Iterable[Record]) -> None:
 
 def load_records(file: Path) -> list[Record]:
     """The reverse of `write_records`."""
-    from megadistill.refine.blocks import read_rows_of  # noqa: PLC0415 - pyarrow, where needed
-
     return [
         Record(**row, prompt=tuple(json.loads(messages)))
         for row in read_rows_of(file)

@@ -23,10 +23,10 @@ from megadistill.inference.requests import (
     without_thinking,
 )
 from megadistill.inference.templates import Template, load_template
-from megadistill.launch.shards import KnownFile, Runtime, ShardArguments
-from megadistill.refine.blocks import KEY, Blocks, Row, RowNamer, add_figures, part_of
+from megadistill.launch.shards import Runtime
+from megadistill.refine.blocks import KEY, Blocks, Row, RowNamer, add_figures
 from megadistill.refine.checking import Rules, rejection_reason
-from megadistill.refine.records import load_records
+from megadistill.refine.records import PartArguments
 from megadistill.resolve import resolve
 from megadistill.rollout.seeds import seed_for
 from megadistill.rollout.vllm_arguments import EngineSettings
@@ -46,7 +46,7 @@ COLUMNS = {
 model wrote in every case."""
 
 
-class RewriteArguments(ShardArguments):
+class RewriteArguments(PartArguments):
     """A part of the records, and the model that writes their answers anew."""
 
     settings: RewriteConfig
@@ -54,15 +54,10 @@ class RewriteArguments(ShardArguments):
     """Hash of the file."""
     model: str
     """Hash of the files."""
-    records: KnownFile
-    part: int
-    of: int
-    block: int
     date: datetime.date | None
     """Of the chat template."""
     seed: int
     engine: Runtime[EngineConfig]
-    gpu: Runtime[bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,17 +97,11 @@ class Rewriter:
         text = without_thinking(open_thought(answer_opening(self.tokenizer), written))
         if self.template.has_opening:
             text = f"{self.template.turns[-1]['content']} {text}"
-        fault = (
-            "cut"
-            if finish_reason == "length"
-            else rejection_reason(text, record.raw_answer, self.rules)
-        )
+        fault: str | None = "cut"
+        if finish_reason != "length":
+            fault = rejection_reason(text, record.raw_answer, rules_of(self.settings))
         values = {"written": written, "num_tokens": len(token_ids)}
         return row(reason=fault, rewrite=None if fault else text, **values)
-
-    @property
-    def rules(self) -> Rules:
-        return rules_of(self.settings)
 
 
 def rules_of(settings: RewriteConfig) -> Rules:
@@ -145,7 +134,7 @@ def _special(record: Record, specials: Sequence[str]) -> str | None:
 def rewrite(directory: Path, arguments: RewriteArguments) -> None:
     """The shard: rewrites what its directory lacks."""
     settings = arguments.settings
-    records = part_of(load_records(arguments.records.path), arguments.part, arguments.of)
+    records = arguments.read()
     key_of = RowNamer(arguments)
     labels = [
         {"index": r.index, "id": r.id, KEY: key_of(r.id, r.messages, r.raw_answer, r.problem)}

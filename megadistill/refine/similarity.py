@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megadistill.config.refine import FilterConfig
-from megadistill.launch.shards import KnownFile, Runtime, ShardArguments, Upstream
-from megadistill.refine.blocks import KEY, Blocks, RowNamer, part_of, read_blocks
-from megadistill.refine.records import load_records
+from megadistill.launch.shards import Runtime, Upstream
+from megadistill.refine.blocks import KEY, Blocks, RowNamer, read_blocks
+from megadistill.refine.records import PartArguments
 from megadistill.resolve import resolve
 
 Vectors = npt.NDArray[np.float64]
@@ -25,21 +25,16 @@ COLUMNS = {"index": "int64", "similarity": "float64"}
 """`similarity` is null where there is no rewrite."""
 
 
-class MeasureArguments(ShardArguments):
+class MeasureArguments(PartArguments):
     """A part of the records, its rewrites, and the encoder that compares them."""
 
     settings: FilterConfig
     """But for `tau`, which decides later: another one measures nothing again."""
     encoder: str
     """Hash of the files."""
-    records: KnownFile
     rewrites: Upstream
-    part: int
-    of: int
-    block: int
     batch_size: Runtime[int]
     threads: Runtime[int]
-    gpu: Runtime[bool]
 
 
 class Encoder(Protocol):
@@ -145,7 +140,7 @@ class SentenceEncoder:
 
 def measure(directory: Path, arguments: MeasureArguments) -> None:
     """The shard: similarities of its part's rewrites."""
-    records = part_of(load_records(arguments.records.path), arguments.part, arguments.of)
+    records = arguments.read()
     rewrites = read_blocks(arguments.rewrites.outputs)
     assert [row["index"] for row in rewrites] == [record.index for record in records]
     key_of = RowNamer(arguments)

@@ -144,7 +144,7 @@ def test_a_verdict_that_cannot_be_read_takes_the_scene_out(file: Path) -> None:
     (item, _) = read_items("coser", str(file))
     scene = json.dumps([["Fox", "Sing."], ["Environment", "Wind."]])
     found = coser.score_replies(item, scene, ["[]", "[]", "no idea", "[]"])
-    assert (found.weight, dict(found.details)) == (0.0, {"no_verdict": 1.0})
+    assert (found.weight, dict(found.details)) == (0.0, {})
     assert coser.score_replies(item, scene, ["[]"] * 4).value == 1.0
 
 

@@ -100,8 +100,12 @@ def test_the_bundled_baselines_against_themselves_get_the_official_aggregate(
 def test_the_judges_prompts_differ_in_who_answers_first() -> None:
     pytest.importorskip("eval_framework")
     own = "generating your own answer"
-    assert own in arena_hard.judge_prompt("hard_prompt")
-    assert own not in arena_hard.judge_prompt("creative_writing")
+    for category, is_in in (("hard_prompt", True), ("creative_writing", False)):
+        reference = {"category": category, "baseline": "b"}
+        item = Item(id="1", messages=(), text="q", reference=reference)
+        first, second = arena_hard.requests(item, "an answer")
+        assert (own in first.messages[0]["content"]) == is_in
+        assert first.messages[0] == second.messages[0]
 
 
 @pytest.mark.parametrize(

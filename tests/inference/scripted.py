@@ -61,6 +61,8 @@ class Endpoint(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128
+    """Connections that wait; beyond them the kernel resets some, which are retried and counted."""
 
     def __init__(self, script: Callable[[int, dict[str, Any]], Any]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -119,7 +119,7 @@ def test_judges_agree_as_far_as_they_do() -> None:
         {"b": 0.5},
     ]
     scored += [{"a": x, "b": y} for x, y in zip(a, b, strict=True)]
-    (row,) = judge_agreement(scored, accept=0.8)
+    (row,) = judge_agreement(pd.DataFrame(scored, dtype=np.float64), accept=0.8)
     assert row["judges"] == ["a", "b"]
     assert row["candidates"] == 4
     assert row["mean_absolute_difference"] == pytest.approx(np.mean(np.abs(np.subtract(a, b))))

@@ -44,29 +44,30 @@ def entries(first: str, second: str) -> list[float]:
 
 def requests(item: Item, answer: str) -> Sequence[ChatRequest]:
     """Both games."""
-    games = [(item.reference["baseline"], answer), (answer, item.reference["baseline"])]
-    system = {"role": "system", "content": judge_prompt(item.reference["category"])}
-    return [
-        ChatRequest(
-            messages=(system, *user(_game(item.text, *pair))),
-            sampling=SamplingParams(max_tokens=16384),
-        )
-        for pair in games
+    from eval_framework.tasks import arena_hard_task as official  # noqa: PLC0415 - optional
+
+    settings = official.JUDGE_SETTINGS[item.reference["category"]]
+    system = {"role": "system", "content": str(settings["system_prompt"])}
+    baseline = item.reference["baseline"]
+    games = [
+        official.DEFAULT_PROMPT_TEMPLATE.format(QUESTION=item.text, ANSWER_A=a, ANSWER_B=b)
+        for a, b in ((baseline, answer), (answer, baseline))
     ]
+    sampling = SamplingParams(max_tokens=16384)
+    return [ChatRequest(messages=(system, *user(game)), sampling=sampling) for game in games]
 
 
 def score_replies(item: Item, answer: str, replies: Sequence[str]) -> Score:
     """The mean of the entries, weighted by their number; without both verdicts it weighs nothing."""
     first, second = (verdict(reply) for reply in replies)
     if first is None or second is None:
-        return Score(value=0.0, weight=0.0, details={"no_verdict": 1.0})
+        return Score(value=0.0, weight=0.0)
     found = entries(first, second)
-    style = style_of(answer, item.reference["baseline"])
     return Score(
         value=float(np.mean(found)),
         extracted=f"{first} {second}",
         weight=float(len(found)),
-        details={"no_verdict": 0.0, **style},
+        details=style_of(answer, item.reference["baseline"]),
     )
 
 
@@ -91,23 +92,6 @@ def to_item(row: Fields, category: Category) -> Item | None:
     reference = {"category": category, "baseline": answers[row["uid"]]}
     return Item(
         id=row["uid"], messages=user(row["prompt"]), text=row["prompt"], reference=reference
-    )
-
-
-def judge_prompt(category: str) -> str:
-    """The official system prompt: for hard prompts the judge answers first itself."""
-    from eval_framework.tasks.arena_hard_task import JUDGE_SETTINGS  # noqa: PLC0415 - optional
-
-    return str(JUDGE_SETTINGS[category]["system_prompt"])
-
-
-def _game(question: str, answer_a: str, answer_b: str) -> str:
-    from eval_framework.tasks.arena_hard_task import (  # noqa: PLC0415 - optional
-        DEFAULT_PROMPT_TEMPLATE,
-    )
-
-    return str(
-        DEFAULT_PROMPT_TEMPLATE.format(QUESTION=question, ANSWER_A=answer_a, ANSWER_B=answer_b)
     )
 
 

@@ -152,10 +152,9 @@ def requests(item: Item, answer: str) -> Sequence[ChatRequest]:
 def score_replies(item: Item, answer: str, replies: Sequence[str]) -> Score:
     """The mean of the four dimensions; a scene with an unreadable verdict weighs nothing."""
     lines = lines_of(answer)
-    scores = coser_gca.scene_scores(lines, dict(zip(DIMENSIONS, replies, strict=True)))
-    found = {name: score for name, score in scores.items() if score is not None}
+    found = coser_gca.scene_scores(lines, dict(zip(DIMENSIONS, replies, strict=True)))
     if len(found) < len(DIMENSIONS):
-        return Score(value=0.0, weight=0.0, details={"no_verdict": 1.0})
+        return Score(value=0.0, weight=0.0)
     details = {**found, "turns": float(len(lines))}
     return Score(value=sum(found.values()) / len(found) / 100, details=details)
 

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 STDIO = "wrapped_function"
 """What testing_util makes of a program that reads its input."""
 PLAIN = {
-    "builtins": {
+    "builtins": [
         "bool",
         "complex",
         "dict",
@@ -37,8 +37,8 @@ PLAIN = {
         "range",
         "set",
         "str",
-    },
-    "collections": {"Counter", "OrderedDict", "defaultdict", "deque"},
+    ],
+    "collections": ["Counter", "OrderedDict", "defaultdict", "deque"],
 }
 
 

@@ -17,7 +17,6 @@ from megadistill.inference.templates import load_template
 FIELDS = ("prompt", "response", "reference")
 _DECISION = re.compile(r"<decision>[\s*_`\"']*(yes|no)[\s*_`\"'.!]*</decision>", re.IGNORECASE)
 _EXTRACTED = re.compile(r"<extracted_answer>(.*?)</extracted_answer>", re.DOTALL | re.IGNORECASE)
-CHOICE = "Reason step by step, then end with a line `Final answer: <letter>`."
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -28,14 +27,10 @@ def decision(reply: str) -> bool | None:
 
 
 def score_replies(item: Item, answer: str, replies: Sequence[str]) -> Score:
-    """Right where the verifier says yes; a reply without a decision counts as no, and is counted."""
-    verdict = decision(replies[-1])
+    """Right where the verifier says yes; a reply without a decision counts as no."""
     found = _EXTRACTED.findall(replies[-1])
-    return Score(
-        value=float(verdict is True),
-        extracted=found[-1].strip() if found else None,
-        details={"no_decision": float(verdict is None)},
-    )
+    extracted = found[-1].strip() if found else None
+    return Score(value=float(decision(replies[-1]) is True), extracted=extracted)
 
 
 def judged_by(template: str, sampling: SamplingParams) -> Judged:
@@ -55,11 +50,6 @@ def judged_by(template: str, sampling: SamplingParams) -> Judged:
 
 VERIFIER = judged_by("packaged:verifier-v1", SamplingParams(temperature=0.2, max_tokens=512))
 """At the paper's temperature."""
-
-
-def by_letter(item: Item, answer: str) -> Score:
-    """GPQA without a verifier."""
-    return medical.score(item, answer)
 
 
 def by_mathematics(item: Item, answer: str) -> Score:
@@ -94,14 +84,9 @@ def gpqa_item(row: Fields) -> Item:
     order = list(range(4))
     name = str(row.get("Record ID") or row["row"])
     random.Random(f"gpqa/{name}").shuffle(order)
-    lines = [f"{letter}. {options[at]}" for letter, at in zip("ABCD", order, strict=True)]
-    return Item(
-        id=name,
-        messages=user("\n".join([question, *lines, "", CHOICE])),
-        text="\n".join([question, *options]),
-        choices={letter: options[at] for letter, at in zip("ABCD", order, strict=True)},
-        reference="ABCD"[order.index(0)],
-    )
+    choices = {letter: options[at] for letter, at in zip("ABCD", order, strict=True)}
+    item = medical.choice_item(name, question, choices, "ABCD"[order.index(0)])
+    return replace(item, text="\n".join([question, *options]))
 
 
 def hmmt_item(row: Fields) -> Item:
@@ -118,7 +103,7 @@ GPQA_DIAMOND = Benchmark(
         samples=4, temperature=0.7, top_p=0.95, top_k=20, repetition_penalty=1.05, max_tokens=32768
     ),
     rows=gpqa_item,
-    score=by_letter,
+    score=medical.score,
     judged=VERIFIER,
     hint=(
         "gpqa_diamond.csv of the gated data set Idavidrein/gpqa: accept its terms on the hub, then "
