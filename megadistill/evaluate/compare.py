@@ -17,6 +17,7 @@ from megadistill import stats
 from megadistill.atomic import write_atomic
 from megadistill.evaluate import results
 from megadistill.evaluate.benchmarks import get_benchmark
+from megadistill.evaluate.protocol import Benchmark
 from megadistill.evaluate.results import Rules
 from megadistill.evaluate.tables import RENDERERS, Table, draw, mark
 from megadistill.refine.blocks import read_rows_of
@@ -26,16 +27,24 @@ NO_INTERVAL = stats.Interval(value=math.nan, low=math.nan, high=math.nan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SystemResults:
-    """One system: a directory of results for each of its seeds."""
+class Column:
+    """What systems have found on one benchmark."""
 
     name: str
-    directories: Sequence[Path]
-    summaries: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    summary: Mapping[str, Any]
+    """Of the first system that has one."""
+    files: dict[str, list[Path]] = field(default_factory=dict)
+    """System -> the scored transcripts of each of its seeds."""
 
-    @classmethod
-    def load(cls, name: str, directories: Sequence[Path]) -> "SystemResults":
-        """Raises `ValueError` for a directory without results, or seeds with different benchmarks."""
+    @property
+    def benchmark(self) -> Benchmark:
+        return get_benchmark(self.summary["benchmark"])
+
+
+def read_columns(systems: Mapping[str, Sequence[Path]]) -> list[Column]:
+    """Raises `ValueError` for a directory without results, or seeds with different benchmarks."""
+    columns: dict[str, Column] = {}
+    for system, directories in systems.items():
         summaries = []
         for directory in directories:
             file = directory / results.SUMMARY
@@ -43,18 +52,13 @@ class SystemResults:
                 raise ValueError(f"{directory}: no {results.SUMMARY}, expected RUN/results/SYSTEM")
             summaries.append(json.loads(file.read_text()))
         if any(summary.keys() != summaries[0].keys() for summary in summaries):
-            raise ValueError(f"{name}: its seeds have results on different benchmarks")
-        return cls(name=name, directories=directories, summaries=summaries)
-
-    def scores(self, benchmark: str) -> list[results.Scores] | None:
-        """Scores of every seed; None where the system has none on this benchmark."""
-        if benchmark not in self.summaries[0]:
-            return None
-        groups = get_benchmark(self.summaries[0][benchmark]["benchmark"]).groups
-        return [
-            results.load_scores(directory / f"{benchmark}.parquet", groups)
-            for directory in self.directories
-        ]
+            raise ValueError(f"{system}: its seeds have results on different benchmarks")
+        for name, summary in summaries[0].items():
+            column = columns.setdefault(name, Column(name=name, summary=summary))
+            column.files[system] = [directory / f"{name}.parquet" for directory in directories]
+    if not columns:
+        raise ValueError(f"{', '.join(systems)}: found no results, expected some of a benchmark")
+    return list(columns.values())
 
 
 def parse_systems(words: Sequence[str]) -> dict[str, list[Path]]:
@@ -72,45 +76,41 @@ def parse_systems(words: Sequence[str]) -> dict[str, list[Path]]:
 
 def make_table(systems: Mapping[str, Sequence[Path]], rules: Rules) -> Table:
     """The table of these systems, the first of which is the baseline."""
-    loaded = [SystemResults.load(name, places) for name, places in systems.items()]
-    names = list(dict.fromkeys(name for system in loaded for name in system.summaries[0]))
-    rows = [row for name in names for row in _rows(name, loaded, rules)]
-    if not rows:
-        raise ValueError(f"{', '.join(systems)}: found no results, expected some of a benchmark")
+    columns = read_columns(systems)
+    first = next(iter(systems))
     return Table(
-        frame=mark(rows, rules.confidence),
-        systems=[system.name for system in loaded],
+        frame=mark(
+            [row for column in columns for row in _rows(column, first, rules)], rules.confidence
+        ),
+        systems=list(systems),
         confidence=rules.confidence,
-        remarks=[remark for name in names if (remark := _remark(name, loaded, rules.confidence))],
+        remarks=[text for one in columns if (text := _remark(one, rules.confidence))],
     )
 
 
 def _rows(
-    name: str, loaded: Sequence[SystemResults], rules: Rules
+    column: Column, first: str, rules: Rules
 ) -> Iterator[dict[str, Any]]:  # of the table's frame
     """A benchmark's score of each system that has one, and the p-value of its difference."""
-    found = next(system.summaries[0][name] for system in loaded if name in system.summaries[0])
-    benchmark = get_benchmark(found["benchmark"])
+    summary, benchmark = column.summary, column.benchmark
     baseline = None
-    for system in loaded:
-        scores = system.scores(name)
-        if scores is None:
-            continue
+    for system, files in column.files.items():
+        scores = [results.load_scores(file, benchmark.groups) for file in files]
         estimated = results.estimate(scores, rules, is_share=benchmark.is_share)
-        interval = estimated.interval or NO_INTERVAL
         p_value = math.nan
         if baseline is not None and estimated.interval is not None:
-            p_value = _p_value(name, scores, baseline)
-        if system is loaded[0] and estimated.interval is not None:
+            p_value = _p_value(column.name, scores, baseline)
+        if system == first and estimated.interval is not None:
             baseline = scores
+        interval = estimated.interval or NO_INTERVAL
         yield {
-            "system": system.name,
+            "system": system,
             "block": benchmark.block,
-            "benchmark": name,
-            "title": found["title"] + ("" if found["whole_set"] else " (part)"),
-            "items": found["items"],
+            "benchmark": column.name,
+            "title": summary["title"] + ("" if summary["whole_set"] else " (part)"),
+            "items": summary["items"],
             "is_share": benchmark.is_share,
-            "higher_is_better": found.get("higher_is_better", benchmark.higher_is_better),
+            "higher_is_better": summary.get("higher_is_better", benchmark.higher_is_better),
             "score": interval.value,
             "low": interval.low,
             "high": interval.high,
@@ -121,21 +121,12 @@ def _rows(
         }
 
 
-def _remark(name: str, loaded: Sequence[SystemResults], confidence: float) -> str | None:
+def _remark(column: Column, confidence: float) -> str | None:
     """What a benchmark says of all systems together."""
-    chosen = [system for system in loaded if name in system.summaries[0]]
-    benchmark = get_benchmark(chosen[0].summaries[0][name]["benchmark"])
-    if benchmark.remark is None:
+    if (remark := column.benchmark.remark) is None:
         return None
-    rows = {
-        system.name: [
-            row
-            for directory in system.directories
-            for row in read_rows_of(directory / f"{name}.parquet")
-        ]
-        for system in chosen
-    }
-    return benchmark.remark(rows, confidence)
+    rows = {s: [r for file in some for r in read_rows_of(file)] for s, some in column.files.items()}
+    return remark(rows, confidence)
 
 
 def write_tables(systems: Mapping[str, Sequence[Path]], folder: Path, rules: Rules) -> str:

@@ -93,7 +93,9 @@ def assemble(stages: RefinedArguments, hashes: str = "") -> Result:
     refined, provenance = [], []
     for record, row, found in zip(records, rewrites, similarities, strict=True):
         assert row["index"] == found["index"] == record.index
-        decided = decide(record, row, found["similarity"], fused, stages.tau)
+        decided = decide(row, found["similarity"], fused, stages.tau)
+        answers = {**row, **decided, "original": record.raw_answer}
+        decided["refined"] = answers[decided["decision"]]
         refined.append(refined_row(record, row, decided))
         provenance.append(
             {
@@ -116,31 +118,18 @@ def assemble(stages: RefinedArguments, hashes: str = "") -> Result:
     )
 
 
-def decide(
-    record: Record,
-    row: Row,
-    similarity: float | None,
-    fused: Mapping[int, Row] | None,
-    tau: float,
-) -> Row:
-    """Eq. (3) and (4) for one record: the refined answer, the decision, and its reason."""
-    chosen = dict.fromkeys(("round", "candidates", "usage"))
+def decide(row: Row, similarity: float | None, fused: Mapping[int, Row] | None, tau: float) -> Row:
+    """Eq. (3) and (4) for one record: the decision with its reason, and what was fused."""
+    kept: Row = {"decision": "original", "round": None, "candidates": None, "usage": None}
     if similarity is None:
-        kept = {"decision": "original", "reason": row["reason"], "refined": record.raw_answer}
-    elif not passes(similarity, tau):
-        kept = {"decision": "original", "reason": "below_tau", "refined": record.raw_answer}
-    elif fused is None:
-        kept = {"decision": "rewrite", "reason": None, "refined": row["rewrite"]}
-    else:
-        fusion = fused[record.index]
-        chosen = {name: fusion[name] for name in chosen}
-        is_fused = fusion["fused"] is not None
-        kept = {
-            "decision": "fused" if is_fused else "original",
-            "reason": fusion["reason"],
-            "refined": fusion["fused"] if is_fused else record.raw_answer,
-        }
-    return {**chosen, **kept}
+        return kept | {"reason": row["reason"]}
+    if not passes(similarity, tau):
+        return kept | {"reason": "below_tau"}
+    if fused is None:
+        return kept | {"decision": "rewrite", "reason": None}
+    fusion = fused[row["index"]]
+    found = {name: fusion[name] for name in ("round", "candidates", "usage", "reason", "fused")}
+    return found | {"decision": "original" if fusion["fused"] is None else "fused"}
 
 
 def refined_row(record: Record, row: Row, decided: Row) -> Row:

@@ -4,9 +4,12 @@ The order of turns and the arithmetic are `coser_gca`'s, as published; the promp
 so scores compare with each other under one judge, and not with published ones.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import yaml
 
 from megadistill.config.rows import Message
 from megadistill.evaluate import coser_gca
@@ -14,6 +17,7 @@ from megadistill.evaluate.coser_gca import DIMENSIONS, ENVIRONMENT, Line
 from megadistill.evaluate.protocol import Benchmark, Chat, Fields, Item, Judged, Score
 from megadistill.inference.requests import ChatRequest, SamplingParams
 from megadistill.inference.templates import Template, load_template
+from megadistill.resolve import PACKAGE, resolve
 
 FIELDS = {
     "actor": ("name", "book", "profile", "scenario", "others", "motivation"),
@@ -26,35 +30,6 @@ FIELDS = {
 }
 TRIES = 5
 """How often somebody is asked for a line until there is one, from the second time at temperature 1."""
-QUESTIONS = {
-    "Storyline Consistency": "Do story and reactions go the way of the original conversation?",
-    "Anthropomorphism": "Do the characters behave like people?",
-    "Character Fidelity": "Are the characters those of their profiles?",
-    "Storyline Quality": "Is the conversation a good and coherent piece of story?",
-}
-FLAWS = {
-    "Storyline Consistency": (
-        "- reactions (feelings, attitudes, deeds) that depart from the original conversation's"
-    ),
-    "Anthropomorphism": (
-        "- self-identity: no goals, decisions or tastes of one's own; an assistant's helpfulness, "
-        "lectures or compliance where the character has none\n"
-        "- emotional depth: flat reactions; every feeling spelt out instead of shown\n"
-        "- coherence: traits or moods that change without a cause\n"
-        "- social interaction: no sense of what others think and feel; reactions by rote"
-    ),
-    "Character Fidelity": (
-        "- language: words or a tone that do not fit the character's origin and traits\n"
-        "- knowledge: what the character should know is missing, or known too early\n"
-        "- personality: feelings, values, beliefs or decisions against the profile or the original\n"
-        "- relations: manners that do not fit the others' rank or the ties between them"
-    ),
-    "Storyline Quality": (
-        "- flow: no development, unnatural turns, verbosity, repetition of what was said (the more "
-        "of it, the more severe)\n"
-        "- logic: statements that contradict each other"
-    ),
-}
 
 
 def to_item(row: Fields) -> Item:
@@ -169,8 +144,7 @@ def _question(item: Item, dimension: str, lines: Sequence[Line]) -> ChatRequest:
     original = [Line(speaker=speaker, text=text) for speaker, text in scene["original"]]
     values = {
         "dimension": dimension,
-        "question": QUESTIONS[dimension],
-        "flaws": FLAWS[dimension],
+        **_dimensions()[dimension],
         "book": scene["book"],
         "plot": scene["plot"],
         "scenario": scene["scenario"],
@@ -181,6 +155,14 @@ def _question(item: Item, dimension: str, lines: Sequence[Line]) -> ChatRequest:
     }
     messages = _template("judge").fill(values)
     return ChatRequest(messages=messages, sampling=SamplingParams(max_tokens=4096))
+
+
+@functools.cache
+def _dimensions() -> dict[str, dict[str, str]]:
+    """Dimension -> the `question` that a critic answers, and the kinds of `flaws`."""
+    file = resolve("data", f"{PACKAGE}megadistill/inference/templates/coser-dimensions-v1.yaml")
+    found: dict[str, dict[str, str]] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return found
 
 
 def _template(role: str) -> Template:

@@ -13,6 +13,7 @@ from pathlib import Path
 from megadistill.evaluate.protocol import Benchmark, Fields, Item, Score, Tools
 from megadistill.evaluate.sandbox import Limits, run_python
 from megadistill.inference.requests import SamplingParams
+from megadistill.inference.templates import load_template
 
 WINDOWS = {
     "livecodebench_v5": (date(2024, 8, 1), date(2025, 2, 1)),
@@ -25,10 +26,7 @@ TEST_S = 6
 """Seconds of one test, as there."""
 LIMITS = Limits(wall_s=600.0, cpu_s=600, memory_mib=6144, file_mib=64)
 """Of all tests of one program together; the tests end at the first that fails."""
-SYSTEM = (
-    "You are an expert Python programmer. You are given a problem and write a correct Python program "
-    "that solves it and passes all tests."
-)
+TEMPLATE = "packaged:livecodebench-v1"
 WITH_STARTER = "Complete this code, and enclose all of the program in a code block:"
 FROM_STDIN = (
     "Read the input from stdin and write the answer to stdout; do not test on the examples. Enclose "
@@ -44,15 +42,14 @@ def to_item(row: Fields, version: str) -> Item | None:
     if not first <= date.fromisoformat(row["contest_date"][:10]) < end:
         return None
     starter = row["starter_code"]
-    lines = ["### Question", row["question_content"], "", "### Format"]
-    lines += [WITH_STARTER if starter else FROM_STDIN]
-    lines += ["```python", starter or "# the program", "```", "", "### Answer"]
+    values = {
+        "question": row["question_content"],
+        "format": WITH_STARTER if starter else FROM_STDIN,
+        "code": starter or "# the program",
+    }
     return Item(
         id=str(row["question_id"]),
-        messages=(
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": "\n".join(lines)},
-        ),
+        messages=tuple(load_template(TEMPLATE, tuple(values)).fill(values)),
         text=row["question_content"],
         reference={
             "public": row["public_test_cases"],

@@ -3,22 +3,11 @@
 import json
 from typing import Any
 
-from megadistill.evaluate.protocol import Benchmark, Fields, Item, Score, user
+from megadistill.evaluate.protocol import Benchmark, Fields, Item, Score
 from megadistill.inference.requests import SamplingParams
+from megadistill.inference.templates import load_template
 
-EXAMPLE = """# Example
-
-There are 2 houses, numbered 1 to 2 from left to right. Each has a person with a unique name (Ada, \
-Ben) and a unique drink (milk, tea).
-1. Ada lives directly left of the person who drinks tea.
-
-{"reasoning": "Ada is directly left of somebody, so she lives in house 1, and the tea drinker, who \
-is Ben, in house 2. Ada drinks milk.", "solution": {"House 1": {"Name": "Ada", "Drink": "milk"}, \
-"House 2": {"Name": "Ben", "Drink": "tea"}}}"""
-ORDER = (
-    "Solve the puzzle. Answer with one JSON object like the example's: your step-by-step "
-    "`reasoning`, then the `solution` with every house and these attributes:"
-)
+TEMPLATE = "packaged:zebralogic-v1"
 
 
 def to_item(row: Fields) -> Item:
@@ -30,9 +19,10 @@ def to_item(row: Fields) -> Item:
     if header[0] != "House" or not rows or any(cell == "___" for line in rows for cell in line):
         raise ValueError("has no full solution; the public set hides it, the private one is gated")
     shape = {f"House {line[0]}": dict.fromkeys(header[1:], "___") for line in rows}
-    text = f"{EXAMPLE}\n\n# Puzzle\n\n{row['puzzle']}\n\n{ORDER} {json.dumps(shape)}"
+    values = {"puzzle": row["puzzle"], "shape": json.dumps(shape)}
+    messages = tuple(load_template(TEMPLATE, tuple(values)).fill(values))
     cells = {f"House {line[0]}": dict(zip(header[1:], line[1:], strict=True)) for line in rows}
-    return Item(id=str(row["id"]), messages=user(text), text=row["puzzle"], reference=cells)
+    return Item(id=str(row["id"]), messages=messages, text=row["puzzle"], reference=cells)
 
 
 def last_solution(text: str) -> dict[str, Any] | None:
