@@ -174,15 +174,14 @@ class Campaign:
 
         What is relative in that one's configuration is so to where it was submitted: go there.
         """
-        file = Path(source).absolute()
-        if file.is_dir():
-            file /= "campaign.yaml"
-            if not file.exists():
-                raise ValueError(
-                    f"{source}: found no campaign.yaml, expected a campaign's directory"
-                )
-            os.chdir(read_plan(file.parent).directory)
-        return cls.of(load(CampaignConfig, file, overrides))
+        folder = Path(source).absolute()
+        if not folder.is_dir():
+            return cls.of(load(CampaignConfig, source, overrides))
+        if not (folder / "campaign.yaml").exists():
+            raise ValueError(f"{source}: found no campaign.yaml, expected a campaign's directory")
+        config = load(CampaignConfig, folder / "campaign.yaml", overrides)
+        os.chdir(read_plan(folder).directory)
+        return cls.of(config)
 
     @property
     def root(self) -> Path:
