@@ -109,5 +109,5 @@ def test_a_refinement_on_slurm_makes_what_it_makes_here(
     wait_until(lambda: not cluster.call("squeue", "--noheader"))
     assert cluster.state(*jobs["result"]) == "COMPLETED"
     again = cluster.call(*command, "refine", str(config))
-    assert "job" not in again
+    assert ": job " not in again
     assert len(endpoint.bodies) == 2 * asked  # all was done
