@@ -17,6 +17,7 @@ from megadistill.data.tokenizer_files import (
     unused_tokens,
 )
 from megadistill.resolve import resolve
+from megadistill.rollout.model_files import eos_token_ids
 from megadistill.rundir import RunDir
 
 CHECKPOINT_BYTES = 14
@@ -67,12 +68,15 @@ def machine_problems(config: RunConfig) -> list[str]:
 
 def check_model(directory: Path, *, is_asked: bool = True) -> dict[str, int]:
     """Open what a run, an engine or a server would: weights, tokenizer and, if chats are put to the
-    model, the chat template. Returns the vocabulary, as far as it can be read; raises `ValueError`.
+    model, the chat template and what ends an answer. Returns the vocabulary, as far as it can be
+    read; raises `ValueError`.
     """
     check_weights(directory)
+    vocabulary = read_vocabulary(directory)
     if is_asked:
         check_chat_template(directory)
-    return read_vocabulary(directory)
+        eos_token_ids(directory)
+    return vocabulary
 
 
 def model_paths(config: RunConfig) -> dict[str, str]:

@@ -141,6 +141,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
         ("tokenizer.json", '{"model": {', "tokenizer.json: not valid JSON: .*; download it again"),
         ("chat_template.jinja", None, "has no chat template"),
         ("chat_template.jinja", "{% for m in %}", "its chat template is none: Expected an expr"),
+        ("tokenizer_config.json", None, "found no eos_token_id in config.json or generation_c"),
         ("config.json", None, "no such file, expected a Hugging Face model directory"),
     ],
 )
@@ -155,7 +156,7 @@ def test_what_the_roles_would_refuse_of_a_model_is_refused_before(
     (line, *more) = problems(tree_on(models))
     assert re.search(rf"^student\.path: .*{expected}", line)
     # The domain teacher is the same model, but nobody chats with it.
-    assert len(more) == ("template" not in name)
+    assert len(more) == (name not in ("chat_template.jinja", "tokenizer_config.json"))
 
 
 def test_chat_templates_of_older_and_of_training_files_are_templates(models: Path) -> None:
@@ -164,10 +165,14 @@ def test_chat_templates_of_older_and_of_training_files_are_templates(models: Pat
     assert not problems(tree_on(models))
     (folder / "chat_template.jinja").unlink()
     named = [{"name": "default", "template": "{% for m in messages %}{% break %}{% endfor %}"}]
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": named, "eos_token": "<|end|>"})
+    )
     assert not problems(tree_on(models))
     named[0]["template"] = "{% break"
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": named, "eos_token": "<|end|>"})
+    )
     (line,) = problems(tree_on(models))
     assert "its chat template is none" in line
 
