@@ -18,6 +18,9 @@ from megadistill.data.files import Row, files_of, read_all
 from megadistill.data.formats import to_record
 from megadistill.data.records import Record
 
+COMPOSITE = "composite"
+"""The task of reasoning-gym that is others together, which it must be told."""
+
 
 def read_pool(config: PoolConfig, name: str = "") -> Iterator[Record]:
     """All records of a pool as chats, source by source, in a fixed order.
@@ -55,7 +58,7 @@ def _read_reasoning_gym(source: ReasoningGymSource) -> Iterator[Record]:
     import reasoning_gym  # noqa: PLC0415 - optional, and slow to import
     from reasoning_gym.factory import DATASETS  # noqa: PLC0415
 
-    tasks = source.tasks or sorted(DATASETS)
+    tasks = source.tasks or sorted(DATASETS.keys() - {COMPOSITE})
     unknown = [task for task in tasks if task not in DATASETS]
     if unknown:
         raise ValueError(f"tasks: found {unknown}, which reasoning-gym does not have")

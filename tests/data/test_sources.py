@@ -420,6 +420,20 @@ def test_reasoning_tasks_are_shared_out_evenly_and_repeatable() -> None:
     assert [record.messages for record in other] != [record.messages for record in records[:3]]
 
 
+def test_without_names_every_reasoning_task_is_asked_that_needs_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("reasoning_gym")
+    from reasoning_gym import factory
+
+    few = {name: factory.DATASETS[name] for name in ("chain_sum", "composite", "leg_counting")}
+    monkeypatch.setattr(factory, "DATASETS", few)
+    found = read(ReasoningGymSource(size=4))
+    assert [record.id for record in found] == [
+        *("chain_sum-0-0", "chain_sum-0-1", "leg_counting-0-0", "leg_counting-0-1")
+    ]
+
+
 def test_an_unknown_reasoning_task_is_an_error() -> None:
     pytest.importorskip("reasoning_gym")
     with pytest.raises(ValueError, match="found \\['no_such_task'\\]"):
