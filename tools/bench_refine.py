@@ -70,6 +70,7 @@ def make_sides(
         template=load_template(settings.template, FIELDS),
         tokenizer=load_tokenizer(model),
         seed=config.seed,
+        date=config.date,
     )
     batch = EngineSettings(
         model=model,

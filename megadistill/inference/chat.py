@@ -200,16 +200,18 @@ class ChatModel:
 
         `give_up`: whether many in a row of which it makes nothing end the work.
         """
-        text = ""
+        text = words = ""
         for request in requests:
-            text = without_thinking((await self.ask(request, usage)).text)
+            reply = await self.ask(request, usage)
+            text = without_thinking(reply.text)
             if parse(text) is not None:
                 self._unread.end()
                 return text
             usage.unparsable += 1
+            words = repr(reply.text[-MOST_WORDS:]) + (", which is cut" if reply.cut else "")
         if give_up:
             sort = "replies in a row could not be read"
-            self._unread.go_on(sort, repr(text[-MOST_WORDS:]), self.config.give_up_alike)
+            self._unread.go_on(sort, words, self.config.give_up_alike)
         return text
 
     def _body(self, request: ChatRequest) -> dict[str, Any]:

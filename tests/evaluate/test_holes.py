@@ -216,7 +216,7 @@ def says(kind: str) -> Script:
             '{"error": "busy"}',
             '8 replies in a row could not be read; the last: \'{"error": "busy"}\'',
         ),
-        ("<think>yes", "8 replies in a row could not be read; the last: ''"),
+        ("<think>yes", "8 replies in a row could not be read; the last: '<think>yes'"),
         (
             (400, "bad effort"),
             "8 requests in a row were refused with status 400; the last: bad effort",
