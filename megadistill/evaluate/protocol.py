@@ -91,11 +91,11 @@ class Benchmark:
     """One protocol; each file of `benchmarks/` is one."""
 
     title: str
-    block: Block
-    sampling: SamplingParams
     rows: Callable[[Fields], Item | None]
     """A row of the file as an item, or None for one of another benchmark in the same file; raises
     `ValueError` or `KeyError` when it is wrong."""
+    block: Block = "general"
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     score: Callable[[Item, str], Score] | None = None
     run: Callable[[Item, str, Tools], Score] | None = None
     """Scores by running what was written; slow, and many at a time."""

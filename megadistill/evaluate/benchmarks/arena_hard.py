@@ -109,8 +109,6 @@ def _baseline_answers(model: str) -> dict[str, str]:
 def _benchmark(category: Category, title: str, size: int) -> Benchmark:
     return Benchmark(
         title=title,
-        block="general",
-        sampling=SamplingParams(max_tokens=32768),
         rows=functools.partial(to_item, category=category),
         judged=Judged(requests=requests, parse=verdict, score_replies=score_replies),
         remark=functools.partial(remark, title=title),

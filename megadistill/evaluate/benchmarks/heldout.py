@@ -1,7 +1,6 @@
 """Held-out divergences and likelihoods as columns: measured by the training engine, see `heldout_metrics`."""
 
 from megadistill.evaluate.protocol import Benchmark, Fields, Item
-from megadistill.inference.requests import SamplingParams
 
 
 def _no_item(row: Fields) -> Item:
@@ -12,7 +11,6 @@ def _metric(title: str) -> Benchmark:
     return Benchmark(
         title=title,
         block="heldout",
-        sampling=SamplingParams(),
         rows=_no_item,
         higher_is_better=False,
     )

@@ -79,7 +79,6 @@ def checker() -> ModuleType:
 
 IFEVAL = Benchmark(
     title="IF-Eval",
-    block="general",
     sampling=SamplingParams(max_tokens=16384),
     rows=to_item,
     score=score,

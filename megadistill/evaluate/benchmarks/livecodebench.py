@@ -12,7 +12,6 @@ from pathlib import Path
 
 from megadistill.evaluate.protocol import Benchmark, Fields, Item, Score, Tools
 from megadistill.evaluate.sandbox import Limits, run_python
-from megadistill.inference.requests import SamplingParams
 from megadistill.inference.templates import load_template
 
 WINDOWS = {
@@ -97,8 +96,6 @@ def run(item: Item, answer: str, tools: Tools) -> Score:
 def _benchmark(version: str, title: str, size: int) -> Benchmark:
     return Benchmark(
         title=title,
-        block="general",
-        sampling=SamplingParams(max_tokens=32768),
         rows=partial(to_item, version=version),
         run=run,
         needs=TESTING,

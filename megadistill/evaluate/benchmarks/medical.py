@@ -9,7 +9,6 @@ from megadistill.data.pools import is_heldout
 from megadistill.data.records import Record
 from megadistill.evaluate.letters import final_letter
 from megadistill.evaluate.protocol import Benchmark, Fields, Item, Score, user
-from megadistill.inference.requests import SamplingParams
 
 INSTRUCTION = "Reason step by step, then end with a line `Final answer: <letter>`."
 HELDOUT_FRACTION = 0.12
@@ -55,7 +54,6 @@ def to_heldout_item(row: Fields) -> Item | None:
 _choices = partial(
     Benchmark,
     block="domain",
-    sampling=SamplingParams(max_tokens=32768),
     rows=to_item,
     score=score,
 )

@@ -64,7 +64,6 @@ D_ACC = Benchmark(
 )
 MS_BENCH = Benchmark(
     title="MS-Bench",
-    block="general",
     sampling=SamplingParams(max_tokens=1024),
     rows=ms_bench_item,
     judged=judged_by("packaged:acceptable-v1", JUDGING),

@@ -16,7 +16,6 @@ from megadistill.evaluate.benchmarks import BENCHMARKS
 from megadistill.evaluate.benchmarks.harness_logs import Log, read_logs
 from megadistill.evaluate.benchmarks.livecodebench import WINDOWS
 from megadistill.evaluate.protocol import Benchmark, Fields, Item, user
-from megadistill.inference.requests import SamplingParams
 from megadistill.refine.blocks import Row
 
 
@@ -128,10 +127,8 @@ _HINTS = {
 }
 LIVEBENCH = Benchmark(
     title="LiveBench 2024-11-25",
-    block="general",
-    sampling=SamplingParams(),
     rows=livebench_item,
     hint=_HINTS["livebench"],
     groups="mean_of_means",
 )
-RECORDED = Benchmark(title="recorded", block="general", sampling=SamplingParams(), rows=_no_item)
+RECORDED = Benchmark(title="recorded", rows=_no_item)

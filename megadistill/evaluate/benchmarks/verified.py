@@ -98,7 +98,6 @@ def hmmt_item(row: Fields) -> Item:
 
 GPQA_DIAMOND = Benchmark(
     title="GPQA-Diamond",
-    block="general",
     sampling=SamplingParams(
         samples=4, temperature=0.7, top_p=0.95, top_k=20, repetition_penalty=1.05, max_tokens=32768
     ),
@@ -113,7 +112,6 @@ GPQA_DIAMOND = Benchmark(
 )
 HMMT25 = Benchmark(
     title="HMMT25",
-    block="general",
     sampling=SamplingParams(
         samples=16, temperature=0.6, top_p=0.95, top_k=20, repetition_penalty=1.05, max_tokens=32768
     ),

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 from megadistill.evaluate.protocol import Benchmark, Fields, Item, Score
-from megadistill.inference.requests import SamplingParams
 from megadistill.inference.templates import load_template
 
 TEMPLATE = "packaged:zebralogic-v1"
@@ -70,8 +69,6 @@ def _same(given: Any, truth: Any) -> bool:
 
 ZEBRALOGIC = Benchmark(
     title="ZebraLogic",
-    block="general",
-    sampling=SamplingParams(max_tokens=32768),
     rows=to_item,
     score=score,
     hint=(
