@@ -24,7 +24,7 @@ BUDGETS = {
     "config": 1240,
     "convert": 1141,
     "data": 1170,
-    "evaluate": 3080,
+    "evaluate": 3060,
     "head": 1260,
     "inference": 620,
     "launch": 3030,
