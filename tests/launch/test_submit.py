@@ -245,3 +245,14 @@ def test_where_the_cluster_does_not_say_an_array_has_what_slurm_takes_by_default
     make_command(tmp_path, "scontrol", "exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert slurm.array_room() == 1000
+
+
+def test_a_queue_that_does_not_answer_is_said_at_once_and_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = f"echo >>{tmp_path}/asked; (( $(wc -l <{tmp_path}/asked) > 2 )) || exit 1"
+    make_command(tmp_path, "squeue", f"{asked}; echo '41 41 PENDING'")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(slurm, "WAIT_POLL_S", 0.01)
+    assert slurm.live_jobs() == {"41": "PENDING"}
+    assert caplog.messages == ["squeue does not answer, it is asked for 600 s more"]
