@@ -17,6 +17,7 @@ from megadistill.launch.attempts import (
     NodeSign,
     last_error,
     last_sign,
+    last_writes,
     read_attempts,
     read_nodes,
     run_state,
@@ -74,7 +75,8 @@ def watch(
                 newest = read_attempts(run)[-1]
                 raise ValueError(f"{run.path}: {newest.message}\n{newest.detail}".rstrip())
             could_fail = not has_failed
-            if time.time() - max(last_sign(run), begun) > give_up_s:
+            written = max(last_sign(run), *last_writes(run).values(), begun)
+            if time.time() - written > give_up_s:
                 raise ValueError(
                     f"{run.path}: nothing was written for {give_up_s:.0f} s; see its logs/"
                 )

@@ -236,6 +236,23 @@ def test_watching_gives_up_on_a_silent_run(run: RunDir) -> None:
         watch(run, console, interval_s=0.01, give_up_s=0.05)
 
 
+def test_watching_is_patient_while_any_role_writes(run: RunDir) -> None:
+    engine = run.path / "logs" / "engine-0.0.log"
+    stop = time.monotonic() + 1.0
+
+    def load() -> None:
+        while time.monotonic() < stop:
+            engine.write_text("loading")
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    with pytest.raises(ValueError, match="nothing was written"):
+        watch(run, text_console()[0], interval_s=0.01, give_up_s=0.3)
+    assert time.monotonic() > stop
+    thread.join()
+
+
 def test_watching_a_run_that_fails_ends_with_the_cause(run: RunDir) -> None:
     console, _ = text_console()
     failure = {"node": 1, "what": "engine 0", "when": 0.0, "detail": "out of memory"}
