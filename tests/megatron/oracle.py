@@ -138,6 +138,10 @@ def reference(model_dir: Path, lengths: Sequence[int], teachers: Mapping[str, Pa
         taught = [
             common_logprobs(frozen[teacher_of(index)], span) for index, span in enumerate(spans)
         ]
+        supported = sum(
+            reverse_with_tail(model, sample, common_logprobs(frozen["shallow"], sample.span))
+            for sample in samples
+        )
     divergence = torch.stack(
         [jensen_shannon(model, s, rows) for s, rows in zip(samples, taught, strict=True)]
     ).sum()
@@ -172,6 +176,7 @@ def reference(model_dir: Path, lengths: Sequence[int], teachers: Mapping[str, Pa
             for span, ids_RK in zip(spans, asked_ids(spans), strict=True)
         ],
         distilled=divergence.item(),
+        supported=supported,
         distilled_gradients=distilled_gradients,
         kl=kl,
         samples=samples,
@@ -213,6 +218,21 @@ def jensen_shannon(model: torch.nn.Module, sample: Sample, teacher: Tensor) -> T
     values = ((q.exp() * (q - middle)).sum(-1) + (p.exp() * (p - middle)).sum(-1)) / 2
     assert sample.divergence_weights_R is not None
     return (torch.from_numpy(sample.divergence_weights_R) * values).sum()
+
+
+@torch.no_grad()
+def reverse_with_tail(model: torch.nn.Module, sample: Sample, teacher: Tensor) -> float:
+    """One sample's part of T^2 KL(student || teacher) on the student's top K and the rest."""
+    p, q = (
+        (rows[-sample.span.num_scored :] / TEMPERATURE).double().log_softmax(-1).exp()
+        for rows in (token_logprobs(model, sample.span), teacher)
+    )
+    ids = p.topk(TOP_K).indices
+    p, q = (rows.gather(1, ids) for rows in (p, q))
+    p, q = (torch.cat((inside, 1 - inside.sum(-1, keepdim=True)), 1) for inside in (p, q))
+    assert sample.divergence_weights_R is not None
+    weights = torch.from_numpy(sample.divergence_weights_R)
+    return float(TEMPERATURE**2 * (weights * (p * (p / q).log()).sum(-1)).sum())
 
 
 def answered(rows: Tensor, ids_RK: Int32Array) -> TokenScores:

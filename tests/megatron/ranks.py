@@ -32,6 +32,7 @@ from megadistill.losses import (
     full_vocabulary,
     policy_gradient,
     policy_gradient_and,
+    top_k,
 )
 from megadistill.megatron import export, training
 from megadistill.megatron.engine import STUDENT, Engine
@@ -40,10 +41,12 @@ from megadistill.types import (
     MicroBatch,
     Prompt,
     Rollout,
+    Sample,
     Scored,
     ScoreRequest,
     TokenScores,
     TokenSpan,
+    TopK,
 )
 from tests.megatron.reference import (
     TEMPERATURE,
@@ -247,12 +250,29 @@ def _distilling(engine: Engine, reference: Reference) -> dict[str, float]:
     heads = engine._with_heads(loss, samples, training=True)
     engine._student.gradient(engine._batches(samples), heads)
     pairs = list(zip(found["shallow"], reference.teacher, strict=True))
+    supported = _supported(engine, reference)
+    tail = partial(top_k, direction="reverse", tail=True, temperature=TEMPERATURE)
+    on_own_ids = engine.measure(supported, tail)["divergence/loss"]
     return {
+        "own top-k": abs(on_own_ids - reference.supported),
         "teacher entropy": _largest_of((a.entropy_R, b.entropy_R) for a, b in pairs),
         "teacher at ids": _largest_of((a.at_ids_RK, b.at_ids_RK) for a, b in pairs),
         "jsd": abs(measured - reference.distilled),
         "jsd gradient": _relative(dict(gradients_of(engine)), reference.distilled_gradients),
     }
+
+
+def _supported(engine: Engine, reference: Reference) -> list[Sample]:
+    """The student's most probable ids, and what the shallow teacher thinks of them."""
+    request = ScoreRequest(top_k=TOP_K, temperature=TEMPERATURE)
+    own = [one.top_k for one in engine.read(STUDENT, reference.spans, request) if one.top_k]
+    plain = ScoreRequest(temperature=TEMPERATURE)
+    taught = engine.read("shallow", reference.spans, plain, [top.ids_RK for top in own])
+    return [
+        replace(sample, top_k=TopK(ids_RK=top.ids_RK, logprobs_RK=one.at_ids_RK))
+        for sample, top, one in zip(reference.samples, own, taught, strict=True)
+        if one.at_ids_RK is not None
+    ]
 
 
 def _training(engine: Engine, reference: Reference, model_dir: Path) -> dict[str, float]:

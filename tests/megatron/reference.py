@@ -33,6 +33,8 @@ class Reference:
     """Of the shallow teacher, about the ids of `asked_ids`."""
     distilled: float
     """What the divergence of the test adds to the loss, each sample from its own teacher."""
+    supported: float
+    """Reverse KL with a tail on the student's own top K, all samples from the shallow teacher."""
     distilled_gradients: dict[str, Tensor]
     """Of policy gradient and divergence, not clipped."""
     kl: float

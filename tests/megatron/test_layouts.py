@@ -26,6 +26,7 @@ LIMITS = {
     "top-k kl": 1e-5,
     "teacher entropy": 1e-5,
     "teacher at ids": 1e-5,
+    "own top-k": 1e-5,
     "jsd": 1e-5,
     "jsd gradient": 1e-5,
     "gap to itself": 0.0,
