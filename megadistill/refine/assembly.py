@@ -20,6 +20,7 @@ from megadistill.launch.shards import KnownFile, ShardArguments, Upstream
 from megadistill.launch.stages import ShardedStage
 from megadistill.refine.blocks import Row, read_blocks, sum_figures, write_rows
 from megadistill.refine.fusing import COLUMNS as FUSION_COLUMNS
+from megadistill.refine.fusing import PASSING
 from megadistill.refine.records import load_records
 from megadistill.refine.similarity import passes
 
@@ -230,6 +231,8 @@ def describe(summary: Mapping[str, Any], root: Path) -> str:
         f"decisions: {_counts(summary['decisions'])}",
         f"original answer kept{_reasons(summary['kept_original'])}",
     ]
+    if failed := sum(summary["kept_original"].get(reason, 0) for reason in PASSING):
+        lines.append(f"{failed} answers could not be fused: the same command asks for them again")
     found = summary["similarity"]
     if found["measured"]:
         lines.append(

@@ -18,6 +18,7 @@ from megadistill.data.records import Record
 from megadistill.inference.chat import open_endpoint
 from megadistill.inference.templates import load_template
 from megadistill.launch.shards import ShardFolder
+from megadistill.refine.assembly import describe
 from megadistill.refine.blocks import read_blocks
 from megadistill.refine.checking import Rules
 from megadistill.refine.fusing import (
@@ -202,12 +203,15 @@ def test_a_record_that_failed_is_fused_by_the_next_call_and_no_other(
     summary = world.run()
     assert summary["decisions"] == {"fused": 9, "original": 1}
     assert summary["kept_original"] == {reason: 1}
+    again = "1 answers could not be fused: the same command asks for them again"
+    assert again in describe(summary, world.root)
     server.script = good_model
     sent = len(server.bodies)
     summary = world.run()
     assert summary["decisions"] == {"fused": 10}
     assert len(server.bodies) == sent + 2
     assert world.runs == ["fusion 0", "diagnose 0"]
+    assert again not in describe(summary, world.root)
     report = json.loads((world.root / "report/refinement.json").read_text())
     assert report["changed"] == 10
     assert sorted(row["id"] for row in world.refined()) == sorted(f"q{n}" for n in range(10))
