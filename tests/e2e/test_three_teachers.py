@@ -60,7 +60,13 @@ def write_family(folder: Path, name: str) -> Path:
         algorithm={
             "kind": "mopd",
             "branches": branches,
-            "schedule": {"kind": "velocity", "every": 1, "first": 1, "temperature": 0.1},
+            "schedule": {
+                "kind": "velocity",
+                "every": 1,
+                "first": 1,
+                "temperature": 0.1,
+                "floor": 0.2,
+            },
             "loss": {"kind": "jsd", "beta": 0.5},
         },
         data={
