@@ -20,10 +20,10 @@ from megadistill.inference.model_argument import ModelArgument
 from megadistill.inference.requests import ChatRequest, SamplingParams, without_thinking
 from megadistill.inference.serving import open_models
 from megadistill.inference.templates import Template, load_template
-from megadistill.launch.shards import KnownFile, Runtime, ShardArguments, Upstream
+from megadistill.launch.shards import Upstream
 from megadistill.refine.blocks import KEY, Blocks, Row, RowNamer, read_blocks
 from megadistill.refine.checking import Rules, rejection_reason
-from megadistill.refine.records import load_records
+from megadistill.refine.records import PartArguments, load_records
 from megadistill.refine.similarity import passes
 from megadistill.rollout.seeds import seed_for
 
@@ -60,7 +60,7 @@ COLUMNS = {
 """`round` counts from 1; `fused` is null where the original answer stays, then `reason` says why."""
 
 
-class FuseArguments(ShardArguments):
+class FuseArguments(PartArguments):
     """Some shards' rewrites, and the models that fuse and judge."""
 
     settings: FusionConfig
@@ -69,12 +69,14 @@ class FuseArguments(ShardArguments):
     models: dict[str, ModelArgument]
     rules: Rules
     tau: float
-    records: KnownFile
     rewrites: Upstream
     similarities: Upstream
-    block: int
     seed: int
-    gpu: Runtime[bool]
+
+    @property
+    def gpus(self) -> int:
+        """Those of the models that it serves."""
+        return sum(model.gpus for model in self.models.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

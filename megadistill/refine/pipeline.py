@@ -64,7 +64,10 @@ class Pipeline:
     def check(self) -> None:
         """Complain of templates, encoder, input and GPUs before any work."""
         if (cluster := self.config.cluster) is not None and self.gpu:
-            most = max(self.config.engine.tp, self.served_gpus())
+            fusion = self.config.fusion
+            used = {fusion.model, *fusion.judges} if fusion else set()
+            served = sum(gpus_of(self.config.models[name]) for name in used)
+            most = max(self.config.engine.tp, served)
             if most > cluster.gpus_per_node:
                 raise ValueError(
                     f"cluster.gpus_per_node: found {cluster.gpus_per_node}, expected at least "
@@ -100,9 +103,9 @@ class Pipeline:
     def shard(self) -> ShardMaker:
         return ShardMaker(gpu=self.gpu, threads=self.config.engine.threads)
 
-    def parts(self, records: KnownFile) -> list[PartArguments]:
-        """What shards of rewriting and of filtering work on."""
-        of, block = self.config.shards.count, self.config.shards.block
+    def parts(self, records: KnownFile, of: int) -> list[PartArguments]:
+        """What the shards of a stage work on."""
+        block = self.config.shards.block
         return [
             PartArguments(records=records, part=part, of=of, block=block, gpu=self.gpu)
             for part in range(of)
@@ -113,7 +116,7 @@ class Pipeline:
         template = load_template(settings.template, rewriting.FIELDS).hash
         model = model_hash(settings.model)
         shards = []
-        for part in self.parts(records):
+        for part in self.parts(records, self.config.shards.count):
             arguments = rewriting.RewriteArguments(
                 **dict(part),
                 settings=settings,
@@ -131,7 +134,9 @@ class Pipeline:
         settings = self.config.filter
         encoder = model_hash(settings.encoder, "encoder")
         shards = []
-        for part, rewritten in zip(self.parts(records), rewrites.shards, strict=True):
+        for part, rewritten in zip(
+            self.parts(records, len(rewrites.shards)), rewrites.shards, strict=True
+        ):
             arguments = similarity.MeasureArguments(
                 **dict(part),
                 settings=settings.model_copy(update={"tau": 0.0, "batch_size": 1}),
@@ -153,31 +158,27 @@ class Pipeline:
             name: ModelArgument.of(name, self.config.models[name])
             for name in (settings.model, *settings.judges)
         }
+        templates = (
+            load_template(settings.template, fusing.FUSE_FIELDS).hash,
+            load_template(settings.judge_template, fusing.JUDGE_FIELDS).hash,
+        )
         of = min(self.config.shards.fusion, len(rewrites.shards))
-        parts = [
-            fusing.FuseArguments(
+        shards = []
+        for part in self.parts(records, of):
+            arguments = fusing.FuseArguments(
+                **dict(part),
                 settings=settings,
-                templates=(
-                    load_template(settings.template, fusing.FUSE_FIELDS).hash,
-                    load_template(settings.judge_template, fusing.JUDGE_FIELDS).hash,
-                ),
+                templates=templates,
                 models=models,
                 rules=rewriting.rules_of(self.config.rewrite),
                 tau=self.config.filter.tau,
-                records=records,
-                rewrites=rewrites.upstream(part_of(rewrites.shards, part, of)),
-                similarities=measured.upstream(part_of(measured.shards, part, of)),
-                block=self.config.shards.block,
+                rewrites=rewrites.upstream(part_of(rewrites.shards, part.part, of)),
+                similarities=measured.upstream(part_of(measured.shards, part.part, of)),
                 seed=self.config.seed,
-                gpu=self.gpu,
             )
-            for part in range(of)
-        ]
-        gpus = self.served_gpus()
-        return [
-            self.shard(f"fusion {number}", fusing.fuse, part, gpus)
-            for number, part in enumerate(parts)
-        ]
+            label = f"fusion {part.part}"
+            shards.append(self.shard(label, fusing.fuse, arguments, arguments.gpus))
+        return shards
 
     def diagnoses(self, refined: RefinedArguments) -> list[Shard[Any]]:
         if self.config.diagnose is None:
@@ -196,13 +197,6 @@ class Pipeline:
             gpu=self.gpu,
         )
         return [self.shard("diagnose 0", diagnosing.diagnose, arguments, self.config.engine.tp)]
-
-    def served_gpus(self) -> int:
-        """GPUs of the models that one shard of fusion serves."""
-        if (fusion := self.config.fusion) is None:
-            return 0
-        names = {fusion.model, *fusion.judges}
-        return sum(gpus_of(self.config.models[name]) for name in names)
 
     def finish(
         self, refined: RefinedArguments, stages: Sequence[ShardedStage], report: ShardedStage
