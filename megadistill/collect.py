@@ -5,7 +5,7 @@ selection, and the training engine shards the work inside itself.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -107,13 +107,14 @@ class OnPolicyCollector:
         with timed(times, "time/rollout"):
             rollouts = self._engine.broadcast(self._sample(step, drawn))
         with timed(times, "time/score"):
-            scored = self._score(rollouts, branch_of)
+            scored = self._score(rollouts, branch_of, times)
+            self._engine.prefetch(self._teachers(self._algorithm.draws(step + 1))[0])
         selection = self._algorithm.select(scored)
         tokens = sum(len(rollout.response_ids_R) for rollout in rollouts)
         speed = {"rollout/tokens": tokens, "rollout/tokens_per_s": tokens / times["time/rollout"]}
         if self._sampler is not None and self._sampler.look_ahead:
             times["time/rollout_hidden"] = self._sampler.hidden_s
-        metrics = {**selection.metrics, **times, **speed}
+        metrics = {**selection.metrics, **times, **speed, **self._switches()}
         branch = "+".join(drawn)
         return Batch(branch=branch, selection=selection, scored=scored, metrics=metrics)
 
@@ -136,7 +137,9 @@ class OnPolicyCollector:
             self._sampler.prefetch(step + 1, _flat(self._draw(step + 1, self.cursors)))
         return rollouts
 
-    def _score(self, rollouts: Sequence[Rollout], branch_of: Sequence[str]) -> list[Scored]:
+    def _score(
+        self, rollouts: Sequence[Rollout], branch_of: Sequence[str], times: dict[str, float]
+    ) -> list[Scored]:
         """Student and teacher log-probs from one engine; only mu came from elsewhere."""
         plan = self._algorithm.scoring
         responses = [response_span(rollout) for rollout in rollouts]
@@ -144,9 +147,9 @@ class OnPolicyCollector:
         spans = self._algorithm.teacher_spans(rollouts)
         found: dict[int, Scored] = {}
         for teacher, members in self._members(branch_of).items():
-            taught = self._ask(
-                teacher, [spans[index] for index in members], [student[index] for index in members]
-            )
+            own = [student[index] for index in members]
+            with timed(times, f"time/teacher/{teacher}"):
+                taught = self._ask(teacher, [spans[index] for index in members], own)
             for index, scores in zip(members, taught, strict=True):
                 found[index] = Scored(
                     rollout=rollouts[index],
@@ -156,6 +159,22 @@ class OnPolicyCollector:
                 )
         scored = [found[index] for index in range(len(rollouts))]
         return self._measured(scored, responses)
+
+    def _teachers(self, branches: Iterable[str]) -> list[str]:
+        """In the order in which they score."""
+        return list(dict.fromkeys(self._branches[name].teacher for name in branches))
+
+    def _switches(self) -> dict[str, float]:
+        """What it took since the last step to bring teachers to the device; nothing on a CPU."""
+        found: dict[str, float] = {}
+        for switch in self._engine.switches():
+            for key, value in (
+                (f"time/switch/{switch.model}", switch.seconds),
+                (f"time/switch_waited/{switch.model}", switch.waited_s),
+                (f"switch/{switch.model}/gib", switch.num_bytes / 2**30),
+            ):
+                found[key] = found.get(key, 0.0) + value
+        return found
 
     def _members(self, branch_of: Sequence[str]) -> dict[str, list[int]]:
         """Teacher -> indices of the rollouts that it scores: each is loaded once."""

@@ -346,6 +346,20 @@ def test_a_teacher_of_two_branches_is_asked_once() -> None:
     assert len(set(prompt_ids(batch))) == 6
 
 
+def test_the_next_steps_teacher_is_fetched_while_this_step_trains() -> None:
+    scorer = FakeTrainingEngine()
+    collector = make_collector(scorer=scorer)
+    first = collector.collect(0).metrics  # general, as the two steps after it
+    assert {key for key in first if "general" in key and key.startswith(("time/", "switch/"))} == {
+        "time/teacher/general",
+        "time/switch/general",
+        "time/switch_waited/general",
+        "switch/general/gib",
+    }
+    collector.collect(1)
+    assert "switch/domain/gib" in collector.collect(2).metrics
+
+
 def test_a_branch_without_prompts_at_a_step_costs_nothing() -> None:
     scorer = FakeTrainingEngine()
     cycle = {"kind": "cycle", "order": ["general", "medical", "nursing"]}

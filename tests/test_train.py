@@ -169,7 +169,7 @@ def numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in row.items()
-        if not key.startswith("time/") and not key.endswith("per_s")
+        if not key.startswith(("time/", "switch/")) and not key.endswith("per_s")
     }
 
 
