@@ -18,7 +18,7 @@ MOST_LINES = 400
 """Of a module, all counted."""
 MOST_FUNCTION_LINES = 60
 BUDGETS = {
-    "": 1941,
+    "": 1990,
     "algorithms": 980,
     "cli": 520,
     "config": 1240,
