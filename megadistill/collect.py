@@ -22,6 +22,7 @@ from megadistill.rollout.seeds import seed_for
 from megadistill.types import (
     Prompt,
     Rollout,
+    Sample,
     Scored,
     TokenScores,
     TokenSpan,
@@ -117,6 +118,20 @@ class OnPolicyCollector:
         metrics = {**selection.metrics, **times, **speed, **self._switches()}
         branch = "+".join(drawn)
         return Batch(branch=branch, selection=selection, scored=scored, metrics=metrics)
+
+    def compare(self, step: int, count: int) -> dict[str, Sequence[Sample]]:
+        """Branch -> what would be trained on of the first `count` prompts of its pool.
+
+        From the weights that are published now; the training stream goes on as if nothing had been.
+        """
+        drawn = {name: self._pools[own.pool].draw(0, count) for name, own in self._branches.items()}
+        sampled = self._sampler.aside(step, _flat(drawn)) if self._sampler else []
+        branch_of = [branch for branch in drawn for _ in range(count)]
+        scored = self._score(self._engine.broadcast(sampled), branch_of, {})
+        return {
+            branch: self._algorithm.select([s for s in scored if s.branch == branch]).samples
+            for branch in drawn
+        }
 
     def _draw(self, step: int, cursors: Mapping[str, int]) -> dict[str, list[Prompt]]:
         positions = dict(cursors)
@@ -246,8 +261,12 @@ class Sampler:
         self.hidden_s = max(self._sampling_s.pop(step, 0.0) - waited_s, 0.0)
         return rollouts
 
+    def aside(self, step: int, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Rollouts before `step` outside the training stream, with seeds of their own."""
+        return self.generate(prompts, self._seeds(-step, prompts))
+
     def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], max_tokens: int
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], max_tokens: int | None = None
     ) -> list[Rollout]:
         """Rollouts outside the training stream, from the weights that are published now."""
         with self._awake():
@@ -277,14 +296,15 @@ class Sampler:
         self._pending[step].set_result(rollouts)
 
     def _generate(self, step: int, prompts: Sequence[Prompt], version: int) -> list[Rollout]:
-        seeds = [
-            seed_for(self._seed, step, prompt.id, sample) for sample, prompt in enumerate(prompts)
-        ]
+        seeds = self._seeds(step, prompts)
         start = time.perf_counter()
         with self._awake():
             rollouts = self._engines.generate(prompts, seeds, expected_version=version)
         self._sampling_s[step] = time.perf_counter() - start
         return rollouts
+
+    def _seeds(self, step: int, prompts: Sequence[Prompt]) -> list[int]:
+        return [seed_for(self._seed, step, one.id, sample) for sample, one in enumerate(prompts)]
 
     @contextmanager
     def _awake(self) -> Iterator[None]:

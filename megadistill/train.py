@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megadistill import startup
+from megadistill.algorithms.protocol import Comparing, Loss
 from megadistill.assemble import Parts, publish_student
 from megadistill.atomic import remove_torn
-from megadistill.collect import Batch, timed
+from megadistill.collect import Batch, OnPolicyCollector, timed
 from megadistill.config import resolve_path
 from megadistill.config.schema import OptimizerConfig
 from megadistill.convert.hf_files import writing_model
@@ -38,6 +39,7 @@ def train(parts: Parts, state: RunState) -> None:
             with timed(times, "time/publish"):
                 publish_student(parts, version=step + 1)
         observed = parts.algorithm.observe(result)
+        observed |= compare_gradients(parts, step + 1)
         state = state.after(step, parts.collector.cursors, parts.algorithm.state())
         memory = {"memory/trainer_gib": parts.engine.memory_gib()}
         measured = {**observed, **times, **memory, **evaluate(parts, state.step)}
@@ -54,8 +56,27 @@ def train(parts: Parts, state: RunState) -> None:
 
 def take_step(parts: Parts, samples: Sequence[Sample], rate: float) -> StepResult:
     """One optimizer step on the algorithm's loss of `samples`."""
-    loss = parts.algorithm.loss(lambda loss: parts.engine.measure(samples, loss))
-    return parts.engine.step(samples, loss, learning_rate=rate)
+    return parts.engine.step(samples, loss_of(parts, samples), learning_rate=rate)
+
+
+def loss_of(parts: Parts, samples: Sequence[Sample]) -> Loss:
+    """The algorithm's loss of these samples."""
+    return parts.algorithm.loss(lambda loss: parts.engine.measure(samples, loss))
+
+
+def compare_gradients(parts: Parts, steps_taken: int) -> dict[str, float]:
+    """What the algorithm learns of its branches' gradients at these weights, where it asks for them."""
+    algorithm, collector = parts.algorithm, parts.collector
+    if not isinstance(algorithm, Comparing) or not (count := algorithm.num_compared()):
+        return {}
+    assert isinstance(collector, OnPolicyCollector)
+    found: dict[str, float] = {}
+    with timed(found, "time/probe"):
+        batches = collector.compare(steps_taken, count)
+        found |= algorithm.compare(
+            {name: parts.engine.sketch(own, loss_of(parts, own)) for name, own in batches.items()}
+        )
+    return found
 
 
 def evaluate(parts: Parts, steps_taken: int) -> dict[str, float]:

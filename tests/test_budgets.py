@@ -19,7 +19,7 @@ MOST_LINES = 400
 MOST_FUNCTION_LINES = 60
 BUDGETS = {
     "": 1990,
-    "algorithms": 980,
+    "algorithms": 1020,
     "cli": 520,
     "config": 1240,
     "convert": 1141,
@@ -29,7 +29,7 @@ BUDGETS = {
     "inference": 620,
     "launch": 3030,
     "losses": 210,
-    "megatron": 1735,
+    "megatron": 1762,
     "prepare": 490,
     "publish": 118,
     "recipes": 120,

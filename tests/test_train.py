@@ -29,6 +29,7 @@ from tests.fake_engines import FakeRolloutEngine, FakeTrainingEngine
 from tests.tiny import (
     Tree,
     camopd_tree,
+    float32,
     make_config,
     make_prompt,
     make_tokenizer,
@@ -59,6 +60,12 @@ class FakeTrainer(FakeTrainingEngine):
     def score(self, model: str, spans: Sequence[TokenSpan]) -> list[FloatArray]:
         scores = super().score(model, spans)
         return [one + np.float32(self.weights) for one in scores] if model == "student" else scores
+
+    def sketch(self, samples: Sequence[Sample], loss: object) -> FloatArray:
+        """A direction that follows samples and weight, so that any cosine occurs."""
+        total = sum(float(sample.weights_R.sum()) for sample in samples)
+        angle = 9 * total * (1 + 50 * self.weights)
+        return float32([np.cos(angle), np.sin(angle)])
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "model.weight", torch.tensor([self.weights], dtype=torch.float64)
@@ -246,6 +253,9 @@ LEARNING: dict[str, Tree] = {
         "algorithm": FAMILY
         | {"advantage": {"floor": 0.3}, "tokens": {"kind": "entropy", "explore": 0.6}}
     },
+    "counteraction": {
+        "algorithm": FAMILY | {"schedule": {"kind": "counteraction", "every": 1, "prompts": 3}}
+    },
     "selectkd": {"algorithm": FAMILY | {"tokens": {"kind": "accepted", "rule": "sampled"}}},
 }
 """What an algorithm may remember from step to step."""
@@ -272,14 +282,39 @@ def test_a_stopped_run_ends_as_if_it_had_not_stopped(
     assert resumed.run.read_progress()["done"]
 
 
+def test_counteracting_branches_change_the_order_at_the_same_prompts(tmp_path: Path) -> None:
+    """What is sampled aside is the same prompts with other seeds, and moves no cursor."""
+    counteraction = LEARNING["counteraction"] | {"steps": 24}
+    rows = attempt(tmp_path / "follows", **counteraction).train().rows[1:]
+    order = [row["branch"] for row in rows]
+    assert len({row["schedule/repeats"] for row in rows}) > 2
+    assert order != (["general"] * 3 + ["medical"]) * 6
+    for row in rows:
+        cosine = row["schedule/cosine"]
+        assert row["probe/general_medical_cosine"] == cosine
+        assert np.sign(row["probe/general_medical_dot"]) == np.sign(cosine)
+        assert row["time/probe"] > 0
+    stage = attempt(tmp_path / "asked", **counteraction).train()
+    aside = [prompts for prompts, _, limit in stage.engines.asked if len(prompts) == 6]
+    assert len(aside) == 24
+    assert all(prompts == aside[0] for prompts in aside)
+    cursors = stage.parts.collector.cursors
+    size = stage.parts.config.batch.size
+    counts = {name: size * order.count(name) for name in ("general", "medical")}
+    assert cursors == counts
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing may catch it."""
 
 
+@pytest.mark.parametrize("learns", ["camopd", "counteraction"])
 @pytest.mark.parametrize("kill_at", [1, 2, 3, 5])
-def test_a_killed_run_repeats_what_it_had_not_saved(tmp_path: Path, kill_at: int) -> None:
-    whole = attempt(tmp_path / "whole").train()
-    killed = attempt(tmp_path / "killed")
+def test_a_killed_run_repeats_what_it_had_not_saved(
+    tmp_path: Path, kill_at: int, learns: str
+) -> None:
+    whole = attempt(tmp_path / "whole", **LEARNING[learns]).train()
+    killed = attempt(tmp_path / "killed", **LEARNING[learns])
 
     def kill() -> None:
         if len(killed.rows) == kill_at:
@@ -288,7 +323,7 @@ def test_a_killed_run_repeats_what_it_had_not_saved(tmp_path: Path, kill_at: int
     killed.engines.before_generate = kill
     with pytest.raises(Killed):
         killed.train()
-    resumed = attempt(tmp_path / "killed")
+    resumed = attempt(tmp_path / "killed", **LEARNING[learns])
     assert resumed.state.step == (kill_at - 1) // 2 * 2
     resumed.train()
     assert [numbers(row) for row in resumed.rows] == [numbers(row) for row in whole.rows]

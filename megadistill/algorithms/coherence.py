@@ -3,12 +3,13 @@
 Shape legend: N samples, P parameters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 
 def coherence(gradients_NP: Array) -> float:
@@ -47,3 +48,14 @@ def interference(first_P: Array, second_P: Array) -> tuple[float, float]:
     dot = float(first_P @ second_P)
     norms = float(np.linalg.norm(first_P) * np.linalg.norm(second_P))
     return dot, dot / norms if norms else float("nan")
+
+
+def agreement(gradients: Mapping[str, Array]) -> dict[str, float]:
+    """Dot product and cosine of every pair of branches, as metrics; no cosine where a gradient is 0."""
+    found: dict[str, float] = {}
+    for first, second in combinations(gradients, 2):
+        dot, cosine = interference(gradients[first], gradients[second])
+        found[f"probe/{first}_{second}_dot"] = dot
+        if not np.isnan(cosine):
+            found[f"probe/{first}_{second}_cosine"] = cosine
+    return found

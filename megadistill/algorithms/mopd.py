@@ -31,7 +31,7 @@ from megadistill.algorithms.protocol import (
     Selection,
     response_span,
 )
-from megadistill.algorithms.schedules import BranchSchedule, Reading, make_schedule
+from megadistill.algorithms.schedules import BranchSchedule, Counteraction, Reading, make_schedule
 from megadistill.algorithms.tokens import token_weights
 from megadistill.config.algorithm import CamopdConfig, DistillationConfig, MopdConfig
 from megadistill.config.distillation import (
@@ -207,6 +207,18 @@ class Mopd:
     def state(self) -> dict[str, float]:
         """Steps taken, and what the schedule has learnt; `make` takes it back."""
         return {STEPS: self.steps_taken, **self.schedule.state()}
+
+    def num_compared(self) -> int:
+        """As the schedule counteraction says, every so many steps."""
+        schedule = self.schedule
+        if not isinstance(schedule, Counteraction) or self.steps_taken % schedule.config.every:
+            return 0
+        return schedule.config.prompts
+
+    def compare(self, gradients: Mapping[str, FloatArray]) -> dict[str, float]:
+        """Let the schedule learn from them."""
+        assert isinstance(self.schedule, Counteraction)
+        return self.schedule.learn(self.steps_taken, gradients)
 
     @property
     def _explores(self) -> bool:

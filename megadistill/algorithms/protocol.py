@@ -10,6 +10,7 @@ from torch import Tensor
 from megadistill.config.distillation import BranchConfig
 from megadistill.head import VocabularyHead
 from megadistill.types import (
+    FloatArray,
     MicroBatch,
     Prompt,
     Rollout,
@@ -93,6 +94,17 @@ class Supervised(Algorithm, Protocol):
 
     def samples(self, answers: Sequence[tuple[Prompt, Sequence[int]]]) -> Selection:
         """(prompt, answer ids) pairs to weighted samples."""
+
+
+@runtime_checkable
+class Comparing(Protocol):
+    """Learns from how the gradients of its branches agree, at the same weights."""
+
+    def num_compared(self) -> int:
+        """Prompts of each branch on which gradients are wanted after this step; mostly 0."""
+
+    def compare(self, gradients: Mapping[str, FloatArray]) -> dict[str, float]:
+        """Learn from a sketch of each branch's gradient; returns what is worth logging."""
 
 
 def response_span(rollout: Rollout) -> TokenSpan:

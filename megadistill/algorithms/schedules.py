@@ -6,14 +6,22 @@ a run that is resumed draws what it would have drawn.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from megadistill.algorithms.coherence import agreement, interference
 from megadistill.config.algorithm import CamopdConfig, MopdConfig
-from megadistill.config.distillation import CycleSchedule, GapSchedule, VelocitySchedule
+from megadistill.config.distillation import (
+    BranchConfig,
+    CounteractionSchedule,
+    CycleSchedule,
+    GapSchedule,
+    VelocitySchedule,
+)
 from megadistill.config.schema import RunConfig
+from megadistill.types import FloatArray
 
 State = Mapping[str, float]
 
@@ -197,6 +205,94 @@ class GapHistory:
         return cls(int(state["count"]), state["first"], state["average"], remaining)
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some recovering steps, and one of every preserving branch."""
+
+    first: int
+    """Its first step."""
+    repeats: int
+    """Recovering steps."""
+    recovered: int = 0
+    """Recovering steps before it, which decide whose turn it is."""
+
+
+@dataclass
+class Counteraction:
+    """n_g recovering steps, then one of every preserving branch; n_g follows their counteraction."""
+
+    config: CounteractionSchedule
+    recovering: Sequence[str]
+    preserving: Sequence[str]
+    batch_size: int
+    delay: int
+    """Steps whose prompts are drawn before a step is over: their block keeps its length."""
+    block: Block
+    """Of a step that was drawn; from there the steps before the next measurement follow."""
+    repeats: int
+    """n_g of every block after that."""
+
+    def draws(self, step: int) -> Mapping[str, int]:
+        block = self._block_of(step)
+        place = step - block.first
+        if place < block.repeats:
+            name = self.recovering[(block.recovered + place) % len(self.recovering)]
+        else:
+            name = self.preserving[place - block.repeats]
+        return {name: self.batch_size}
+
+    def factor(self, branch: str) -> float:
+        return 1.0
+
+    def observe(self, step: int, readings: Mapping[str, Reading]) -> dict[str, float]:
+        return {"schedule/repeats": self._block_of(step).repeats}
+
+    def learn(self, steps_taken: int, gradients: Mapping[str, FloatArray]) -> dict[str, float]:
+        """Take n_g from the branches' gradients after so many steps."""
+        recover, preserve = (
+            np.mean([gradients[name] for name in names], axis=0)
+            for names in (self.recovering, self.preserving)
+        )
+        _, cosine = interference(recover, preserve)
+        cosine = 0.0 if math.isnan(cosine) else cosine
+        self.block = self._block_of(steps_taken - 1 + self.delay)
+        self.repeats = repeats_for(cosine, self.config.repeats)
+        return {"schedule/cosine": cosine, **agreement(gradients)}
+
+    def state(self) -> dict[str, float]:
+        return {**asdict(self.block), "next_repeats": self.repeats}
+
+    def _block_of(self, step: int) -> Block:
+        block = self.block
+        while step >= (end := block.first + block.repeats + len(self.preserving)):
+            block = Block(end, self.repeats, block.recovered + block.repeats)
+        return block
+
+
+def repeats_for(cosine: float, repeats: int) -> int:
+    """n_g = clip(round(repeats (1 - cosine)), 1, 2 repeats)."""
+    return min(max(round(repeats * (1 - cosine)), 1), 2 * repeats)
+
+
+def counteraction(
+    config: CounteractionSchedule,
+    branches: Mapping[str, BranchConfig],
+    batch_size: int,
+    *,
+    delay: int,
+    state: State,
+) -> Counteraction:
+    """With what `state` says was learnt."""
+    start = {"first": 0, "repeats": config.repeats, "recovered": 0, "next_repeats": config.repeats}
+    known = {name: int(value) for name, value in (start | dict(state)).items()}
+    repeats = known.pop("next_repeats")
+    recovering, preserving = (
+        [name for name, branch in branches.items() if branch.role == role]
+        for role in ("recover", "preserve")
+    )
+    return Counteraction(config, recovering, preserving, batch_size, delay, Block(**known), repeats)
+
+
 def make_schedule(
     algorithm: MopdConfig | CamopdConfig, config: RunConfig, state: Mapping[str, float]
 ) -> BranchSchedule:
@@ -209,9 +305,11 @@ def make_schedule(
     schedule = algorithm.schedule
     if isinstance(schedule, CycleSchedule):
         return Cycle([{name: size} for name in schedule.order])
+    delay = config.rollout.max_staleness if config.rollout else 0
+    if isinstance(schedule, CounteractionSchedule):
+        return counteraction(schedule, algorithm.branches, size, delay=delay, state=state)
     branches = list(algorithm.branches)
     if isinstance(schedule, VelocitySchedule):
-        delay = config.rollout.max_staleness if config.rollout else 0
         return velocity_following(
             schedule, branches, size, seed=config.seed, delay=delay, state=state
         )

@@ -177,6 +177,12 @@ class MopdConfig(DistillationConfig):
             yield f"schedule: found {unknown}, expected names of branches, {sorted(self.branches)}"
         if idle := sorted(self.branches.keys() - drawn):
             yield f"schedule: no step draws {idle}; expected every branch in it, or no such branch"
+        roles = {branch.role for branch in self.branches.values()}
+        if self.schedule.kind == "counteraction" and len(roles) == 1:
+            yield (
+                f"schedule: found counteraction with the role {roles.pop()} of every branch, expected "
+                "at least one branch with role recover and one with preserve"
+            )
 
 
 class CamopdConfig(DistillationConfig):

@@ -104,8 +104,28 @@ class VelocitySchedule(SharesSchedule):
     """Shares of a step are varied at random by so much of themselves, at most."""
 
 
+class CounteractionSchedule(Config):
+    """Steps of the recovering branches, in turn, then one of every preserving branch, over and over.
+
+    The more their gradients counteract, the more steps recover.
+    """
+
+    kind: Literal["counteraction"] = "counteraction"
+    repeats: PositiveInt = 3
+    """Recovering steps in a row where the gradients are orthogonal; repeats x (1 - cosine), rounded,
+    elsewhere, 1 at least and twice `repeats` at most."""
+    every: PositiveInt = 20
+    """Steps between measurements of the cosine."""
+    prompts: PositiveInt = 16
+    """Prompts of each branch that it is measured on, always the same."""
+
+    def branches(self, all_branches: Sequence[str]) -> set[str]:
+        """Those that some step draws."""
+        return set(all_branches)
+
+
 Schedule = Annotated[
-    CycleSchedule | MixedSchedule | GapSchedule | VelocitySchedule,
+    CycleSchedule | MixedSchedule | GapSchedule | VelocitySchedule | CounteractionSchedule,
     Field(discriminator="kind"),
 ]
 

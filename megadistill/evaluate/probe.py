@@ -25,7 +25,6 @@ from megadistill.algorithms.coherence import (
     size_matched_gain,
 )
 from megadistill.algorithms.protocol import response_span
-from megadistill.algorithms.sketch import sketch
 from megadistill.atomic import write_atomic
 from megadistill.config import RunConfig
 from megadistill.config.schema import ParallelConfig
@@ -93,9 +92,7 @@ def measure_branch(
     ]
     selected = algorithm.select(scored).selected
     samples = replace(algorithm, selects=False).select(scored).samples
-    gradients_NM = np.stack(
-        [sketch(engine.gradient(sample, policy_gradient)) for sample in samples]
-    )
+    gradients_NM = np.stack([engine.sketch([sample], policy_gradient) for sample in samples])
     full = coherence(gradients_NM)
     report: Report = {
         "samples": len(samples),

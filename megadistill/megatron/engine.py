@@ -29,6 +29,7 @@ from megadistill.megatron.scoring import (
     read_spans,
     token_divergences,
 )
+from megadistill.megatron.sketch import gradient_sketch
 from megadistill.megatron.training import Student
 from megadistill.megatron.world import connect, disconnect, most_memory_gib, pick_device
 from megadistill.resolve import resolve
@@ -200,19 +201,17 @@ class Engine:
         )
 
     @_names_rank
-    def gradient(self, sample: Sample, loss: Loss) -> list[Tensor]:
-        """fp32 gradients of `loss` on one sample, one tensor a parameter; changes no weight.
+    def sketch(self, samples: Sequence[Sample], loss: Loss) -> FloatArray:
+        """A CountSketch of the gradient of `loss` over all samples; changes no weight.
 
-        Valid until the next call. Raises `ValueError` on more than one process: each would hold
-        a part of it.
+        fp32, equal on every rank and, up to rounding, in every layout: norms and dot products of
+        gradients are those of their sketches. Raises `FloatingPointError` if it is not finite.
         """
-        if self.size > 1:
-            raise ValueError(f"gradient: found {self.size} trainer processes, expected one")
-        samples = [sample]
         self._check_samples(samples)
-        return self._student.gradient(
+        self._student.gradient(
             self._batches(samples), self._with_heads(loss, samples, training=True)
         )
+        return gradient_sketch(self._student, self._spec)
 
     @_names_rank
     def measure(self, samples: Sequence[Sample], loss: Loss) -> dict[str, float]:

@@ -24,7 +24,7 @@ def hf_tensors(
     """
     if world.groups.dp_cp.rank() != 0:
         return
-    own = {_global_name(name, spec, world): p.detach() for name, p in parameters.items()}
+    own = {global_name(name, spec, world): p.detach() for name, p in parameters.items()}
     for stage, names in enumerate(_names_by_stage(own, spec, world)):
         for name in names:
             shards = _shards(own[name], world) if name in own else []
@@ -36,7 +36,8 @@ def hf_tensors(
                     yield hf_name, tensor.cpu()
 
 
-def _global_name(name: str, spec: ModelSpec, world: World) -> str:
+def global_name(name: str, spec: ModelSpec, world: World) -> str:
+    """A parameter of this stage by its name in the whole model."""
     if not name.startswith(LAYERS):
         return name
     number, rest = name.removeprefix(LAYERS).split(".", 1)

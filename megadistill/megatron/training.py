@@ -73,12 +73,11 @@ class Student:
         return total, float(grad_norm), metrics
 
     @calls_megatron
-    def gradient(self, batches: Sequence[MicroBatch], loss: Loss) -> list[Tensor]:
-        """fp32 gradients of every parameter, valid until the next call; changes no weight."""
+    def gradient(self, batches: Sequence[MicroBatch], loss: Loss) -> None:
+        """Leave the reduced gradient in the buffers, for others to read; changes no weight."""
         self.parallel_model.train()
         self.parallel_model.zero_grad_buffer()
         forward_backward(self.parallel_model, batches, self.world, loss)
-        return [parameter.main_grad for parameter in self.model.parameters()]
 
     @calls_megatron
     def measure(self, batches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:

@@ -7,17 +7,27 @@ from hypothesis import strategies as st
 
 from megadistill.algorithms.mopd import share_factors
 from megadistill.algorithms.schedules import (
+    Counteraction,
     Cycle,
     GapFollowing,
     Reading,
     VelocityFollowing,
     apportion,
+    counteraction,
     first_shares,
     gap_factor,
+    repeats_for,
     shares_of,
     velocity_following,
 )
-from megadistill.config.distillation import GapSchedule, VelocitySchedule
+from megadistill.config.distillation import (
+    BranchConfig,
+    CounteractionSchedule,
+    GapSchedule,
+    VelocitySchedule,
+)
+from megadistill.types import FloatArray
+from tests.tiny import float32
 
 BRANCHES = ("general", "medical", "roleplay")
 
@@ -155,6 +165,84 @@ def test_prompts_that_are_drawn_ahead_are_those_that_the_step_draws() -> None:
         assert dict(schedule.draws(step)) == ahead.get(step, dict(schedule.draws(step)))
         ahead[step + 1] = dict(schedule.draws(step + 1))
         schedule.observe(step, gaps_at(step))
+
+
+@pytest.mark.parametrize(
+    ("cosine", "expected"), [(0, 3), (-0.6, 5), (0.5, 2), (1, 1), (0.9, 1), (-1, 6)]
+)
+def test_the_more_the_branches_counteract_the_more_steps_recover(
+    cosine: float, expected: int
+) -> None:
+    """Worked numbers of section 7.3; 1.5 rounds to even."""
+    assert repeats_for(cosine, 3) == expected
+
+
+def make_counteraction(
+    state: dict[str, float] | None = None, delay: int = 0, names: str = "RSpq"
+) -> Counteraction:
+    """Branches whose names are capital letters recover."""
+    branches = {
+        name: BranchConfig(pool="p", teacher="t", role="recover" if name.isupper() else "preserve")
+        for name in names
+    }
+    return counteraction(CounteractionSchedule(), branches, 8, delay=delay, state=state or {})
+
+
+def order_of(schedule: Counteraction, steps: range) -> str:
+    """The branch of each step."""
+    drawn = [schedule.draws(step) for step in steps]
+    assert all(list(counts.values()) == [8] for counts in drawn)
+    return "".join(name for counts in drawn for name in counts)
+
+
+def at_cosine(cosine: float) -> dict[str, FloatArray]:
+    """Gradients whose means over the roles have this cosine, unlike those of single branches."""
+    x, y = 3 * cosine, 3 * np.sqrt(1 - cosine**2)
+    gradients = {"R": (2.0, 5.0), "S": (2.0, -5.0), "p": (x + 1, y), "q": (x - 1, y)}
+    return {name: float32(gradient) for name, gradient in gradients.items()}
+
+
+def test_recovering_branches_take_turns_and_every_preserving_one_follows() -> None:
+    assert order_of(make_counteraction(), range(15)) == "RSRpq" + "SRSpq" + "RSRpq"
+    assert order_of(make_counteraction(names="Rp"), range(8)) == "RRRp" * 2
+
+
+@pytest.mark.parametrize(
+    ("delay", "taken", "expected"),
+    [
+        (0, 2, "RSRpq" + "SRSRSpq"),  # within a block, which keeps its length
+        (0, 5, "RSRpq" + "SRSRSpq"),  # between two blocks
+        (1, 4, "RSRpq" + "SRSRSpq"),
+        (1, 5, "RSRpq" + "SRSpq" + "RSRSRpq"),  # the next block's first prompts are drawn
+    ],
+)
+def test_a_new_number_holds_for_the_blocks_of_which_nothing_is_drawn(
+    delay: int, taken: int, expected: str
+) -> None:
+    schedule = make_counteraction(delay=delay)
+    found = order_of(schedule, range(taken + delay))
+    learnt = schedule.learn(taken, at_cosine(-0.6))
+    assert learnt["schedule/cosine"] == pytest.approx(-0.6)
+    found += order_of(schedule, range(taken + delay, len(expected)))
+    assert found == expected
+    state = {name: float(value) for name, value in schedule.state().items()}
+    resumed = make_counteraction(state, delay=delay)
+    assert order_of(resumed, range(taken, len(expected))) == expected[taken:]
+
+
+def test_what_is_learnt_names_every_pair_of_branches() -> None:
+    gradients = at_cosine(0.5)
+    learnt = make_counteraction().learn(20, gradients)
+    pairs = ("R_S", "R_p", "R_q", "S_p", "S_q", "p_q")
+    assert learnt.keys() - {"schedule/cosine"} == {
+        f"probe/{pair}_{what}" for pair in pairs for what in ("dot", "cosine")
+    }
+    assert learnt["probe/R_S_dot"] == pytest.approx(-21)
+    assert learnt["probe/R_S_cosine"] == pytest.approx(-21 / 29)
+    still = gradients | {"p": float32([0, 0]), "q": float32([0, 0])}
+    schedule = make_counteraction()
+    assert "probe/R_p_cosine" not in schedule.learn(20, still)
+    assert schedule.repeats == 3, "nothing counteracts a gradient of zero"
 
 
 def test_jitter_varies_the_counts_and_repeats_itself() -> None:

@@ -449,6 +449,14 @@ def test_the_two_branches_of_01_are_branches_with_shares() -> None:
             "schedule: found ['law'], expected names of branches, ['general', 'medical']",
         ),
         (
+            {
+                "schedule": {"kind": "counteraction"},
+                "branches": BRANCHES | {"general": BRANCHES["medical"]},
+            },
+            "schedule: found counteraction with the role preserve of every branch, expected at "
+            "least one branch with role recover and one with preserve",
+        ),
+        (
             {"advantage": {"reference": "base"}},
             "advantage.reference: found 'base', expected one of ['domain', 'general']",
         ),

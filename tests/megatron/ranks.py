@@ -3,6 +3,7 @@
 Runs in the spawned processes, so it imports no transformers; references come ready-made in files.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +27,8 @@ from megadistill.config.schema import (
     PoolConfig,
     RunConfig,
 )
+from megadistill.convert import mapping
+from megadistill.convert.families import ModelSpec
 from megadistill.head import VocabularyHead, weighted_nll
 from megadistill.losses import (
     answer_conditioned,
@@ -277,6 +280,10 @@ def _supported(engine: Engine, reference: Reference) -> list[Sample]:
 
 def _training(engine: Engine, reference: Reference, model_dir: Path) -> dict[str, float]:
     gaps = {"round trip": _differences(engine, model_dir)}
+    unclipped = max(reference.grad_norms[0], 1.0)  # what the reference divided its gradients by
+    expected_M = unclipped * dense_sketch(reference.gradients, engine._spec)
+    found_M = engine.sketch(reference.samples, nll)
+    gaps["sketch"] = float(np.abs(found_M - expected_M).max() / np.abs(expected_M).max())
     results = []
     for step in range(len(reference.losses)):
         results.append(engine.step(reference.samples, nll, learning_rate=1e-3))
@@ -295,6 +302,22 @@ def _training(engine: Engine, reference: Reference, model_dir: Path) -> dict[str
     last = engine.step(reference.samples[:1], nll, learning_rate=1e-3)
     gaps["last loss"] = abs(last.loss - reference.last_loss)
     return gaps
+
+
+def dense_sketch(gradients: Mapping[str, Tensor], spec: ModelSpec) -> FloatArray:
+    """A CountSketch of Hugging Face gradients, straight from its definition in unsigned numbers."""
+    total_M = np.zeros(2**16)
+    for entry in mapping.entries(spec):
+        flat = mapping.merged(spec, entry, gradients.__getitem__).flatten().double().numpy()
+        digest = hashlib.sha256(entry.megatron.encode()).digest()
+        state = np.arange(1, len(flat) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        state += np.uint64(int.from_bytes(digest[:8], "big"))
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+        state ^= state >> np.uint64(31)
+        odd = state // np.uint64(2**16) % np.uint64(2) == 1
+        np.add.at(total_M, (state % np.uint64(2**16)).astype(int), np.where(odd, -flat, flat))
+    return total_M.astype(np.float32)
 
 
 def _differences(engine: Engine, model_dir: Path) -> float:

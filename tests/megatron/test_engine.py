@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadistill.algorithms.coherence import coherence
-from megadistill.algorithms.sketch import sketch
+from megadistill.algorithms.coherence import coherence, interference
 from megadistill.config.algorithm import CamopdConfig, SelectiveBranchConfig
 from megadistill.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megadistill.convert.families import read_spec
@@ -413,20 +412,47 @@ def test_the_branch_scale_multiplies_the_gradient_before_clipping(models: Path) 
     np.testing.assert_allclose(norms, [norms[0], 2 * norms[0], 3 * norms[0]], rtol=1e-5)
 
 
-def test_a_sketch_of_each_samples_gradient_keeps_the_coherence(models: Path) -> None:
-    """Within 2 % of the exact one; and the samples' gradients add up to the batch's."""
+def test_sketches_keep_coherence_norms_and_dot_products(models: Path) -> None:
+    """Within 2 % of the exact ones; and the samples' gradients add up to the batch's."""
     samples = random_samples((9, 14, 60, 12, 5, 33))
+    sketches, exact = [], []
     with opened(models, optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.0)) as engine:
-        parts = [[tensor.clone() for tensor in engine.gradient(s, nll)] for s in samples]
+        for sample in samples:
+            sketches.append(engine.sketch([sample], nll))
+            exact.append(torch.cat([t.flatten().clone() for _, t in gradients_of(engine)]).numpy())
+        together = engine.sketch(samples, nll)
         assert engine.step(samples, nll, learning_rate=0.0).grad_norm > 0
-        whole = [p.main_grad.clone() for p in engine._student.model.parameters()]
-    for index, tensor in enumerate(whole):
-        total = torch.stack([part[index] for part in parts]).sum(0)
-        torch.testing.assert_close(total, tensor, atol=1e-6, rtol=1e-4)
-    exact = np.stack([torch.cat([t.flatten() for t in part]).double().numpy() for part in parts])
-    sketched = np.stack([sketch(part) for part in parts])
+        whole = torch.cat([tensor.flatten().clone() for _, tensor in gradients_of(engine)])
+    sketched_NM, exact_NP = np.stack(sketches), np.stack(exact)
+    np.testing.assert_allclose(exact_NP.sum(0), whole, atol=1e-6, rtol=1e-4)
+    np.testing.assert_allclose(sketched_NM.sum(0), together, atol=1e-5)
     for subset in ([0, 1, 2, 3, 4, 5], [1, 3, 5]):
-        assert coherence(sketched[subset]) == pytest.approx(coherence(exact[subset]), rel=0.02)
+        expected = coherence(exact_NP[subset])
+        assert coherence(sketched_NM[subset]) == pytest.approx(expected, rel=0.02)
+    norms = np.linalg.norm(exact_NP, axis=1)
+    np.testing.assert_allclose(np.linalg.norm(sketched_NM, axis=1), norms, rtol=0.02)
+    errors = np.abs(sketched_NM @ sketched_NM.T - exact_NP @ exact_NP.T)
+    assert (errors < 0.02 * np.outer(norms, norms)).all()
+    (dot, cosine), (sketched, _) = (
+        interference(rows[:4].sum(0), rows[2:].sum(0)) for rows in (exact_NP, sketched_NM)
+    )
+    assert cosine > 0.2, "some samples are in both"
+    assert sketched == pytest.approx(dot, rel=0.02)
+
+
+def test_a_sketch_changes_nothing(models: Path) -> None:
+    """The steps before and after it are those of a run without."""
+    samples = random_samples((9, 14, 60))
+    ends = []
+    for sketches in (False, True):
+        with opened(models) as engine:
+            results = [engine.step(samples, nll, learning_rate=1e-3)]
+            if sketches:
+                assert np.abs(engine.sketch(samples[:1], nll)).max() > 0
+            results.append(engine.step(samples, nll, learning_rate=1e-3))
+            ends.append((results, {name: t.clone() for name, t in engine.hf_tensors()}))
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(tensor, ends[1][1][name]) for name, tensor in ends[0][1].items())
 
 
 def test_packing_changes_neither_loss_nor_gradient(models: Path) -> None:

@@ -32,6 +32,7 @@ LIMITS = {
     "gap to itself": 0.0,
     "kl to itself": 0.0,
     "round trip": 0.0,
+    "sketch": 1e-5,
     "rows": 0.0,
     "loss": 1e-5,
     "gradient": 1e-5,
