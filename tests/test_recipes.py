@@ -33,6 +33,7 @@ def test_a_campaign_is_copied_with_all_that_its_stages_name_and_include(tmp_path
         "campaign/embedded_table.yaml",
         "clusters/_local.yaml",
         "embedded/_data.yaml",
+        "embedded/_medical.yaml",
         "embedded/_models.yaml",
         "embedded/camopd_medical.yaml",
         "embedded/mopd_medical.yaml",
