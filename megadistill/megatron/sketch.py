@@ -41,7 +41,7 @@ def gradient_sketch(student: Student, spec: ModelSpec) -> FloatArray:
         if name == "output_layer.weight" and spec.tied_embeddings:
             continue  # the first stage's embedding holds the same sum
         entry = find_entry(spec, name)
-        if isinstance(entry.layout, Replicated) and world.groups.tp.rank():
+        if world.groups.tp.rank() and type(entry.layout) is Replicated:  # others are kinds of it
             continue
         rows_R, columns_C = _places(entry.layout, entry.shape(spec), world)
         width = entry.shape(spec)[1:] or (1,)
