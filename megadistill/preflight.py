@@ -59,6 +59,7 @@ def machine_problems(config: RunConfig) -> list[str]:
         *problems,
         *_data_problems(config),
         *_length_problems(specs, config),
+        *_support_problems(specs, config),
         *_overlap_problems(config),
         *_heldout_problems(specs, config),
         *_disk_problems(specs, config),
@@ -138,6 +139,21 @@ def _length_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> list[
     if room < needed:
         problems.append(f"rollout.max_model_len: found {room}, expected at least {needed}")
     return problems
+
+
+def _support_problems(specs: Mapping[str, ModelSpec], config: RunConfig) -> list[str]:
+    """A model has no more probable ids than ids."""
+    algorithm = config.algorithm
+    sizes = {
+        f"algorithm.{part}.size": getattr(getattr(algorithm, part, None), "size", 0)
+        for part in ("loss", "tokens")
+    } | {"algorithm.top_k": getattr(algorithm, "top_k", 0)}
+    most = min((spec.vocab_size for spec in specs.values()), default=max(sizes.values()))
+    return [
+        f"{key}: found {size}, expected at most {most}, the ids that all models have"
+        for key, size in sizes.items()
+        if size > most
+    ]
 
 
 def _overlap_problems(config: RunConfig) -> list[str]:

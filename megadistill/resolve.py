@@ -37,14 +37,16 @@ def check_content(file: Path, what: str) -> None:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """What a JSON file of a model holds (any JSON); nothing where there is none. Raises `ValueError`."""
+    """What a JSON file of a model holds; nothing where there is none. Raises `ValueError`."""
     if not file.is_file():
         return {}
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         check_content(file, "JSON")
         raise ValueError(f"{file}: not valid JSON: {error}; download it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: found {str(found)[:40]!r}, expected a JSON object of settings")
     return found
 
 

@@ -18,10 +18,10 @@ MOST_LINES = 400
 """Of a module, all counted."""
 MOST_FUNCTION_LINES = 60
 BUDGETS = {
-    "": 1990,
+    "": 2010,
     "algorithms": 1020,
     "cli": 520,
-    "config": 1240,
+    "config": 1265,
     "convert": 1141,
     "data": 1170,
     "evaluate": 3060,

@@ -68,6 +68,20 @@ def test_a_run_that_can_be_started_passes(models: Path) -> None:
     assert not problems(tree_on(models))
 
 
+def test_a_model_has_no_more_probable_ids_than_ids(models: Path) -> None:
+    size = read_spec(models / "domain").vocab_size
+    branches = {
+        "general": {"pool": "general", "teacher": "general"},
+        "domain": {"pool": "medical", "teacher": "domain"},
+    }
+    for part, kind in (("loss", "top_k"), ("tokens", "accepted")):
+        for asked in (size, size + 1):
+            settings = {part: {"kind": kind, "size": asked}}
+            tree = tree_on(models, algorithm={"kind": "mopd", "branches": branches} | settings)
+            expected = f"algorithm.{part}.size: found {size + 1}, expected at most {size}, the ids"
+            assert [line.startswith(expected) for line in problems(tree)] == [True] * (asked > size)
+
+
 def test_engines_that_sleep_cannot_sample_ahead(models: Path) -> None:
     rollout: Tree = {"placement": "colocated", "max_staleness": 1, "max_tokens": 16}
     assert problems(tree_on(models, rollout=rollout)) == [
@@ -139,9 +153,13 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
         ("tokenizer.json", None, "found no tokenizer.json, expected the files of a tokenizer"),
         ("tokenizer.json", POINTER, "found a Git LFS pointer, expected JSON"),
         ("tokenizer.json", '{"model": {', "tokenizer.json: not valid JSON: .*; download it again"),
+        ("tokenizer.json", "{}", "tokenizer.json: found no vocabulary, expected tokens with ids"),
+        ("tokenizer.json", "[1]", r"tokenizer.json: found '\[1\]', expected a JSON object"),
         ("chat_template.jinja", None, "has no chat template"),
+        ("chat_template.jinja", " \n", "has no chat template"),
         ("chat_template.jinja", "{% for m in %}", "its chat template is none: Expected an expr"),
         ("tokenizer_config.json", None, "found no eos_token_id in config.json or generation_c"),
+        ("config.json", "[]", r"config.json: found '\[\]', expected a JSON object of settings"),
         ("config.json", None, "no such file, expected a Hugging Face model directory"),
     ],
 )

@@ -66,15 +66,26 @@ def merge(
     model: Annotated[
         str | None, Option(help="What all were tuned from: TIES instead of the weighted mean.")
     ] = None,
-    keep: Annotated[float, Option(help="TIES: share of each model's changes that stays.")] = 0.2,
-    scale: Annotated[float, Option(help="TIES: lambda, which multiplies the merged change.")] = 1,
+    keep: Annotated[
+        float | None,
+        Option(help="TIES: share of each model's changes that stays, 0.2 if not given."),
+    ] = None,
+    scale: Annotated[
+        float | None,
+        Option(help="TIES: lambda, which multiplies the merged change, 1 if not given."),
+    ] = None,
 ) -> None:
     """One model out of several of one shape: the weighted mean, or TIES against a base."""
     from megadistill.convert.merging import merge_linear, merge_ties
 
+    ties = {name: value for name, value in (("keep", keep), ("scale", scale)) if value is not None}
+    if model is None and ties:
+        raise ValueError(
+            f"--{next(iter(ties))}: found it without --model, expected TIES's base, too"
+        )
     if model is None:
         print(merge_linear(sources, target, weight))
     elif weight:
         raise ValueError("--weight: found it beside --model, expected one of them: TIES has none")
     else:
-        print(merge_ties(sources, model, target, keep=keep, scale=scale))
+        print(merge_ties(sources, model, target, **ties))

@@ -15,6 +15,7 @@ from megadistill.config.distillation import (
     MixedSchedule,
     SampledLoss,
     Schedule,
+    SharesSchedule,
     Tokens,
 )
 from megadistill.config.fields import Config, Fraction, Name, PositiveFloat, PositiveInt
@@ -64,6 +65,11 @@ class BaseAlgorithmConfig(Config):
         """Key below `algorithm` -> the teacher it names."""
         branches = self.all_branches().items()
         return {self.branch_key.format(name) + ".teacher": b.teacher for name, b in branches}
+
+    @property
+    def mixed_branches(self) -> int:
+        """Branches of which every step draws prompts."""
+        return 1
 
     @property
     def longest_answered(self) -> int | None:
@@ -152,15 +158,24 @@ class MopdConfig(DistillationConfig):
         if not isinstance(tree, dict) or not tree.keys() & {*roles, "general_share"}:
             return tree
         tree = dict(tree)
+        if "branches" in tree:
+            old = next(key for key in (*roles, "general_share") if key in tree)
+            raise ValueError(
+                f"{old}: found it beside `branches`, expected one of the two spellings"
+            )
         for name in roles.keys() & tree.keys():
             if not isinstance(tree[name], dict):
                 raise ValueError(f"{name}: found {tree[name]!r}, expected a mapping of settings")
-            if more := sorted(tree[name].keys() - {"pool", "teacher"}):
+            if more := sorted(map(str, tree[name].keys() - {"pool", "teacher"})):
                 raise ValueError(
                     f"{name}.{more[0]}: expected pool and teacher alone; a branch that selects or "
                     f"scales stands in `branches.{name}`"
                 )
         share = tree.pop("general_share", 0.5)
+        if type(share) not in (int, float) or not 0 < share <= 1:
+            raise ValueError(
+                f"general_share: found {share!r}, expected a number above 0, at most 1"
+            )
         branches = {n: {"role": role, **tree.pop(n)} for n, role in roles.items() if n in tree}
         if share == 1.0:
             branches.pop("domain", None)
@@ -169,6 +184,10 @@ class MopdConfig(DistillationConfig):
 
     def all_branches(self) -> Mapping[str, BranchConfig]:
         return self.branches
+
+    @property
+    def mixed_branches(self) -> int:
+        return len(self.branches) if isinstance(self.schedule, SharesSchedule) else 1
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()

@@ -10,7 +10,6 @@ from megadistill.config.fields import Config, Fraction, PositiveFloat, PositiveI
 
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-NonNegative = Annotated[float, Field(ge=0)]
 
 
 class BranchConfig(Config):
@@ -171,6 +170,13 @@ class TopKLoss(DivergenceLoss):
     tail: bool = False
     """Count all other ids as one event, instead of renormalising on the K ids."""
 
+    def contradictions(self) -> Iterator[str]:
+        if self.size == 1 and not self.tail:
+            yield (
+                "size: found 1 without tail, expected at least 2, or tail: true: renormalised on one "
+                "id both sides are certain of it, and nothing is learnt"
+            )
+
 
 class EntropyAwareLoss(DivergenceLoss):
     """Sampled tokens, and where the teacher is unsure forward KL on its top K (arXiv:2603.07079)."""
@@ -276,7 +282,7 @@ class ImportanceConfig(Config):
     high: PositiveFloat | None = None
     """Bounds of the ratio; absent: 0.5 and 2, but for `icepop` 0.5 and 5, for `sequence` 0.999 and
     1.002; `truncate` has no lower one."""
-    veto: NonNegative = 1e-4
+    veto: Decay = 1e-4
     """`mis` drops a response with a token whose ratio is below."""
 
     @property

@@ -348,6 +348,11 @@ class RunConfig(Config):
                 f"batch.responses: found {self.batch.responses}, expected 1: {algorithm.kind} trains "
                 "on the answers that come with the prompts"
             )
+        if self.batch.size < algorithm.mixed_branches:
+            yield (
+                f"batch.size: found {self.batch.size}, expected at least {algorithm.mixed_branches}: "
+                "every step mixes so many branches"
+            )
         if self.optimizer.warmup_steps >= self.steps:
             yield (
                 f"optimizer.warmup_steps: found {self.optimizer.warmup_steps}, expected less than "

@@ -12,7 +12,7 @@ import torch
 
 from megadistill.atomic import atomic_directory
 from megadistill.convert.weight_files import INDEX_FILE, SINGLE_FILE, open_weights, weight_map
-from megadistill.resolve import resolve
+from megadistill.resolve import read_settings, resolve
 
 _COPIED = (
     "generation_config.json",
@@ -107,7 +107,14 @@ class SafetensorsWriter:
         self._dtypes: Counter[torch.dtype] = Counter()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Add one tensor, from any device; it may be a view. A shard holds at least one."""
+        """Add one tensor, from any device; it may be a view. A shard holds at least one.
+
+        Raises `ValueError` for a type that is not written.
+        """
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise ValueError(
+                f"{name}: found the type {tensor.dtype}, expected one of {sorted(map(str, _DTYPE_NAMES))}"
+            )
         if not self._shards or not self._shards[-1].has_room(name, tensor, self._max_shard_bytes):
             self.close()
             self._shards.append(_Shard(self._directory / f"shard-{len(self._shards)}"))
@@ -120,7 +127,7 @@ class SafetensorsWriter:
         Call it after the last `write`: the dtype in `config.json` becomes that of most elements.
         """
         source = Path(source)
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config = read_settings(source / "config.json")
         for dtype, _ in self._dtypes.most_common(1):
             set_dtype(config, dtype)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

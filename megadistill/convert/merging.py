@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from megadistill.convert.hf_files import SafetensorsReader, writing_model
+from megadistill.resolve import read_settings
 
+COMPUTATION = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
+"""Settings of `config.json` that tensors of equal shapes may be meant for differently."""
 BLOCK = 1 << 24
 """Entries that are merged at once, in wider types than they are kept in."""
 HALF_BITS = 16
@@ -34,8 +37,8 @@ def merge_linear(
     weights = [1.0] * len(readers) if not weights else list(weights)
     if len(weights) != len(readers):
         raise ValueError(f"weight: found {len(weights)} of them, expected one of each model")
-    if not all(0 < weight < math.inf for weight in weights):
-        raise ValueError(f"weight: found {weights}, expected positive numbers")
+    if not all(weight > 0 for weight in weights) or not math.isfinite(sum(weights)):
+        raise ValueError(f"weight: found {weights}, expected positive numbers with a finite sum")
     shares_M = torch.tensor(weights, dtype=torch.float64) / math.fsum(weights)
     return _write(readers, target, lambda parts_MP: (shares_M[:, None] * parts_MP.double()).sum(0))
 
@@ -81,17 +84,32 @@ def _opened(models: Sequence[str | Path]) -> list[SafetensorsReader]:
     if len(models) < 2:
         raise ValueError(f"merge: found {len(models)} model, expected at least two")
     first, *others = readers = [SafetensorsReader(model) for model in models]
-    for other in others:
+    settings = [_computation(reader.directory) for reader in readers]
+    for other, its in zip(others, settings[1:], strict=True):
+        for key in COMPUTATION:
+            if None not in (its[key], settings[0][key]) and its[key] != settings[0][key]:
+                raise ValueError(
+                    f"{other.directory}/config.json: {key}: found {its[key]!r}, expected "
+                    f"{settings[0][key]!r} as in {first.directory}; only models that compute alike merge"
+                )
         for name in dict.fromkeys((*first.names, *other.names)):
             shapes = [
                 reader.shape(name) if name in reader.names else None for reader in (first, other)
             ]
             if shapes[0] != shapes[1]:
                 raise ValueError(
-                    f"{name}: found {shapes[1] or 'no such tensor'} in {other.directory}, expected "
-                    f"{shapes[0] or 'none'} as in {first.directory}; only models of one shape merge"
+                    f"{name}: found {shapes[1] if shapes[1] is not None else 'no such tensor'} in {other.directory}, expected "
+                    f"{shapes[0] if shapes[0] is not None else 'none'} as in {first.directory}; only models of one shape merge"
                 )
     return readers
+
+
+def _computation(directory: Path) -> dict[str, object]:
+    """What `config.json` says of `COMPUTATION`; None where it says nothing. Raises `ValueError`."""
+    found = read_settings(directory / "config.json")
+    if not found:
+        raise ValueError(f"{directory}/config.json: no such file, expected a model's settings")
+    return {key: found.get(key) for key in COMPUTATION}
 
 
 def _write(
@@ -106,6 +124,11 @@ def _write(
             blocks = torch.split(result.view(-1), BLOCK)
             for block_P, parts_MP in zip(blocks, _blocks(readers, name), strict=True):
                 block_P.copy_(merged(parts_MP))
+                if not block_P.float().isfinite().all():
+                    raise ValueError(
+                        f"{name}: found NaN or infinity in the merged values, expected "
+                        f"numbers that {result.dtype} holds"
+                    )
             writer.write(name, result)
         writer.copy_metadata(readers[0].directory)
     return Path(target).absolute()
@@ -115,7 +138,13 @@ def _blocks(readers: Sequence[SafetensorsReader], name: str) -> Iterator[Tensor]
     """fp32 `[M, P]` blocks of one tensor of every model."""
     parts = [torch.split(reader.read(name).flatten(), BLOCK) for reader in readers]
     for block in zip(*parts, strict=True):
-        yield torch.stack([part_P.float() for part_P in block])
+        parts_MP = torch.stack([part_P.float() for part_P in block])
+        for reader, finite in zip(readers, parts_MP.isfinite().all(dim=1), strict=True):
+            if not finite:
+                raise ValueError(
+                    f"{name}: found NaN or infinity in {reader.directory}, expected numbers"
+                )
+        yield parts_MP
 
 
 def _threshold(reader: SafetensorsReader, base: SafetensorsReader, keep: float) -> float:

@@ -81,7 +81,7 @@ class Row:
         if isinstance(self.content, BadRowError):
             raise self.content.at(self.place)
         if not isinstance(self.content, dict):
-            kind = type(self.content).__name__
+            kind = "list" if isinstance(self.content, list) else "single value"
             why = f"is a {kind}, expected an object with fields"
             raise BadRowError("not_an_object", why, self.place)
         return self.content

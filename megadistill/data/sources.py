@@ -1,5 +1,6 @@
 """Sources of prompts: packaged sets, tasks, files, data sets of the hub. One record a prompt."""
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -39,8 +40,9 @@ def read_pool(config: PoolConfig, name: str = "") -> Iterator[Record]:
 
 
 def check_pool(config: PoolConfig, name: str) -> None:
-    """Read all of a pool. Raises `ValueError` as `read_pool` does."""
-    deque(read_pool(config, name), maxlen=0)
+    """Read all of a pool. Raises `ValueError` as `read_pool` does, and when it is empty."""
+    if not deque(read_pool(config, name), maxlen=1):
+        raise ValueError(f"data.pools.{name}: its sources have no record, expected some")
 
 
 def _read_packaged(source: PackagedSource) -> Iterator[Record]:
@@ -89,16 +91,17 @@ def _read_dataset(source: DatasetSource) -> Iterator[Record]:
 
 
 def _to_records(source: RowsSource, rows: Iterable[Row]) -> Iterator[Record]:
-    chosen = _chosen(source.where, rows) if source.where else rows
+    chosen = _chosen(source, rows) if source.where else rows
     return (to_record(row, source.row or source) for row in islice(chosen, source.limit))
 
 
-def _chosen(where: Mapping[str, str], rows: Iterable[Row]) -> Iterator[Row]:
+def _chosen(source: RowsSource, rows: Iterable[Row]) -> Iterator[Row]:
     """The rows that have these values. Raises `ValueError` with the values there are, if none has."""
+    where, place = source.where, getattr(source, "path", "")
     found: dict[str, set[str]] = {field: set() for field in where}
     some = False
     for row in rows:
-        values = {field: str(row.values.get(field)) for field in where}
+        values = {field: _as_text(row.values[field]) for field in where if field in row.values}
         if values == where:
             some = True
             yield row
@@ -106,8 +109,15 @@ def _chosen(where: Mapping[str, str], rows: Iterable[Row]) -> Iterator[Row]:
             for field, value in values.items():
                 found[field].add(value)
     if not some:
-        shown = "; ".join(f"{field}: {sorted(values)[:10]}" for field, values in found.items())
-        raise ValueError(f"where: no row has {dict(where)}; found {shown}")
+        shown = "; ".join(
+            f"{name}: {sorted(values)[:10] or 'none'}" for name, values in found.items()
+        )
+        raise ValueError(f"{place}: where: no row has {dict(where)}; found {shown}")
+
+
+def _as_text(value: Any) -> str:  # whatever a field holds
+    """As `where` names it: true, 3, the text itself."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _load_dataset(source: DatasetSource) -> Any:  # its rows; `datasets` has no types

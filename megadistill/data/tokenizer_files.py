@@ -74,6 +74,10 @@ def read_vocabulary(directory: Path) -> dict[str, int]:
         pieces = {piece: number for number, (piece, _) in enumerate(pieces)}
     added = {token["content"]: token["id"] for token in found.get("added_tokens", ())}
     vocabulary = {**pieces, **added}
+    if not vocabulary:
+        raise ValueError(
+            f"{file}: found no vocabulary, expected tokens with ids; download it again"
+        )
     check_ids(directory, vocabulary)
     return vocabulary
 
@@ -81,7 +85,7 @@ def read_vocabulary(directory: Path) -> dict[str, int]:
 def check_chat_template(directory: Path) -> None:
     """Raise `ValueError` when there is none, or one that is no template."""
     templates = _templates(directory)
-    if not templates:
+    if not any(template.strip() for template in templates):
         raise ValueError(f"{directory} has no chat template")
     # transformers has a tag of its own, `generation`.
     for template in templates:

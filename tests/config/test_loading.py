@@ -431,11 +431,31 @@ def test_the_two_branches_of_01_are_branches_with_shares() -> None:
     assert parse(RunConfig, old) == parse(RunConfig, new)
     alone = parse(RunConfig, camopd_tree(algorithm={"general_share": 1.0, **two}))
     assert list(alone.algorithm.all_branches()) == ["general"]
+    for share in ("x", None, [1], 3, 0, True):
+        with pytest.raises(
+            ConfigError, match=r"general_share: found .*, expected a number above 0"
+        ):
+            parse(RunConfig, camopd_tree(algorithm={"general_share": share, **two}))
+    for more in ({"general_share": 0.3}, {"domain": domain}):
+        both = camopd_tree(algorithm={"kind": "mopd", "branches": branches, **more})
+        with pytest.raises(ConfigError, match=f"{next(iter(more))}: found it beside `branches`"):
+            parse(RunConfig, both)
+
+
+def test_a_step_has_a_prompt_of_every_branch_that_it_mixes() -> None:
+    for schedule in ({"kind": "mixed"}, {"kind": "gap"}, {"kind": "velocity"}):
+        tree = family_tree(schedule=schedule) | {"batch": {"size": 1}}
+        with pytest.raises(ConfigError, match=r"batch\.size: found 1, expected at least 2"):
+            parse(RunConfig, tree)
+    turns = {"kind": "cycle", "order": ["general", "medical"]}
+    assert parse(RunConfig, family_tree(schedule=turns) | {"batch": {"size": 1}}).batch.size == 1
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
+        ({"loss": {"kind": "top_k", "size": 1}}, "loss.size: found 1 without tail"),
+        ({"importance": {"kind": "mis", "veto": 1.0}}, "importance.veto: found 1.0"),
         (
             {"schedule": {"kind": "cycle", "order": ["general"]}},
             "schedule: no step draws ['medical']",

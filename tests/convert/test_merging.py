@@ -132,6 +132,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     tall = write(tmp_path / "tall", {**make_tensors(2), "layer.weight": torch.ones(17, 8)})
     more = write(tmp_path / "more", {**make_tensors(2), "lm_head.weight": torch.ones(2)})
     out = tmp_path / "out"
+    dot = write(tmp_path / "dot", {**make_tensors(2), "norm.weight": torch.tensor(1.0)})
+    with pytest.raises(ValueError, match=r"^norm\.weight: found \(\) in .*dot, expected \(8,\)"):
+        merge_linear([first, dot], out)
     with pytest.raises(ValueError, match=r"^layer\.weight: found \(17, 8\) in .*tall, expected"):
         merge_linear([first, tall], out)
     with pytest.raises(
@@ -140,7 +143,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         merge_ties([first, more], first, out)
     with pytest.raises(ValueError, match=r"^lm_head\.weight: found no such tensor in .*first"):
         merge_ties([first], more, out)
-    for weights in ([1.0], [1.0, -1.0], [1.0, float("nan")]):
+    for weights in ([1.0], [1.0, -1.0], [1.0, float("nan")], [1e308, 1e308]):
         with pytest.raises(ValueError, match="weight: found"):
             merge_linear([first, first], out, weights)
     for wrong in ({"keep": 0.0}, {"keep": 1.1}, {"scale": 0.0}):
@@ -149,6 +152,74 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found 1 model, expected at least two"):
         merge_linear([first], out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_merged(tmp_path: Path, number: float) -> None:
+    base, (good, bad) = tuned(tmp_path, 2)
+    tensors = load_file(bad / "model.safetensors")
+    tensors["layer.weight"][3, 2] = number
+    broken = write(tmp_path / "broken", tensors)
+    out = tmp_path / "out"
+    named = r"^layer\.weight: found NaN or infinity in .*broken, expected numbers$"
+    with pytest.raises(ValueError, match=named):
+        merge_linear([good, broken], out)
+    with pytest.raises(ValueError, match=named):
+        merge_ties([good, broken], base, out)
+    with pytest.raises(ValueError, match=named):
+        merge_ties([good, bad], broken, out)
+    assert not out.exists()
+
+
+def test_a_sum_that_the_type_does_not_hold_is_not_written(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", {"norm.weight": torch.zeros(8).half()})
+    model = write(tmp_path / "model", {"norm.weight": torch.full((8,), 6e4).half()})
+    with pytest.raises(ValueError, match=r"^norm\.weight: found NaN or infinity in the merged"):
+        merge_ties([model], base, tmp_path / "out", keep=1.0, scale=2.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_equal_shapes_that_compute_otherwise_are_not_merged(tmp_path: Path) -> None:
+    models = [write(tmp_path / name, make_tensors(1)) for name in ("first", "second")]
+    settings = models[1] / "config.json"
+    out = tmp_path / "out"
+    for key, value, expected in [
+        ("model_type", "qwen2", "llama"),
+        ("num_attention_heads", 4, 2),
+        ("num_key_value_heads", 4, 2),
+    ]:
+        own = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2}
+        (models[0] / "config.json").write_text(json.dumps(own))
+        settings.write_text(json.dumps({"model_type": "llama"} | {key: value}))
+        with pytest.raises(ValueError, match=f"{key}: found {value!r}, expected {expected!r}"):
+            merge_linear(models, out)
+    for text, message in [("[]", "expected a JSON object"), ("{nope", "not valid JSON")]:
+        settings.write_text(text)
+        with pytest.raises(ValueError, match=rf"second/config\.json: .*{message}"):
+            merge_linear(models, out)
+    settings.unlink()
+    with pytest.raises(ValueError, match=r"second/config\.json: no such file"):
+        merge_linear(models, out)
+    assert not out.exists()
+
+
+def test_a_type_that_is_not_written_is_named(tmp_path: Path) -> None:
+    tensors = {"norm.weight": torch.ones(8).to(torch.float8_e5m2)}
+    models = [write(tmp_path / name, tensors) for name in ("a", "b")]
+    with pytest.raises(ValueError, match=r"^norm\.weight: found the type torch\.float8_e5m2"):
+        merge_linear(models, tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", ["--keep", "--scale"])
+def test_what_only_ties_reads_needs_its_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    model = str(write(tmp_path / "a", make_tensors(1)))
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "merge", model, model, str(tmp_path / "out"), option, "0.5"])
+    assert ended.value.code == 2
+    assert f"{option}: found it without --model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_ties_takes_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

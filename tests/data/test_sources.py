@@ -23,7 +23,7 @@ from megadistill.config.schema import (
 )
 from megadistill.data.files import count_rows, read_rows
 from megadistill.data.records import Record
-from megadistill.data.sources import read_pool
+from megadistill.data.sources import check_pool, read_pool
 
 
 def medical_messages(question: str, options: dict[str, str] | None) -> tuple[Message, ...]:
@@ -203,8 +203,33 @@ def test_rows_that_name_their_teacher_feed_a_pool_each(tmp_path: Path) -> None:
 
 def test_a_value_that_no_row_has_is_an_error_with_those_there_are(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "all.jsonl", {"prompt": "a", "teacher": "law"}, {"prompt": "b"})
-    with pytest.raises(ValueError, match=r"where: no row has .*'med'.*teacher: \['None', 'law'\]"):
+    with pytest.raises(
+        ValueError, match=r"all\.jsonl: where: no row has .*'med'.*teacher: \['law'\]$"
+    ):
         read(FileSource(path=path, where={"teacher": "med"}))
+    with pytest.raises(ValueError, match=r"where: no row has .*; found tutor: none$"):
+        read(FileSource(path=path, where={"tutor": "med"}))
+
+
+def test_a_row_is_chosen_by_truth_values_and_numbers_as_json_writes_them(tmp_path: Path) -> None:
+    rows = [{"prompt": str(n), "kept": n % 2 == 0, "half": n / 2, "no": None} for n in range(4)]
+    path = write_rows(tmp_path / "all.jsonl", *rows)
+    for where, expected in [
+        ({"kept": True}, ["0", "2"]),
+        ({"kept": "false"}, ["1", "3"]),
+        ({"half": "0.5"}, ["1"]),
+        ({"no": "null", "half": "1.0"}, ["2"]),
+    ]:
+        source = FileSource.model_validate({"path": path, "where": where})
+        assert [record.messages[0]["content"] for record in read(source)] == expected
+
+
+def test_a_pool_of_files_without_rows_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    pool = PoolConfig(sources=[FileSource(path=str(tmp_path / "empty.jsonl"))])
+    for empty in (pool, PoolConfig(sources=[])):
+        with pytest.raises(ValueError, match=r"^data\.pools\.law: its sources have no record"):
+            check_pool(empty, "law")
 
 
 def test_the_limit_takes_the_first_records(tmp_path: Path) -> None:
