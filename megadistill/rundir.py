@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from megadistill.atomic import sync_tree, write_atomic
-from megadistill.config import RunConfig, dump, first_day, load, read_tree, resolve_path
+from megadistill.config import RunConfig, dump, first_day, load, parse, read_tree, resolve_path
 
 WHOLE = "WHOLE"
 """Written last into a checkpoint, with size and CRC-32 of every file: without it, it is torn."""
@@ -92,7 +92,8 @@ class RunDir:
 
     def look_at_config(self) -> RunConfig:
         """For those who only look at a run: without keys that another version has written."""
-        return RunConfig.model_validate(read_tree(self.config_file), extra="ignore")
+        tree = read_tree(self.config_file)
+        return parse(RunConfig, tree, str(self.config_file), unknown="ignore")
 
     def has_done(self, config: RunConfig) -> bool:
         """Whether the run is done and `config` asks nothing more of it."""

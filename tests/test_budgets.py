@@ -21,7 +21,7 @@ BUDGETS = {
     "": 2010,
     "algorithms": 1020,
     "cli": 520,
-    "config": 1265,
+    "config": 1275,
     "convert": 1141,
     "data": 1170,
     "evaluate": 3060,

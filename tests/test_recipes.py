@@ -27,6 +27,12 @@ def test_every_recipe_says_what_it_is() -> None:
     assert all(len(sentence) > 10 for sentence in found.values())
 
 
+def test_the_list_shows_whole_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("recipes", "list") == 0
+    words = capsys.readouterr().out.split()
+    assert [name for name in recipes.recipes() if name not in words] == []
+
+
 def test_a_campaign_is_copied_with_all_that_its_stages_name_and_include(tmp_path: Path) -> None:
     made = recipes.copy("campaign/embedded_table", tmp_path)
     assert {str(path.relative_to(tmp_path / "configs")) for path in made} == {

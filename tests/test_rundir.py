@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.config import RunConfig
+from megadistill.config import ConfigError, RunConfig
 from megadistill.rundir import (
     WHOLE,
     RunDir,
@@ -54,6 +54,15 @@ def test_the_directory_is_named_by_the_configuration(tmp_path: Path) -> None:
 
 def test_the_directory_holds_the_resolved_configuration(run: RunDir) -> None:
     assert run.load_config() == dated()
+
+
+def test_a_configuration_that_is_no_run_is_named_by_those_who_only_look(run: RunDir) -> None:
+    run.config_file.write_text("name: r\nunknown: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        run.look_at_config()
+    first, *missing = str(caught.value).splitlines()
+    assert first == f"{run.config_file}: 4 problem(s)"
+    assert missing[0] == "  steps: Field required"
 
 
 def test_the_day_on_which_a_run_began_stays_the_date_of_its_prompts(

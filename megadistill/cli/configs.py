@@ -61,6 +61,7 @@ def list_recipes() -> None:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, overflow="ignore")  # names are for copying
     for name, sentence in shipped.recipes().items():
         table.add_row(name, sentence)
     Console().print(table)

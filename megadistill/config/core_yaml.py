@@ -58,6 +58,17 @@ def read_yaml(text: str) -> Any:
         raise yaml.YAMLError("nested too deeply") from None
 
 
+def in_one_line(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the text around it."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    said = [(error.context, error.context_mark), (error.problem, error.problem_mark)]
+    places = [f" (line {m.line + 1}, column {m.column + 1})" if m else "" for _, m in said]
+    return ": ".join(
+        text + place for (text, _), place in zip(said, places, strict=True) if text is not None
+    )
+
+
 def write_yaml(tree: Any) -> str:
     """Plain values as YAML, in their order."""
     text: str = yaml.dump(tree, Dumper=CoreDumper, sort_keys=False, allow_unicode=True)

@@ -6,12 +6,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from megadistill.config.core_yaml import read_yaml, write_yaml
+from megadistill.config.core_yaml import in_one_line, read_yaml, write_yaml
 from megadistill.config.fields import Config
 
 Kind = TypeVar("Kind", bound=Config)
@@ -36,10 +36,16 @@ def load(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> K
     return parse(kind, read_tree(path, overrides), source=str(path))
 
 
-def parse(kind: type[Kind], tree: Mapping[str, Any], source: str = "config") -> Kind:
-    """Validate a plain mapping; unknown keys and wrong types are errors."""
+def parse(
+    kind: type[Kind],
+    tree: Mapping[str, Any],
+    source: str = "config",
+    *,
+    unknown: Literal["forbid", "ignore"] = "forbid",
+) -> Kind:
+    """Validate a plain mapping; wrong types and, unless they are ignored, unknown keys are errors."""
     try:
-        return kind.model_validate(tree)
+        return kind.model_validate(tree, extra=unknown)
     except ValidationError as error:
         problems = [line for problem in error.errors() for line in _describe(problem, tree)]
         raise ConfigError.listing(source, problems) from None
@@ -111,11 +117,12 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{path}: not valid YAML: {in_one_line(error)}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: found {type(tree).__name__}, expected a mapping of settings")
+        found = "nothing" if tree is None else json.dumps(tree, default=str)[:60]
+        raise ConfigError(f"{path}: found {found}, expected a mapping of settings")
     tree = _unshared(tree)
     includes = tree.pop("include", [])
     names = [includes] if isinstance(includes, str) else includes
@@ -164,7 +171,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         node[leaf] = read_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        why = in_one_line(error)
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {why}") from None
 
 
 def _describe(problem: Any, tree: Any) -> list[str]:

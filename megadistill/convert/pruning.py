@@ -40,6 +40,9 @@ def prune_change(tuned: str | Path, base: str | Path, target: str | Path, keep: 
                 raise ValueError(
                     f"{name}: found {tuple(found.shape)} in {tuned}, {tuple(original.shape)} in {base}"
                 )
+            for tensor, model in ((found, tuned), (original, base)):
+                if not tensor.float().isfinite().all():
+                    raise ValueError(f"{name}: found NaN or infinity in {model}, expected numbers")
             writer.write(name, pruned(found, original, keep) if found.dim() > 1 else found)
         writer.copy_metadata(source.directory)
     return Path(target).absolute()

@@ -258,13 +258,23 @@ def test_a_missing_include_is_an_error_that_names_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", "not valid YAML"), ("- 1\n- 2", "found list"), ("", "found NoneType")],
+    [
+        (
+            "a: [1",
+            r"bad\.yaml: not valid YAML: while parsing a flow sequence \(line 1, column 4\): .*",
+        ),
+        ("a: \t- x\n@", r"bad\.yaml: not valid YAML: .*\(line 1, column .*\)"),
+        ("- 1\n- 2", r"found \[1, 2\], expected a mapping of settings"),
+        ("", "found nothing, expected a mapping of settings"),
+        ("words", 'found "words", expected a mapping of settings'),
+    ],
 )
 def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"{message}$") as caught:
         load(RunConfig, file)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_directory_instead_of_a_file_is_an_error(tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def test_a_model_is_pruned_by_one_command(tmp_path: Path) -> None:
     assert torch.equal(found["norm.weight"], matrix[0] + 0.125)
 
 
+def test_what_is_no_number_is_named(tmp_path: Path) -> None:
+    good = write(tmp_path / "good", torch.ones(2, 2))
+    bad = write(tmp_path / "bad", torch.tensor([[1.0, float("nan")], [1.0, 1.0]]))
+    for tuned, base in ((bad, good), (good, bad)):
+        with pytest.raises(ValueError, match=r"NaN or infinity in .*bad, expected numbers"):
+            prune_change(tuned, base, tmp_path / "out", 0.5)
+    assert not (tmp_path / "out").exists()
+
+
 def test_models_must_match(tmp_path: Path) -> None:
     base = write(tmp_path / "base", torch.ones(2, 2))
     more = write(tmp_path / "more", torch.ones(2, 2), extra=torch.ones(2))
