@@ -44,6 +44,17 @@ MAY_CHANGE = (
 READ_BYTES = 16 << 20
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """What a JSON file of a run holds; nothing where there is none. Raises `ValueError` naming it."""
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged, found no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: damaged, found {str(found)[:40]!r}, expected a JSON object")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class RunDir:
     """Paths of one run. Creating it touches nothing; `create` and the writers do."""
@@ -223,10 +234,7 @@ class RunDir:
 
     def read_progress(self) -> dict[str, Any]:
         """The last progress; empty before the first step."""
-        if not self.progress_file.exists():
-            return {}
-        progress: dict[str, Any] = json.loads(self.progress_file.read_text())
-        return progress
+        return read_object(self.progress_file)
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"

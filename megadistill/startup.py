@@ -17,7 +17,7 @@ from megadistill.data.pools import PromptPool
 from megadistill.data.tokenizer import answer_end, load_tokenizer
 from megadistill.data.tokenizer_files import check_same, unused_tokens
 from megadistill.resolve import resolve
-from megadistill.rundir import RunDir, changed_values
+from megadistill.rundir import RunDir, changed_values, read_object
 from megadistill.types import FloatArray, ScoreRequest, TokenScores, TokenSpan
 
 log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def check_data(run: RunDir, config: RunConfig, marks: Mapping[str, str], *, writ
     `marks` are a manifest, which the rank that `writes` keeps. Raises `ConfigError` with what changed.
     """
     file = run.path / "state" / "data.json"
-    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    known: dict[str, str] = read_object(file)
     changed = changed_values(known, marks) if known else {}
     if all(FILE in key for key in changed):  # or nothing: the prompts are the same
         changed = {}

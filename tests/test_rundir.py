@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -232,6 +233,18 @@ def test_progress_is_empty_before_the_first_step(run: RunDir) -> None:
     progress = run.read_progress()
     assert (progress["step"], progress["done"]) == (3, False)
     assert progress["updated"] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("{nope", "found no JSON"), ("[1]", r"found '\[1\]'"), ("", "found no JSON")],
+)
+def test_damaged_progress_is_named(run: RunDir, text: str, found: str) -> None:
+    run.progress_file.write_text(text)
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(str(run.progress_file))}: damaged, {found}"
+    ):
+        run.read_progress()
 
 
 def test_a_finished_checkpoint_is_whole(run: RunDir) -> None:

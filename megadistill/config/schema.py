@@ -309,7 +309,7 @@ class RunConfig(Config):
     """Names the run directory and the Slurm job."""
     runs_dir: str = "runs"
     """The run directory is `runs_dir/name`."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     steps: PositiveInt
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes GPUs where `cluster.gpus_per_node` > 0 and torch sees them."""

@@ -227,7 +227,13 @@ def write_plan(root: Path, stages: Sequence[Stage]) -> None:
 
 def read_plan(root: Path) -> Plan:
     """What there is to do. Raises `ValueError` when the directory says nothing of it."""
-    plan = read_as(Plan, root / PLAN)
+    try:
+        plan = read_as(Plan, root / PLAN)
+    except ValueError:
+        raise ValueError(
+            f"{root / PLAN}: found no stages in it, expected what a campaign, a refinement or an "
+            "evaluation writes, whose command, run again, writes it anew"
+        ) from None
     if plan is None:
         raise ValueError(
             f"{root}: found no {PLAN}, expected the directory of a campaign, a refinement or an "

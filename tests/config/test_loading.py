@@ -452,6 +452,12 @@ def test_the_two_branches_of_01_are_branches_with_shares() -> None:
             parse(RunConfig, both)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_is_one_that_every_generator_takes(seed: int) -> None:
+    (line,) = error_lines(family_tree() | {"seed": seed})
+    assert line.startswith(f"  seed: found {seed}: Input should be")
+
+
 def test_a_step_has_a_prompt_of_every_branch_that_it_mixes() -> None:
     for schedule in ({"kind": "mixed"}, {"kind": "gap"}, {"kind": "velocity"}):
         tree = family_tree(schedule=schedule) | {"batch": {"size": 1}}

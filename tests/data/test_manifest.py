@@ -63,6 +63,14 @@ def test_a_run_whose_files_are_as_they_were_resumes(world: World) -> None:
     assert not world.events()
 
 
+def test_marks_that_nobody_can_read_are_named_and_kept(world: World) -> None:
+    marks = world.run.path / "state" / "data.json"
+    marks.write_text("{nope")
+    with pytest.raises(ValueError, match=r"state/data\.json: damaged, found no JSON"):
+        world.start()
+    assert marks.read_text() == "{nope"
+
+
 def test_a_row_put_in_front_of_the_others_is_refused_with_what_changed(world: World) -> None:
     before = world.file.stat().st_size
     world.write(["word39", *WORDS[:38]])

@@ -321,3 +321,14 @@ def test_a_directory_without_stages_is_named(
     assert f"{tmp_path}: found no stages.json, expected the directory of a campaign" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("text", ["{nope", "[]", "{}", '{"stages": 3}'])
+def test_stages_that_nobody_can_read_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "stages.json").write_text(text)
+    for verb in ("status", "cancel"):
+        assert run_cli("campaign", verb, str(tmp_path)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"megadistill: {tmp_path}/stages.json: found no stages in it")
