@@ -19,7 +19,7 @@ MOST_LINES = 400
 MOST_FUNCTION_LINES = 60
 BUDGETS = {
     "": 2010,
-    "algorithms": 1020,
+    "algorithms": 1030,
     "cli": 520,
     "config": 1275,
     "convert": 1141,

@@ -313,7 +313,12 @@ def make_schedule(
         return velocity_following(
             schedule, branches, size, seed=config.seed, delay=delay, state=state
         )
-    period = [apportion(size, first_shares(branches, schedule.shares))]
+    period = [apportion(size, shares := first_shares(branches, schedule.shares))]
+    if idle := [name for name in branches if name not in period[0]]:
+        raise ValueError(
+            f"algorithm.schedule.shares: found {shares}, which gives {idle} none of the batch.size = "
+            f"{size} prompts of a step, expected at least one for every branch"
+        )
     if isinstance(schedule, GapSchedule):
         return GapFollowing(period, schedule, dict(state))
     return Cycle(period)
@@ -352,9 +357,14 @@ def first_shares(branches: Sequence[str], shares: Mapping[str, float] | None) ->
 
 
 def shares_of(scores: Sequence[float], temperature: float, floor: float) -> list[float]:
-    """Soft-max of scores over their largest, each at least `floor`, adding up to 1 (D3-MOPD)."""
+    """Soft-max of scores over their largest, each at least `floor`, adding up to 1 (D3-MOPD).
+
+    Equal where no score is above 0: a sampled gap may be below, and then nothing of it remains.
+    """
     largest = max(scores)
-    raised = [math.exp(score / largest / temperature) if largest else 1.0 for score in scores]
+    raised = [
+        math.exp((score / largest - 1) / temperature) if largest > 0 else 1.0 for score in scores
+    ]
     bounded = [max(value / sum(raised), floor) for value in raised]
     return [value / sum(bounded) for value in bounded]
 

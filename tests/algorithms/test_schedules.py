@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from megadistill.algorithms.mopd import share_factors
 from megadistill.algorithms.schedules import (
+    BranchSchedule,
     Counteraction,
     Cycle,
     GapFollowing,
@@ -16,10 +17,12 @@ from megadistill.algorithms.schedules import (
     counteraction,
     first_shares,
     gap_factor,
+    make_schedule,
     repeats_for,
     shares_of,
     velocity_following,
 )
+from megadistill.config.algorithm import MopdConfig
 from megadistill.config.distillation import (
     BranchConfig,
     CounteractionSchedule,
@@ -27,9 +30,15 @@ from megadistill.config.distillation import (
     VelocitySchedule,
 )
 from megadistill.types import FloatArray
-from tests.tiny import float32
+from tests.tiny import camopd_tree, float32, make_config
 
 BRANCHES = ("general", "medical", "roleplay")
+BRANCHES_OF_TWO = {
+    "branches": {
+        "general": {"pool": "general", "teacher": "general"},
+        "domain": {"pool": "medical", "teacher": "domain"},
+    }
+}
 
 
 def test_remaining_gap_times_velocity_gives_the_worked_shares() -> None:
@@ -43,6 +52,33 @@ def test_every_branch_keeps_its_floor() -> None:
     shares = shares_of([1.0, 0.0, 0.0], temperature=0.1, floor=0.1)
     np.testing.assert_allclose(shares, np.array([1.0, 0.1, 0.1]) / 1.2, atol=1e-4)
     assert shares_of([0.0, 0.0], temperature=0.5, floor=0.1) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("scores", [[-3.0, -1.0], [-3.0, -1e-5], [-1.0, 0.0]])
+def test_shares_are_equal_where_no_gap_remains(scores: list[float]) -> None:
+    """Sampled gaps may be below zero: the largest is then no measure, and its sign turns the order."""
+    assert shares_of(scores, temperature=0.5, floor=0.1) == [0.5, 0.5]
+
+
+def test_a_small_temperature_gives_all_to_the_first() -> None:
+    shares = shares_of([1.0, 0.5, -2.0], temperature=1e-4, floor=0.1)
+    np.testing.assert_allclose(shares, np.array([1.0, 0.1, 0.1]) / 1.2)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "gap"])
+def test_shares_that_leave_a_branch_without_prompts_are_refused(kind: str) -> None:
+    def schedule(size: int) -> BranchSchedule:
+        shares = {"kind": kind, "shares": {"general": 100, "domain": 1}}
+        algorithm = {"kind": "mopd", "schedule": shares, **BRANCHES_OF_TWO}
+        config = make_config(camopd_tree(algorithm=algorithm, batch={"size": size}))
+        assert isinstance(config.algorithm, MopdConfig)
+        return make_schedule(config.algorithm, config, {})
+
+    assert schedule(101).draws(0) == {"general": 100, "domain": 1}
+    with pytest.raises(
+        ValueError, match=r"schedule\.shares: .* gives \['domain'\] none of the batch"
+    ):
+        schedule(24)
 
 
 @given(st.integers(0, 600), st.lists(st.floats(0.01, 10), min_size=1, max_size=6))
